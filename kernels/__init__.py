@@ -1,0 +1,20 @@
+"""Ground floor: kernel-ready weight layouts, the Triton kernels, their dispatch, and the fp64 reference."""
+
+from .choose import KernelConfig, choose
+from .matrix import DenseMatrix, Fp8Matrix, Matrix, ProjectionWeights
+from .project import project
+from .reference import reference
+from .target import TARGETS, Target
+
+__all__ = [
+    "TARGETS",
+    "DenseMatrix",
+    "Fp8Matrix",
+    "KernelConfig",
+    "Matrix",
+    "ProjectionWeights",
+    "Target",
+    "choose",
+    "project",
+    "reference",
+]

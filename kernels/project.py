@@ -1,0 +1,175 @@
+"""The one operation: x -> (k, gate), in one launch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from .choose import KernelConfig, choose
+from .matrix import ProjectionWeights
+from .split_k import split_k_kernel
+from .target import INTERPRETED, Target, target_of
+from .tiled import tiled_kernel
+from .workspace import workspace
+
+KERNELS = {"split_k": split_k_kernel, "tiled": tiled_kernel}
+ACTIVATION_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def project(
+    x: Tensor,
+    weights: ProjectionWeights,
+    *,
+    k_dtype: torch.dtype | None = None,
+    gate_dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """k = x @ wk.T and gate = x @ weights_proj.T, accumulated in fp32 from exactly decoded weights.
+
+    Args:
+        x: [..., K] bf16 or fp16, last dimension contiguous, any row stride, any number of rows, also none.
+        weights: the two matrices, on the device of x.
+        k_dtype: dtype of k, x.dtype (default) or torch.float32.
+        gate_dtype: dtype of gate, torch.float32 (default) or x.dtype.
+        out: [..., D + H], x.dtype or fp32, last dimension contiguous, to write into; k and gate are then its two column
+            slices, and k_dtype and gate_dtype must not be given.
+
+    Returns:
+        k [..., D] and gate [..., H].
+
+    Raises:
+        TypeError: x, out or a requested output has a dtype that is not listed above.
+        ValueError: a shape, stride or device that does not fit the weights.
+        RuntimeError: x requires grad (the operation is not differentiable), or there is no GPU and Triton's
+            interpreter is off.
+    """
+    d, h, k = weights.shape
+    _check_x(x, k, weights.device)
+    operands = (x, *weights.wk.operands, *weights.gate.operands)
+    if out is None:
+        k_dtype = x.dtype if k_dtype is None else k_dtype
+        _check_dtype("k_dtype", k_dtype, x.dtype)
+        _check_dtype("gate_dtype", gate_dtype, x.dtype)
+        return torch.ops.indexproj.project(*operands, k_dtype, gate_dtype)
+    if k_dtype is not None or gate_dtype != torch.float32:
+        raise ValueError("project: k_dtype and gate_dtype do not go with out=, whose dtype they would contradict")
+    _check_out(out, x, d + h)
+    torch.ops.indexproj.project_out(*operands, out)
+    return out[..., :d], out[..., d:]
+
+
+def _check_x(x: Tensor, k: int, device: torch.device) -> None:
+    if x.dtype not in ACTIVATION_DTYPES:
+        raise TypeError(f"project: x must be torch.bfloat16 or torch.float16, got {x.dtype}")
+    if x.ndim == 0 or x.shape[-1] != k:
+        raise ValueError(f"project: x must be [..., K={k}] to fit the weights, got {list(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"project: x is on {x.device}, the weights are on {device}")
+    if x.stride(-1) != 1:
+        raise ValueError(
+            f"project: x must be contiguous in its last dimension, got strides {x.stride()}; call x.contiguous()"
+        )
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            "project: x requires grad, and the projection is not differentiable; use torch.no_grad() or x.detach()"
+        )
+
+
+def _check_dtype(name: str, dtype: torch.dtype, x_dtype: torch.dtype) -> None:
+    if dtype not in (x_dtype, torch.float32):
+        raise TypeError(f"project: {name} must be x's {x_dtype} or torch.float32, got {dtype}")
+
+
+def _check_out(out: Tensor, x: Tensor, columns: int) -> None:
+    _check_dtype("out's dtype", out.dtype, x.dtype)
+    expected = (*x.shape[:-1], columns)
+    if tuple(out.shape) != expected:
+        raise ValueError(f"project: out must be [..., D + H] = {list(expected)}, got {list(out.shape)}")
+    if out.device != x.device:
+        raise ValueError(f"project: out is on {out.device}, x is on {x.device}")
+    if out.stride(-1) != 1:
+        raise ValueError(f"project: out must be contiguous in its last dimension, got strides {out.stride()}")
+    if out.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("project: out requires grad, and the projection is not differentiable")
+
+
+_MATRICES = "Tensor x, Tensor wk, Tensor? wk_scale, Tensor gate, Tensor? gate_scale"
+torch.library.define("indexproj::project", f"({_MATRICES}, ScalarType k_dtype, ScalarType gate_dtype) -> (Tensor, Tensor)")
+torch.library.define("indexproj::project_out", f"({_MATRICES}, Tensor(a!) out) -> ()")
+
+
+def _allocate(
+    x: Tensor, wk: Tensor, wk_scale: Tensor | None, gate: Tensor, gate_scale: Tensor | None,
+    k_dtype: torch.dtype, gate_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rows = x.shape[:-1]
+    return x.new_empty((*rows, wk.shape[0]), dtype=k_dtype), x.new_empty((*rows, gate.shape[0]), dtype=gate_dtype)
+
+
+def _project(
+    x: Tensor, wk: Tensor, wk_scale: Tensor | None, gate: Tensor, gate_scale: Tensor | None,
+    k_dtype: torch.dtype, gate_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    k_out, gate_out = _allocate(x, wk, wk_scale, gate, gate_scale, k_dtype, gate_dtype)
+    launch(_rows(x), wk, wk_scale, gate, gate_scale, _rows(k_out), _rows(gate_out))
+    return k_out, gate_out
+
+
+def _project_out(
+    x: Tensor, wk: Tensor, wk_scale: Tensor | None, gate: Tensor, gate_scale: Tensor | None, out: Tensor
+) -> None:
+    rows, d = out.view(-1, out.shape[-1]), wk.shape[0]
+    launch(_rows(x), wk, wk_scale, gate, gate_scale, rows[:, :d], rows[:, d:])
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+# "CUDA" is also ROCm's dispatch key; on the CPU the kernels run in Triton's interpreter or not at all.
+torch.library.impl("indexproj::project", ("CPU", "CUDA"), _project)
+torch.library.impl("indexproj::project_out", ("CPU", "CUDA"), _project_out)
+torch.library.register_fake("indexproj::project", _allocate)
+torch.library.register_fake("indexproj::project_out", lambda *_: None)
+
+
+def launch(
+    x: Tensor, wk: Tensor, wk_scale: Tensor | None, gate: Tensor, gate_scale: Tensor | None,
+    k_out: Tensor, gate_out: Tensor, config: KernelConfig | None = None,
+) -> None:  # fmt: skip
+    """Writes k_out [M, D] and gate_out [M, H]: one launch, or none where M is 0.
+
+    config is for tests and tuning; left out, `choose` decides.
+    """
+    m, shape = x.shape[0], (wk.shape[0], gate.shape[0], x.shape[1])
+    if m == 0:
+        return
+    target = target_of(x.device)
+    config = config or choose(m, shape, target)
+    with (
+        torch.cuda.device_of(x),
+        workspace(x.device, *config.workspace(m, *shape[:2])) as (partial, arrived),
+    ):
+        KERNELS[config.regime][config.grid(m, *shape[:2])](
+            x, wk, wk_scale, gate, gate_scale, k_out, gate_out, partial, arrived,
+            m, x.stride(0), k_out.stride(0), gate_out.stride(0),
+            **constants(config, shape, x.dtype, target), **options(config),
+        )  # fmt: skip
+
+
+def constants(
+    config: KernelConfig, shape: tuple[int, int, int], x_dtype: torch.dtype, target: Target
+) -> dict[str, Any]:
+    """The compile-time arguments of a launch."""
+    # fp16 has 11 significand bits: exact in tf32, not in bf16. And Triton's interpreter computes bf16 wrongly.
+    dot = tl.bfloat16 if x_dtype == torch.bfloat16 and not INTERPRETED else tl.float32
+    amd = target.backend == "hip"
+    return dict(zip(("D", "H", "K"), shape, strict=True)) | config.constants | {"DOT": dot, "AMD": amd}
+
+
+def options(config: KernelConfig) -> dict[str, Any]:
+    """The compiler's options. Triton's default for fp_fusion changes between versions, so it is always given."""
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}

@@ -1,0 +1,75 @@
+"""The one place that asks what device there is."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import triton
+
+# Triton reads this when a kernel is defined; from then on it cannot change.
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+
+@dataclass(frozen=True)
+class Target:
+    """What dispatch and compilation need to know of a GPU.
+
+    Attributes:
+        arch: compute capability times ten (90 for sm_90) or gfx name ("gfx942").
+        sm_count: streaming multiprocessors, or compute units.
+        shared_memory: bytes of shared memory (LDS) that one program may take.
+    """
+
+    backend: Literal["cuda", "hip"]
+    arch: int | str
+    sm_count: int
+    shared_memory: int
+
+    @property
+    def warp_mma(self) -> bool:
+        """True where tensor cores take operands from registers warp by warp, never from shared memory."""
+        return self.backend == "cuda" and int(self.arch) // 10 in (8, 12)
+
+
+# The GPUs that the compile gates cover, in their largest common variant.
+TARGETS = {
+    "sm_80": Target("cuda", 80, sm_count=108, shared_memory=163 * 1024),
+    "sm_90": Target("cuda", 90, sm_count=132, shared_memory=227 * 1024),
+    "sm_100": Target("cuda", 100, sm_count=148, shared_memory=227 * 1024),
+    "sm_120": Target("cuda", 120, sm_count=188, shared_memory=99 * 1024),
+    "gfx942": Target("hip", "gfx942", sm_count=304, shared_memory=64 * 1024),
+    "gfx950": Target("hip", "gfx950", sm_count=256, shared_memory=160 * 1024),
+}
+
+
+@functools.cache
+def target_of(device: torch.device) -> Target:
+    """The target behind a torch device.
+
+    In Triton's interpreter it is an sm_90, whatever the machine, so that results there do not depend on it.
+
+    Raises:
+        RuntimeError: a CPU device outside the interpreter, or a GPU older than sm_80.
+    """
+    if INTERPRETED:
+        return TARGETS["sm_90"]
+    if device.type != "cuda":
+        raise RuntimeError(
+            f"project: the Triton kernels need a GPU, and x is on {device}; move x and the weights to one, or set "
+            "TRITON_INTERPRET=1 before Python starts to run the same kernels in Triton's interpreter"
+        )
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        arch = properties.gcnArchName.split(":")[0]
+        known = TARGETS.get(arch)
+        shared_memory = known.shared_memory if known else 64 * 1024
+        return Target("hip", arch, properties.multi_processor_count, shared_memory)
+    arch = 10 * properties.major + properties.minor
+    if arch < 80:
+        raise RuntimeError(f"project: {properties.name} is sm_{arch}; the kernels need sm_80 or newer (bf16)")
+    return Target(
+        "cuda", arch, properties.multi_processor_count, properties.shared_memory_per_block_optin
+    )
