@@ -1,0 +1,20 @@
+"""Second floor: the projection as a module, and the command line.
+
+IndexerProjection is imported when it is first asked for: the command line has to decide between GPU and interpreter
+before Triton is imported.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .module import IndexerProjection
+
+__all__ = ["IndexerProjection"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "IndexerProjection":
+        from .module import IndexerProjection
+
+        return IndexerProjection
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,83 @@
+"""The projection as a torch module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import ProjectionWeights, project
+from ..loading import load
+
+
+class IndexerProjection(nn.Module):
+    """(k, gate) = (x @ wk.T, x @ weights_proj.T) of one indexer, in one launch.
+
+    It has no parameters and no state_dict entries: the weights stay in the checkpoint's encoding, and the checkpoint is
+    where they come from. `.to(device)` moves them; a change of dtype is refused.
+
+    Attributes:
+        weights: the two matrices.
+        k_dtype: dtype of k; None for the dtype of x.
+        gate_dtype: dtype of gate.
+    """
+
+    def __init__(
+        self,
+        weights: ProjectionWeights,
+        *,
+        k_dtype: torch.dtype | None = None,
+        gate_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.weights = weights
+        self.k_dtype = k_dtype
+        self.gate_dtype = gate_dtype
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | Path,
+        *,
+        layer: int,
+        device: str | torch.device = "cpu",
+        k_dtype: torch.dtype | None = None,
+        gate_dtype: torch.dtype = torch.float32,
+    ) -> IndexerProjection:
+        """Loads one layer, reading only its own bytes.
+
+        Args:
+            path: checkpoint directory, or one .safetensors file.
+            layer: index of a layer that owns an indexer.
+            device: where the weights go.
+            k_dtype, gate_dtype: dtypes of the outputs.
+
+        Raises:
+            CheckpointError: listing every problem.
+        """
+        return cls(load(path, [layer], device)[layer], k_dtype=k_dtype, gate_dtype=gate_dtype)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [..., K] bf16 or fp16 -> k [..., D], gate [..., H]. Raises what `project` raises."""
+        return project(x, self.weights, k_dtype=self.k_dtype, gate_dtype=self.gate_dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IndexerProjection:
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            if result.dtype != tensor.dtype:
+                raise TypeError(
+                    f"IndexerProjection: the weights stay in the checkpoint's encoding ({tensor.dtype}), not "
+                    f"{result.dtype}; move them with .to(device)"
+                )
+            return result
+
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.weights = self.weights.map(moved)
+        return self
+
+    def extra_repr(self) -> str:
+        d, h, k = self.weights.shape
+        wk, gate = type(self.weights.wk).__name__, type(self.weights.gate).__name__
+        return f"K={k}, D={d}, H={h}, wk={wk}, gate={gate}, device={self.weights.device}"

@@ -1,0 +1,9 @@
+"""First floor: from checkpoint tensors to kernel-ready weights."""
+
+from .assembly import Assembly
+from .checkpoint import Checkpoint
+from .load import load
+from .plan import LayerPlan, Plan
+from .problems import CheckpointError, Problem
+
+__all__ = ["Assembly", "Checkpoint", "CheckpointError", "LayerPlan", "Plan", "Problem", "load"]

@@ -1,0 +1,184 @@
+"""A safetensors checkpoint on disk: its headers, and the byte ranges that are asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .names import is_indexer, parse
+from .problems import CheckpointError, Problem
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+# torch dtype -> what a safetensors header calls it.
+DTYPES = {
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e8m0fnu: "F8_E8M0",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int32: "I32",
+    torch.int64: "I64",
+}
+ITEMSIZE = {name: dtype.itemsize for dtype, name in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors header says of a tensor.
+
+    Attributes:
+        dtype: in the format's spelling: "BF16", "F8_E4M3", "F32", ...
+        file: name of the shard.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+
+    @classmethod
+    def of(cls, tensor: Tensor, file: str) -> Header:
+        """The header that a tensor in memory would have."""
+        return cls(DTYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), file)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's data."""
+        return math.prod(self.shape) * ITEMSIZE[self.dtype]
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+
+class Checkpoint:
+    """The headers of a checkpoint, read at once; tensors are read later and one by one.
+
+    Attributes:
+        path: the directory that holds the files.
+        headers: name -> Header of every projection tensor.
+        indexer_tensors: how many more tensors the indexers have (wq_b, k_norm, ...).
+        tensors: how many tensors there are in all.
+        absent: shards that the index names, that hold nothing of the projection, and that are not there.
+        config: the integers of config.json (or of its text_config); empty where there is none.
+        problems: faults of the files themselves.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Reads the headers.
+
+        Args:
+            path: a directory with `model.safetensors.index.json` or `model.safetensors`, or one .safetensors file.
+
+        Raises:
+            CheckpointError: there is no checkpoint at path, or its index cannot be read.
+        """
+        path = Path(path)
+        self.path = path if path.is_dir() else path.parent
+        self.headers: dict[str, Header] = {}
+        self.indexer_tensors = 0
+        self.tensors = 0
+        self.absent: list[str] = []
+        self.problems: list[Problem] = []
+        promised = _promised(path)
+        for file, names in promised.items():
+            self._read_headers(file, [name for name in names if parse(name)])
+        self.config = self._read_config()
+
+    def _read_headers(self, file: str, promised: list[str]) -> None:
+        path = self.path / file
+        names: list[str] = []
+        instead = "no such tensor"
+        if not path.is_file():
+            instead = "no such file"
+            if not promised:
+                self.absent.append(file)
+        else:
+            try:
+                with safe_open(path, framework="pt") as shard:
+                    names = shard.keys()
+                    for name in filter(parse, names):
+                        tensor = shard.get_slice(name)
+                        self._add(name, Header(tensor.get_dtype(), tuple(tensor.get_shape()), file))
+            except (SafetensorError, OSError) as error:
+                instead = "an unreadable file"
+                advice = "the file is truncated or corrupt: fetch it again"
+                self.problems.append(Problem(file, "", "a safetensors file", str(error), advice))
+        self.tensors += len(names)
+        self.indexer_tensors += sum(is_indexer(name) and not parse(name) for name in names)
+        for name in sorted(set(promised).difference(names)):
+            self.problems.append(Problem(name, file, "the tensor that the index puts there", instead))
+
+    def _add(self, name: str, header: Header) -> None:
+        first = self.headers.setdefault(name, header)
+        if first is not header:
+            self.problems.append(Problem(name, header.file, f"it in one file, {first.file}", "a second copy"))
+
+    def _read_config(self) -> dict[str, int]:
+        path = self.path / "config.json"
+        if not path.is_file():
+            return {}
+        config = _read_json(path)
+        text = config.get("text_config")
+        config = text if isinstance(text, dict) else config
+        return {key: value for key, value in config.items() if type(value) is int}
+
+    def stream(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yields (name, tensor) in the order of shards and of bytes within them; nothing else is read.
+
+        A tensor is a view of the mapped file: valid until the next one is asked for, to be copied by who keeps it.
+        """
+        by_file: defaultdict[str, set[str]] = defaultdict(set)
+        for name in names:
+            by_file[self.headers[name].file].add(name)
+        for file in sorted(by_file):
+            with safe_open(self.path / file, framework="pt") as shard:
+                for name in shard.offset_keys():
+                    if name in by_file[file]:
+                        yield name, shard.get_tensor(name)
+
+
+def _promised(path: Path) -> dict[str, list[str]]:
+    """file -> names that the index promises there; no promises where there is no index."""
+    if path.is_file() and path.suffix == ".safetensors":
+        return {path.name: []}
+    index = path / INDEX
+    if not index.is_file():
+        if (path / SINGLE).is_file():
+            return {SINGLE: []}
+        found = "a directory with neither" if path.is_dir() else "no such directory"
+        advice = "give the directory of a downloaded checkpoint, or one .safetensors file"
+        raise CheckpointError([Problem(str(path), "", f"{INDEX} or {SINGLE}", found, advice)])
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError([Problem(INDEX, "", 'a "weight_map" from tensor names to files', "none")])
+    promised: defaultdict[str, list[str]] = defaultdict(list)
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise CheckpointError([Problem(name, INDEX, "the name of a file beside the index", repr(file))])
+        promised[file].append(name)
+    return dict(sorted(promised.items()))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError([Problem(path.name, "", "readable JSON", str(error))]) from error
+    if not isinstance(value, dict):
+        raise CheckpointError([Problem(path.name, "", "a JSON object", type(value).__name__)])
+    return value

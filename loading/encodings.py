@@ -1,0 +1,116 @@
+"""How a matrix looks on disk, and how it becomes a kernel-ready one.
+
+An encoding is recognised by the dtypes and shapes that the checkpoint holds; config files have no say in it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..kernels.matrix import SCALE_BLOCK, DenseMatrix, Fp8Matrix, Matrix, scale_shape
+from .checkpoint import Header
+from .problems import Problem
+
+
+class Encoding(ABC):
+    """One way to store a matrix [N, K].
+
+    Attributes:
+        name: as the audit prints it.
+        weight_dtype: safetensors dtype of its "weight", by which it is recognised.
+    """
+
+    name: str
+    weight_dtype: str
+
+    @abstractmethod
+    def scales(self, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """role -> (dtype, shape) of what comes beside a weight [N, K]."""
+
+    @abstractmethod
+    def bind(self, tensors: Mapping[str, Tensor]) -> Matrix:
+        """The matrix, in the memory of the tensors given (role -> tensor)."""
+
+    @abstractmethod
+    def not_finite(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        """The roles that hold a NaN or an infinity, which no weight may."""
+
+
+class Bf16(Encoding):
+    """Plain bf16, kept as it is. Source: GLM-5, and `weights_proj` in every DeepSeek-V3.2 and GLM-5 release."""
+
+    name = "BF16"
+    weight_dtype = "BF16"
+
+    def scales(self, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        return {}
+
+    def bind(self, tensors: Mapping[str, Tensor]) -> DenseMatrix:
+        return DenseMatrix(tensors["weight"])
+
+    def not_finite(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        return [] if tensors["weight"].isfinite().all() else ["weight"]
+
+
+class Fp8Block(Encoding):
+    """e4m3fn codes with an fp32 scale per 128x128 block, kept as they are; value = code * scale.
+
+    Source: DeepSeek-V3's `inference/kernel.py` (`weight_dequant`). `weight_scale_inv` is, its name notwithstanding,
+    the factor that restores the value.
+    """
+
+    name = f"FP8 {SCALE_BLOCK}x{SCALE_BLOCK}"
+    weight_dtype = "F8_E4M3"
+
+    def scales(self, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        return {"weight_scale_inv": ("F32", scale_shape(shape))}
+
+    def bind(self, tensors: Mapping[str, Tensor]) -> Fp8Matrix:
+        return Fp8Matrix(tensors["weight"], tensors["weight_scale_inv"])
+
+    def not_finite(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        roles = [] if tensors["weight_scale_inv"].isfinite().all() else ["weight_scale_inv"]
+        nan = tensors["weight"].view(torch.uint8) & 0x7F == 0x7F  # e4m3fn has two NaN codes and no infinity
+        return ["weight", *roles] if nan.any() else roles
+
+
+ENCODINGS: dict[str, Encoding] = {encoding.weight_dtype: encoding for encoding in (Bf16(), Fp8Block())}
+
+
+def recognise(matrix: str, headers: Mapping[str, Header]) -> tuple[Encoding | None, list[Problem]]:
+    """The encoding of a matrix, or every reason why it has none.
+
+    Args:
+        matrix: name up to the role, "model.layers.0.self_attn.indexer.wk"; for messages.
+        headers: role -> header of what there is of it.
+    """
+    weight = headers.get("weight")
+    if weight is None:
+        role, header = next(iter(headers.items()), ("", None))
+        found = f"only {role} ({header})" if header else "nothing"
+        return None, [Problem(f"{matrix}.weight", header.file if header else "", "a weight", found)]
+    encoding = ENCODINGS.get(weight.dtype)
+    if encoding is None:
+        expected = " or ".join(ENCODINGS)
+        return None, [Problem(f"{matrix}.weight", weight.file, f"a weight in {expected}", str(weight))]
+    if len(weight.shape) != 2 or 0 in weight.shape:
+        return None, [Problem(f"{matrix}.weight", weight.file, "a matrix [N, K]", str(weight))]
+    problems = []
+    scales = encoding.scales(weight.shape)
+    for role, (dtype, shape) in scales.items():
+        header = headers.get(role)
+        expected = f"{dtype} {list(shape)} to go with the {weight} weight"
+        if header is None:
+            advice = "without it the codes have no value: fetch the shard that holds it, or export the checkpoint again"
+            problems.append(Problem(f"{matrix}.{role}", "", expected, "no such tensor", advice))
+        elif (header.dtype, header.shape) != (dtype, shape):
+            problems.append(Problem(f"{matrix}.{role}", header.file, expected, str(header)))
+    for role, header in headers.items():
+        if role != "weight" and role not in scales:
+            expected = f"{' and '.join(['weight', *scales])} alone for a {encoding.name} matrix"
+            problems.append(Problem(f"{matrix}.{role}", header.file, expected, f"{role} ({header})"))
+    return (None, problems) if problems else (encoding, [])
