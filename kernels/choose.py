@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from .target import Target
 
 
@@ -13,6 +15,8 @@ class KernelConfig:
     """One compiled kernel, but for pointers, strides and M.
 
     Attributes:
+        block_m: rows of x per program.
+        block_n: rows of a matrix per program (split_k only; a tiled program owns all).
         slices: parts of K that one program multiplies side by side (split_k only).
         split_k: programs that share the K of one output tile.
     """
@@ -21,8 +25,8 @@ class KernelConfig:
     block_m: int
     block_k: int
     split_k: int
-    num_warps: int
     num_stages: int
+    num_warps: int = 8
     block_n: int = 16
     slices: int = 1
 
@@ -53,7 +57,9 @@ class KernelConfig:
         return tiles * self.split_k * self.block_m * self.block_n, tiles
 
 
-def choose(m: int, shape: tuple[int, int, int], target: Target) -> KernelConfig:
+def choose(
+    m: int, shape: tuple[int, int, int], target: Target, x_dtype: torch.dtype = torch.bfloat16
+) -> KernelConfig:
     """The config for m >= 1 rows of x and matrices of shape (D, H, K).
 
     m counts only up to the next power of two, so that a serving engine compiles a dozen kernels, not thousands.
@@ -63,22 +69,17 @@ def choose(m: int, shape: tuple[int, int, int], target: Target) -> KernelConfig:
     k = shape[2]
     m = next_power_of_2(m)
     if m <= 64:
-        # One step over 512 of K fills the GPU with programs that each read their weights at once. At 64 rows that
-        # many rows of x no longer fit the registers, and two smaller steps do.
-        slices, num_warps = (8, 8) if m <= 32 else (4, 4)
+        # One step over 512 of K: enough programs to fill a GPU, each reading its weights in one go. NVIDIA's tensor
+        # cores take 8 rows of x, AMD's 16.
+        smallest = 8 if target.backend == "cuda" else 16
         return KernelConfig(
-            "split_k", block_m=max(m, 16), block_k=64, slices=slices, split_k=min(16, cdiv(k, 512)),
-            num_warps=num_warps, num_stages=2,
-        )  # fmt: skip
-    block_m = 16 if m <= 256 else 32 if m <= 1024 else 64
-    # Where a warp holds its operands in registers, a decoded weight tile must be small to fit beside the sums.
-    in_registers = target.warp_mma or (target.backend == "cuda" and block_m == 32)
-    block_k = 32 if in_registers and block_m > 16 else 64
-    fill = next_power_of_2(target.sm_count // (m // block_m) + 1) // 2  # largest power of two that fits
-    return KernelConfig(
-        "tiled", block_m=block_m, block_k=block_k, split_k=max(1, min(16, fill, cdiv(k, block_k))),
-        num_warps=8 if block_m == 64 else 4, num_stages=3,
-    )  # fmt: skip
+            "split_k", block_m=max(m, smallest), block_k=64, slices=8, split_k=min(16, cdiv(k, 512)), num_stages=2
+        )
+    block_m = 16 if m <= 256 else 64
+    block_k = 64 if x_dtype == torch.bfloat16 else 32  # fp16 is multiplied in fp32, which takes twice the room
+    fill = next_power_of_2(target.sm_count // (m // block_m) + 1) // 2  # largest power of two that fits, or 0
+    split_k = max(1, min(16, fill, cdiv(k, block_k)))
+    return KernelConfig("tiled", block_m=block_m, block_k=block_k, split_k=split_k, num_stages=3)
 
 
 def cdiv(a: int, b: int) -> int:

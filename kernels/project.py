@@ -34,8 +34,8 @@ def project(
         weights: the two matrices, on the device of x.
         k_dtype: dtype of k, x.dtype (default) or torch.float32.
         gate_dtype: dtype of gate, torch.float32 (default) or x.dtype.
-        out: [..., D + H], x.dtype or fp32, last dimension contiguous, to write into; k and gate are then its two column
-            slices, and k_dtype and gate_dtype must not be given.
+        out: [..., D + H], x.dtype or fp32, to write into; contiguous, or 2-D with any row stride, and apart from x in
+            memory. k and gate are then its two column slices, and k_dtype and gate_dtype must not be given.
 
     Returns:
         k [..., D] and gate [..., H].
@@ -90,8 +90,11 @@ def _check_out(out: Tensor, x: Tensor, columns: int) -> None:
         raise ValueError(f"project: out must be [..., D + H] = {list(expected)}, got {list(out.shape)}")
     if out.device != x.device:
         raise ValueError(f"project: out is on {out.device}, x is on {x.device}")
-    if out.stride(-1) != 1:
-        raise ValueError(f"project: out must be contiguous in its last dimension, got strides {out.stride()}")
+    separate_rows = out.ndim == 2 and out.stride(1) == 1 and (out.shape[0] < 2 or out.stride(0) >= columns)
+    if not (separate_rows or out.is_contiguous()):
+        raise ValueError(
+            f"project: out must be contiguous, or 2-D with contiguous rows that do not overlap, got strides {out.stride()}"
+        )
     if out.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("project: out requires grad, and the projection is not differentiable")
 
@@ -148,7 +151,7 @@ def launch(
     if m == 0:
         return
     target = target_of(x.device)
-    config = config or choose(m, shape, target)
+    config = config or choose(m, shape, target, x.dtype)
     with (
         torch.cuda.device_of(x),
         workspace(x.device, *config.workspace(m, *shape[:2])) as (partial, arrived),

@@ -28,11 +28,6 @@ class Target:
     sm_count: int
     shared_memory: int
 
-    @property
-    def warp_mma(self) -> bool:
-        """True where tensor cores take operands from registers warp by warp, never from shared memory."""
-        return self.backend == "cuda" and int(self.arch) // 10 in (8, 12)
-
 
 # The GPUs that the compile gates cover, in their largest common variant.
 TARGETS = {

@@ -1,8 +1,11 @@
-"""The helpers that both kernels share: decode a weight tile, store an output tile, add up the K splits.
+"""The helpers that both kernels share: decode weights, store an output tile, add up the K splits.
 
-A matrix reaches a kernel as two pointers. The first holds bf16 values, or e4m3 codes as uint8 (sm_80 and
-gfx942 have no e4m3fn type), K-major. The second holds the fp32 scale of each 128x128 block; it is None for
-bf16, so the encoding is known at compile time.
+A matrix reaches a kernel as two pointers. The first holds bf16 values, or e4m3 codes as uint8 (sm_80 and gfx942 have
+no e4m3fn type), K-major. The second holds the fp32 scale of each 128x128 block; it is None for bf16, so that the
+encoding is known at compile time.
+
+Tiles are held transposed, [columns of the output, rows]: the product is w @ x.T. Weights are then the first operand of
+the dot, which tensor cores take from registers, where they have just been decoded.
 """
 
 import triton
@@ -15,28 +18,30 @@ SCALE_BLOCK = tl.constexpr(128)
 def decode_e4m3(codes, DOT: tl.constexpr):
     """e4m3fn codes (uint8, no NaN) to DOT, exactly, subnormals included."""
     bits = codes.to(tl.int32)
-    # The biases are 7 and 127: exponent and mantissa, moved to the same place in fp32, read as the value
-    # times 2**-120.
+    # The exponent biases are 7 and 127: sign, exponent and mantissa, moved to fp32's places, read as value * 2**-120.
     value = ((bits & 0x80) << 24 | (bits & 0x7F) << 20).to(tl.float32, bitcast=True)
     return (value * 1.329227995784916e36).to(DOT)
 
 
 @triton.jit
-def store_tile(out_ptr, acc, rows, cols, M, N: tl.constexpr, stride_om):
-    out = out_ptr + rows[:, None].to(tl.int64) * stride_om + cols[None, :]
-    tl.store(out, acc, mask=(rows < M)[:, None] & (cols < N)[None, :])
+def tile_offsets(COLS: tl.constexpr, ROWS: tl.constexpr):
+    return tl.arange(0, COLS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
 
 
 @triton.jit
-def tile_offsets(ROWS: tl.constexpr, COLS: tl.constexpr):
-    return tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
+def store_tile(out_ptr, tile, cols, rows, M, N: tl.constexpr, stride_om):
+    """tile [columns, rows] fp32 into out [M, N]."""
+    if out_ptr.dtype.element_ty != tl.float32:
+        tile = tile.to(out_ptr.dtype.element_ty, fp_downcast_rounding="rtne")  # unasked, the interpreter truncates
+    out = out_ptr + rows[None, :].to(tl.int64) * stride_om + cols[:, None]
+    tl.store(out, tile, mask=(rows < M)[None, :] & (cols < N)[:, None])
 
 
 @triton.jit
 def last_to_arrive(arrived_ptr, SPLIT_K: tl.constexpr, AMD: tl.constexpr):
-    """Counts this program in, its partials being stored, and says whether it is the last of its tile.
+    """Counts this program in, its partials being stored, and says whether it is the last one of its tile.
 
-    The last one sees every partial (acq_rel) and has to set the counter back to zero.
+    The last one sees all partials (acq_rel) and has to set the counter back to zero.
     """
     if AMD:
         # There the barrier alone lets a wave go on before its own stores have landed.
@@ -48,16 +53,18 @@ def last_to_arrive(arrived_ptr, SPLIT_K: tl.constexpr, AMD: tl.constexpr):
             is_pure=False,
             pack=1,
         )
-    # All warps' stores come before the one thread's release.
+    # The stores of all warps come before the release of the one thread that counts.
     tl.debug_barrier()
     return tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu") == SPLIT_K - 1
 
 
 @triton.jit
-def sum_splits(partial_ptr, stride_split, SPLIT_K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """[ROWS, COLS] fp32, always added in split order, so that two runs give the same bits."""
-    partials = partial_ptr + tile_offsets(ROWS, COLS)
+def sum_splits(partial_ptr, stride_split, SPLIT_K: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr):
+    """[COLS, ROWS] fp32, always added in split order, so that two runs give the same bits."""
+    partials = partial_ptr + tile_offsets(COLS, ROWS)
     total = tl.load(partials)
-    for split in tl.static_range(1, SPLIT_K):
+    # Small tiles are all asked for at once; large ones would not fit the registers.
+    UNROLL: tl.constexpr = SPLIT_K if COLS * ROWS <= 1024 else 2
+    for split in tl.range(1, SPLIT_K, loop_unroll_factor=UNROLL):
         total += tl.load(partials + split * stride_split)
     return total

@@ -1,7 +1,7 @@
 """Prefill: many rows, so the time goes into reading x, which happens exactly once.
 
-A program owns BLOCK_M rows and all D + H columns, in two accumulators. Where the rows alone do not fill the
-GPU, K is divided over SPLIT_K programs, and the last one to arrive adds up the splits.
+A program owns BLOCK_M rows of x and both matrices, in two accumulators. Where the rows alone do not fill the GPU, K is
+divided over SPLIT_K programs, and the last one to arrive adds up the splits.
 """
 
 import triton
@@ -11,18 +11,20 @@ from .tile import SCALE_BLOCK, decode_e4m3, last_to_arrive, store_tile, sum_spli
 
 
 @triton.jit
-def _dot_add(acc, x, w_ptr, sf_ptr, cols, start_k, N: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
-             DOT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """acc + x @ w.T over BLOCK_K of K, which lies inside one scale block."""
+def _dot_add(
+    acc, x, w_ptr, sf_ptr, cols, start_k,
+    N: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + w @ x over BLOCK_K of K, which lies inside one scale block."""
     offs_k = start_k + tl.arange(0, BLOCK_K)
     w = tl.load(w_ptr + cols[:, None] * K + offs_k[None, :], mask=(cols < N)[:, None] & (offs_k < K)[None, :], other=0)
     if sf_ptr is None:
-        acc = tl.dot(x, tl.trans(w.to(DOT)), acc, input_precision=PRECISION)
+        acc = tl.dot(w.to(DOT), x, acc, input_precision=PRECISION)
     else:
         # Past K the weights are zeros, and the last scale does as well as none.
         block = cols // SCALE_BLOCK * tl.cdiv(K, SCALE_BLOCK) + tl.minimum(start_k, K - 1) // SCALE_BLOCK
         sf = tl.load(sf_ptr + block, mask=cols < N, other=0.0)
-        acc += tl.dot(x, tl.trans(decode_e4m3(w, DOT)), input_precision=PRECISION) * sf[None, :]
+        acc += tl.dot(decode_e4m3(w, DOT), x, input_precision=PRECISION) * sf[:, None]
     return acc
 
 
@@ -33,8 +35,8 @@ def tiled_kernel(
     wg_ptr, wg_sf_ptr,  # [H, K], likewise
     k_ptr,  # [M, D] out
     gate_ptr,  # [M, H] out
-    partial_ptr,  # [tiles, SPLIT_K, BLOCK_M * (BLOCK_D + BLOCK_H)] fp32, unused where SPLIT_K is 1
-    arrived_ptr,  # [tiles] int32, all zero between launches
+    partial_ptr,  # [tiles, SPLIT_K, (BLOCK_D + BLOCK_H) * BLOCK_M] fp32, None where SPLIT_K is 1
+    arrived_ptr,  # [tiles] int32, all zero between launches, None where SPLIT_K is 1
     M, stride_xm, stride_km, stride_gm,
     D: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, DOT: tl.constexpr, AMD: tl.constexpr,
@@ -47,32 +49,32 @@ def tiled_kernel(
     PRECISION: tl.constexpr = "ieee" if AMD else "tf32"
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     cols_k, cols_g = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_H)
-    acc_k = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    acc_g = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
+    acc_k = tl.zeros((BLOCK_D, BLOCK_M), tl.float32)
+    acc_g = tl.zeros((BLOCK_H, BLOCK_M), tl.float32)
     for step in range(STEPS):
         start_k = (split * STEPS + step) * BLOCK_K
         offs_k = start_k + tl.arange(0, BLOCK_K)
         x = tl.load(
-            x_ptr + rows[:, None].to(tl.int64) * stride_xm + offs_k[None, :],
-            mask=(rows < M)[:, None] & (offs_k < K)[None, :],
+            x_ptr + rows[None, :].to(tl.int64) * stride_xm + offs_k[:, None],
+            mask=(rows < M)[None, :] & (offs_k < K)[:, None],
             other=0.0,
         ).to(DOT)
         acc_k = _dot_add(acc_k, x, wk_ptr, wk_sf_ptr, cols_k, start_k, D, K, BLOCK_K, DOT, PRECISION)
         acc_g = _dot_add(acc_g, x, wg_ptr, wg_sf_ptr, cols_g, start_k, H, K, BLOCK_K, DOT, PRECISION)
 
     if SPLIT_K == 1:
-        store_tile(k_ptr, acc_k, rows, cols_k, M, D, stride_km)
-        store_tile(gate_ptr, acc_g, rows, cols_g, M, H, stride_gm)
+        store_tile(k_ptr, acc_k, cols_k, rows, M, D, stride_km)
+        store_tile(gate_ptr, acc_g, cols_g, rows, M, H, stride_gm)
     else:
-        SIZE_K: tl.constexpr = BLOCK_M * BLOCK_D
-        SIZE: tl.constexpr = SIZE_K + BLOCK_M * BLOCK_H
+        SIZE_K: tl.constexpr = BLOCK_D * BLOCK_M
+        SIZE: tl.constexpr = SIZE_K + BLOCK_H * BLOCK_M
         partial_k = partial_ptr + tile.to(tl.int64) * (SPLIT_K * SIZE)
         partial_g = partial_k + SIZE_K
-        tl.store(partial_k + split * SIZE + tile_offsets(BLOCK_M, BLOCK_D), acc_k)
-        tl.store(partial_g + split * SIZE + tile_offsets(BLOCK_M, BLOCK_H), acc_g)
+        tl.store(partial_k + split * SIZE + tile_offsets(BLOCK_D, BLOCK_M), acc_k)
+        tl.store(partial_g + split * SIZE + tile_offsets(BLOCK_H, BLOCK_M), acc_g)
         if last_to_arrive(arrived_ptr + tile, SPLIT_K, AMD):
-            total_k = sum_splits(partial_k, SIZE, SPLIT_K, BLOCK_M, BLOCK_D)
-            store_tile(k_ptr, total_k, rows, cols_k, M, D, stride_km)
-            total_g = sum_splits(partial_g, SIZE, SPLIT_K, BLOCK_M, BLOCK_H)
-            store_tile(gate_ptr, total_g, rows, cols_g, M, H, stride_gm)
+            total_k = sum_splits(partial_k, SIZE, SPLIT_K, BLOCK_D, BLOCK_M)
+            store_tile(k_ptr, total_k, cols_k, rows, M, D, stride_km)
+            total_g = sum_splits(partial_g, SIZE, SPLIT_K, BLOCK_H, BLOCK_M)
+            store_tile(gate_ptr, total_g, cols_g, rows, M, H, stride_gm)
             tl.store(arrived_ptr + tile, 0)

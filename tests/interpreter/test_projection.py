@@ -1,0 +1,220 @@
+"""The kernels, run by Triton's interpreter, against fp64."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from support import DEEPSEEK, GLM, PAIRS, fp8, weights
+
+from indexproj.kernels import Fp8Matrix, KernelConfig, ProjectionWeights, choose, project, reference, workspace
+from indexproj.kernels.project import launch
+from indexproj.kernels.target import TARGETS
+
+SM90 = TARGETS["sm_90"]
+
+
+def relative_error(outputs, exact):
+    """max |difference| / max |reference|; NaN counts as wrong."""
+    errors = []
+    for output, truth in zip(outputs, exact, strict=True):
+        assert output.shape == truth.shape
+        errors.append(((output.double() - truth).abs().max() / truth.abs().max()).item())
+    return float("nan") if any(error != error for error in errors) else max(errors)
+
+
+def run(x, w, config=None):
+    """fp32 outputs of one launch, with a chosen config."""
+    d, h, _ = w.shape
+    k, gate = torch.full((len(x), d), torch.nan), torch.full((len(x), h), torch.nan)
+    launch(x, *w.wk.operands, *w.gate.operands, k, gate, config)
+    return k, gate
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("m", [1, 17, 64, 100])
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.usefixtures("poison")
+def test_published_shape(pair, m, dtype):
+    w = weights(pair, DEEPSEEK if m < 64 else GLM)
+    x = torch.randn(m, w.shape[2], dtype=dtype)
+    assert relative_error(project(x, w, k_dtype=torch.float32), reference(x, w)) <= 2e-6
+
+
+@pytest.mark.parametrize("m", [2, 3, 5, 8, 9, 16, 31, 33, 63, 65, 127, 129, 255, 257, 511, 1000, 2047, 4096])
+@pytest.mark.parametrize("shape", [(128, 32, 200), (128, 16, 129), (40, 9, 61)], ids=str)
+@pytest.mark.usefixtures("poison")
+def test_every_m_and_ragged_k(shape, m):
+    w = weights("fp8-dense", shape)
+    x = torch.randn(m, shape[2], dtype=torch.bfloat16)
+    assert relative_error(project(x, w, k_dtype=torch.float32), reference(x, w)) <= 2e-6
+
+
+# Splits that divide K, that do not, and that leave the last programs nothing to do.
+@pytest.mark.parametrize("split_k", [1, 2, 3, 5, 16])
+@pytest.mark.parametrize(
+    "config",
+    [
+        KernelConfig("split_k", block_m=8, block_k=64, slices=2, split_k=0, num_stages=2),
+        KernelConfig("split_k", block_m=16, block_k=128, slices=1, split_k=0, num_stages=2, block_n=32),
+        KernelConfig("tiled", block_m=16, block_k=64, split_k=0, num_stages=3),
+        KernelConfig("tiled", block_m=64, block_k=128, split_k=0, num_stages=3),
+    ],
+    ids=lambda config: f"{config.regime}-{config.block_m}-{config.block_k}",
+)
+@pytest.mark.parametrize("pair", ["fp8-dense", "fp8-fp8"])
+@pytest.mark.usefixtures("poison")
+def test_splits(pair, config, split_k):
+    w = weights(pair, (128, 32, 1000))
+    x = torch.randn(19, 1000, dtype=torch.bfloat16)
+    outputs = run(x, w, dataclasses.replace(config, split_k=split_k))
+    assert relative_error(outputs, reference(x, w)) <= 2e-6
+
+
+def all_codes(n, k):
+    """Every e4m3fn code but the two NaNs, many times over, and a scale for every block that is no power of two."""
+    codes = torch.arange(n * k).view(n, k) * 37 % 256
+    codes = torch.where(codes & 0x7F == 0x7F, codes - 1, codes).to(torch.uint8).view(torch.float8_e4m3fn)
+    blocks = [-(-n // 128), -(-k // 128)]
+    return Fp8Matrix(codes, torch.rand(blocks) * torch.arange(1, 1 + blocks[0] * blocks[1]).view(blocks))
+
+
+@pytest.mark.parametrize("regime", ["split_k", "tiled"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_identity_returns_the_decoded_weights(regime, dtype):
+    w = ProjectionWeights(all_codes(128, 300), all_codes(160, 300))  # two block rows, the last one ragged
+    eye = torch.eye(300, dtype=dtype)
+    config = choose(64 if regime == "split_k" else 300, w.shape, SM90)
+    assert config.regime == regime
+    k, gate = run(eye, w, config)
+    assert torch.equal(k.T, w.wk.dequantize())
+    assert torch.equal(gate.T, w.gate.dequantize())
+
+
+def test_identity_at_full_k():
+    w = weights("fp8-dense", DEEPSEEK)
+    picked = torch.arange(0, 7168, 113)  # 64 of the 7168 unit vectors, some in every split and every scale block
+    eye = torch.zeros(len(picked), 7168, dtype=torch.bfloat16)
+    eye[torch.arange(len(picked)), picked] = 1
+    for config in (choose(64, w.shape, SM90), choose(128, w.shape, SM90)):
+        k, gate = run(eye, w, config)
+        assert torch.equal(k.T, w.wk.dequantize()[:, picked])
+        assert torch.equal(gate.T, w.gate.dequantize()[:, picked])
+
+
+@pytest.mark.parametrize("m", [7, 100])
+def test_two_runs_give_the_same_bits(m):
+    w = weights("fp8-dense", GLM)
+    x = torch.randn(m, GLM[2], dtype=torch.bfloat16)
+    first, second = (project(x, w, k_dtype=torch.float32) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(("k_dtype", "gate_dtype"), list(itertools.product([None, torch.float32], repeat=2)))
+@pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_output_dtypes_round_the_fp32_sums(x_dtype, k_dtype, gate_dtype):
+    w = weights("fp8-dense", (128, 16, 256))
+    x = torch.randn(9, 256, dtype=x_dtype)
+    exact = project(x, w, k_dtype=torch.float32)
+    outputs = project(x, w, k_dtype=k_dtype, gate_dtype=gate_dtype or x.dtype)
+    for output, fp32, dtype in zip(outputs, exact, (k_dtype, gate_dtype), strict=True):
+        assert output.dtype == (dtype or x.dtype)
+        assert torch.equal(output, fp32.to(output.dtype))
+
+
+@pytest.mark.parametrize("m", [5, 70])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_out_is_one_buffer_and_nothing_beside_it_is_touched(m, dtype):
+    d, h, k = shape = (128, 16, 256)
+    w = weights("fp8-dense", shape)
+    x = torch.randn(m, k, dtype=torch.bfloat16)
+    around = torch.full((m + 2, d + h + 6), torch.nan, dtype=dtype)
+    out = around[1:-1, 3:-3]
+    k_out, gate_out = project(x, w, out=out)
+    assert k_out.data_ptr() == out.data_ptr()
+    assert gate_out.data_ptr() == out[:, d:].data_ptr()
+    expected = project(x, w, k_dtype=dtype, gate_dtype=dtype)
+    assert torch.equal(out, torch.cat(expected, 1))
+    assert around.isnan().sum() == around.numel() - out.numel()
+
+
+@pytest.mark.parametrize("m", [5, 70])
+def test_row_strided_x_is_read_in_bounds(m):
+    w = weights("fp8-dense", (128, 16, 200))
+    around = torch.full((m + 8, 301), torch.nan, dtype=torch.bfloat16)
+    around[:m, :200] = torch.randn(m, 200)
+    x = around[:m, :200]
+    assert torch.equal(torch.cat(project(x, w), 1), torch.cat(project(x.contiguous(), w), 1))
+
+
+def test_leading_dimensions_are_kept():
+    w = weights("dense-dense", (128, 16, 128))
+    x = torch.randn(2, 3, 128, dtype=torch.bfloat16)
+    k, gate = project(x, w)
+    assert (k.shape, gate.shape) == ((2, 3, 128), (2, 3, 16))
+    assert torch.equal(k.view(6, 128), project(x.view(6, 128), w)[0])
+    vector = project(x[1, 2], w)
+    assert torch.equal(vector[0], k[1, 2])
+
+
+@pytest.mark.parametrize("rows", [(0,), (4, 0)])
+def test_no_rows(rows):
+    w = weights("fp8-dense", (128, 16, 128))
+    k, gate = project(torch.empty(*rows, 128, dtype=torch.bfloat16), w)
+    assert (k.shape, k.dtype) == ((*rows, 128), torch.bfloat16)
+    assert (gate.shape, gate.dtype) == ((*rows, 16), torch.float32)
+    out = torch.empty(*rows, 144, dtype=torch.bfloat16)
+    assert project(torch.empty(*rows, 128, dtype=torch.bfloat16), w, out=out)[1].shape == (*rows, 16)
+
+
+@pytest.mark.parametrize("m", [5, 70])
+def test_a_non_finite_row_stays_in_its_row(m):
+    w = weights("fp8-dense", (128, 16, 256))
+    x = torch.randn(m, 256, dtype=torch.bfloat16)
+    clean = project(x, w)
+    x[3, 7] = torch.nan
+    for output, before in zip(project(x, w), clean, strict=True):
+        assert output[3].isnan().all()
+        rest = torch.arange(m) != 3
+        assert torch.equal(output[rest], before[rest])
+
+
+def test_counters_are_zero_between_launches_and_dropped_after_a_failure(monkeypatch):
+    w = weights("fp8-dense", (128, 16, 1000))
+    x = torch.randn(5, 1000, dtype=torch.bfloat16)
+    expected = project(x, w)
+    (counters,) = workspace._counters.values()
+    assert not counters.any()
+    with pytest.raises(ZeroDivisionError), workspace.workspace(x.device, 1, 1) as (_, arrived):
+        arrived[0] = 3  # as a kernel leaves it that dies between its arrivals
+        raise ZeroDivisionError
+    assert torch.equal(project(x, w)[0], expected[0])
+
+
+def test_the_ops_are_sound_for_the_compiler():
+    w = weights("fp8-dense", (128, 16, 256))
+    x = torch.randn(4, 512, dtype=torch.bfloat16)[:, :256]
+    operands = (x, *w.wk.operands, *w.gate.operands)
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.indexproj.project, (*operands, torch.bfloat16, torch.float32), test_utils=tests)
+    out = torch.empty(4, 144, dtype=torch.bfloat16)
+    torch.library.opcheck(torch.ops.indexproj.project_out, (*operands, out), test_utils=tests)
+
+
+def test_compiles_without_graph_breaks():
+    w = weights("fp8-dense", (128, 16, 256))
+    compiled = torch.compile(lambda x: project(2 * x, w), backend="aot_eager", fullgraph=True, dynamic=True)
+    for m in (3, 70):
+        x = torch.randn(m, 256, dtype=torch.bfloat16)
+        for output, expected in zip(compiled(x), project(2 * x, w), strict=True):
+            assert torch.equal(output, expected)
+            assert output.stride() == expected.stride()
+
+
+def test_fp8_is_closer_to_fp64_than_weights_upcast_to_bf16():
+    w = ProjectionWeights(fp8(128, 7168), weights("dense-dense", DEEPSEEK).gate)
+    x = torch.randn(16, 7168, dtype=torch.bfloat16)
+    exact = reference(x, w)[0]
+    upcast = x.double() @ w.wk.dequantize(torch.bfloat16).double().T
+    ours = project(x, w, k_dtype=torch.float32)[0]
+    assert (ours - exact).abs().max() * 100 < (upcast - exact).abs().max()

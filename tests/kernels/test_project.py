@@ -1,0 +1,57 @@
+"""What `project` refuses, before any kernel runs."""
+
+import pytest
+import torch
+from support import weights
+
+from indexproj.kernels import project
+
+SHAPE = (128, 16, 256)
+
+
+def x_of(*shape, dtype=torch.bfloat16, device="cpu"):
+    return torch.zeros(*shape, dtype=dtype, device=device)
+
+
+def out_of(*shape, dtype=torch.bfloat16):
+    return {"out": torch.zeros(*shape, dtype=dtype)}
+
+
+@pytest.mark.parametrize(
+    ("x", "options", "error", "message"),
+    [
+        (x_of(4, 256, dtype=torch.float32), {}, TypeError, "bfloat16 or torch.float16, got torch.float32"),
+        (x_of(4, 255), {}, ValueError, r"\[..., K=256\] to fit the weights, got \[4, 255\]"),
+        (torch.tensor(1.0).bfloat16(), {}, ValueError, r"got \[\]"),
+        (x_of(4, 256, device="meta"), {}, ValueError, "x is on meta, the weights are on cpu"),
+        (x_of(256, 4).T, {}, ValueError, "call x.contiguous()"),
+        (x_of(4, 256).requires_grad_(), {}, RuntimeError, "not differentiable"),
+        (x_of(4, 256), {"k_dtype": torch.float16}, TypeError, "k_dtype must be x's torch.bfloat16 or torch.float32"),
+        (x_of(4, 256), {"gate_dtype": torch.float64}, TypeError, "gate_dtype must be"),
+        (x_of(4, 256), out_of(4, 128), ValueError, r"\[4, 144\], got \[4, 128\]"),
+        (x_of(4, 256), out_of(5, 144), ValueError, r"\[4, 144\], got \[5, 144\]"),
+        (x_of(4, 256), out_of(4, 144, dtype=torch.float16), TypeError, "out's dtype"),
+        (x_of(4, 256), {"out": torch.zeros(4, 144, device="meta").bfloat16()}, ValueError, "out is on meta"),
+        (x_of(4, 256), {"out": x_of(144, 4).T}, ValueError, "out must be contiguous"),
+        (x_of(4, 256), {"out": x_of(1, 144).expand(4, 144)}, ValueError, "rows that do not overlap"),
+        (x_of(2, 4, 256), {"out": x_of(2, 4, 150)[..., :144]}, ValueError, "out must be contiguous"),
+        (x_of(4, 256), {**out_of(4, 144), "gate_dtype": torch.bfloat16}, ValueError, "do not go with out="),
+        (x_of(4, 256), {}, RuntimeError, "TRITON_INTERPRET=1 before Python starts"),
+    ],
+)
+def test_bad_input_is_named(x, options, error, message):
+    with pytest.raises(error, match=message):
+        project(x, weights("fp8-dense", SHAPE), **options)
+
+
+def test_grad_is_no_matter_where_it_is_off():
+    x = x_of(0, 256).requires_grad_()
+    with torch.no_grad():
+        assert project(x, weights("fp8-dense", SHAPE))[0].shape == (0, 128)
+
+
+def test_fake_tensors_give_the_shapes_and_dtypes():
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        x = mode.from_tensor(x_of(2, 3, 256))
+        k, gate = project(x, weights("fp8-dense", SHAPE).map(mode.from_tensor))
+    assert (k.shape, k.dtype, gate.shape, gate.dtype) == ((2, 3, 128), x.dtype, (2, 3, 16), torch.float32)
