@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from ..loading import LayerPlan, Problem
+    from ..loading import LayerPlan
+    from .verify import Measurement
 
 app = typer.Typer(
     add_completion=False,
@@ -40,7 +41,7 @@ def fixture(
         bool, typer.Option("--power-of-two-scales", help='Round FP8 scales up to powers of two ("scale_fmt": "ue8m0").')
     ] = False,
 ) -> None:
-    """Write a made-up checkpoint that is laid out like a published one."""
+    """Write a made-up checkpoint, laid out like a published one."""
     from .fixture import write_fixture
 
     try:
@@ -53,7 +54,7 @@ def fixture(
 
 @app.command()
 def audit(checkpoint: CheckpointPath) -> None:
-    """Say from the headers alone what a checkpoint holds and whether it loads."""
+    """Say what a checkpoint holds and whether it loads."""
     from ..loading import Checkpoint, CheckpointError, Plan
 
     try:
@@ -61,11 +62,12 @@ def audit(checkpoint: CheckpointPath) -> None:
     except CheckpointError as error:
         _fail(str(error))
     plan = Plan.of(census)
-    table = Table("layer", "wk", "weights_proj", title=f"{checkpoint}", title_justify="left")
-    for column in ("bytes kept", "if upcast", "loads"):
+    table = Table("layer", "wk", "weights_proj")
+    for column in ("bytes kept", "if upcast", "D, H, K", "loads"):
         table.add_column(column, justify="right")
     for layer in plan.layers.values():
-        table.add_row(*_layer_cells(layer), "no" if layer.problems else "as stored")
+        shape, loads = ("-", "no") if layer.problems else (", ".join(map(str, layer.shape)), "as stored")
+        table.add_row(*_layer_cells(layer), shape, loads)
     if plan.layers:
         console.print(table)
     console.print(
@@ -84,7 +86,7 @@ def verify(
     layer: Annotated[list[int] | None, typer.Option(help="Layer to verify; may be repeated. Default: all.")] = None,
     m: Annotated[list[int] | None, typer.Option(help="Rows of x; may be repeated. Default: 1, 17 and 100.")] = None,
 ) -> None:
-    """Load a checkpoint, run the kernels, and compare them with the fp64 reference.
+    """Run the kernels on a checkpoint and compare with fp64.
 
     Without a GPU the same kernels run in Triton's interpreter.
     """
@@ -100,10 +102,17 @@ def verify(
     rows = m or [1, 17, 100]
     if min(rows) < 1:
         _fail(f"verify: --m must be at least 1, got {min(rows)}")
-    table = Table(
-        "layer", "wk", "weights_proj", title="Relative error against fp64 of the decoded weights", title_justify="left"
-    )
-    for column in ("bytes kept", "if upcast", "M", "kernel", "error, ours", "error, upcast to bf16", "verdict"):
+    table = Table("layer", "wk", "weights_proj", title="Relative error against fp64 of the decoded weights")
+    for column in (
+        "bytes kept",
+        "if upcast",
+        "M",
+        "kernel",
+        "error, ours",
+        "error, upcast",
+        "ours is closer",
+        "verdict",
+    ):
         table.add_column(column, justify="right")
     measured = []
     try:
@@ -113,20 +122,13 @@ def verify(
             for measurement in run(checkpoint, plans, rows, device):
                 measured.append(measurement)
                 status.update(f"Layer {measurement.plan.layer}, M = {measurement.m}")
-                table.add_row(
-                    *_layer_cells(measurement.plan),
-                    f"{measurement.m}",
-                    measurement.regime,
-                    f"{measurement.error:.1e}",
-                    _upcast_cell(measurement.error, measurement.upcast_error),
-                    "ok" if measurement.passed else "WRONG",
-                )
+                table.add_row(*_layer_cells(measurement.plan), *_measurement_cells(measurement))
     except CheckpointError as error:
         _fail(str(error))
     console.print(table)
     console.print(
-        "Ours: the kernels' fp32 outputs, weights kept as stored. Upcast: weights rounded to bf16, then exact arithmetic,"
-        " so that only the rounding of the weights is seen.",
+        "Ours: fp32 outputs of the kernels, weights kept as stored. Upcast: FP8 weights rounded to bf16 at load, then"
+        " multiplied exactly, so that nothing but that rounding is seen.",
         soft_wrap=True,
     )
     if not all(measurement.passed for measurement in measured):
@@ -136,9 +138,7 @@ def verify(
 
 def _layer_cells(plan: LayerPlan) -> tuple[str, ...]:
     name = f"{plan.layer} (MTP)" if plan.is_mtp else f"{plan.layer}"
-    encodings = (
-        f"{matrix.encoding.name} {list(matrix.shape)}" if matrix.encoding else "?" for matrix in (plan.wk, plan.gate)
-    )
+    encodings = (matrix.encoding.name if matrix.encoding else "?" for matrix in (plan.wk, plan.gate))
     kept, upcast = (
         "-" if plan.problems else _megabytes(size)
         for size in (plan.wk.kept_bytes + plan.gate.kept_bytes, plan.wk.upcast_bytes + plan.gate.upcast_bytes)
@@ -146,10 +146,11 @@ def _layer_cells(plan: LayerPlan) -> tuple[str, ...]:
     return (name, *encodings, kept, upcast)
 
 
-def _upcast_cell(ours: float, upcast: float) -> str:
-    if upcast <= ours:
-        return f"{upcast:.1e}"
-    return f"{upcast:.1e} ({upcast / ours:,.0f}x ours)"
+def _measurement_cells(measurement: Measurement) -> tuple[str, ...]:
+    ours, upcast = measurement.error, measurement.upcast_error
+    closer = f"{upcast / ours:,.0f} times" if upcast > ours > 0 else "-"
+    verdict = "ok" if measurement.passed else "WRONG"
+    return f"{measurement.m}", measurement.regime, f"{ours:.1e}", f"{upcast:.1e}", closer, verdict
 
 
 def _megabytes(size: float) -> str:

@@ -230,7 +230,9 @@ def _config(model: Model, owners: tuple[int, ...], layers: int, power_of_two_sca
         "q_lora_rank": model.q_lora_rank,
     }
     if len(model.indexer_layers) <= model.hidden_layers:
-        config["indexer_types"] = ["full" if layer in owners else "shared" for layer in range(min(layers, model.hidden_layers))]
+        config["indexer_types"] = [
+            "full" if layer in owners else "shared" for layer in range(min(layers, model.hidden_layers))
+        ]
     if model.is_fp8 and power_of_two_scales:
         config["quantization_config"] = {**config["quantization_config"], "scale_fmt": "ue8m0"}
     return config

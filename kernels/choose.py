@@ -57,9 +57,7 @@ class KernelConfig:
         return tiles * self.split_k * self.block_m * self.block_n, tiles
 
 
-def choose(
-    m: int, shape: tuple[int, int, int], target: Target, x_dtype: torch.dtype = torch.bfloat16
-) -> KernelConfig:
+def choose(m: int, shape: tuple[int, int, int], target: Target, x_dtype: torch.dtype = torch.bfloat16) -> KernelConfig:
     """The config for m >= 1 rows of x and matrices of shape (D, H, K).
 
     m counts only up to the next power of two, so that a serving engine compiles a dozen kernels, not thousands.

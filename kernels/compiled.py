@@ -18,6 +18,16 @@ from .choose import KernelConfig
 from .project import KERNELS, constants, options
 from .target import INTERPRETED, Target
 
+# Bytes of shared memory (LDS) that one program may take, by key of TARGETS.
+SHARED_MEMORY = {
+    "sm_80": 163 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "gfx942": 64 * 1024,
+    "gfx950": 160 * 1024,
+}
+
 _POINTER = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",

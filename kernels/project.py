@@ -53,7 +53,8 @@ def project(
         k_dtype = x.dtype if k_dtype is None else k_dtype
         _check_dtype("k_dtype", k_dtype, x.dtype)
         _check_dtype("gate_dtype", gate_dtype, x.dtype)
-        return torch.ops.indexproj.project(*operands, k_dtype, gate_dtype)
+        outputs: tuple[Tensor, Tensor] = torch.ops.indexproj.project(*operands, k_dtype, gate_dtype)
+        return outputs
     if k_dtype is not None or gate_dtype != torch.float32:
         raise ValueError("project: k_dtype and gate_dtype do not go with out=, whose dtype they would contradict")
     _check_out(out, x, d + h)
@@ -93,14 +94,17 @@ def _check_out(out: Tensor, x: Tensor, columns: int) -> None:
     separate_rows = out.ndim == 2 and out.stride(1) == 1 and (out.shape[0] < 2 or out.stride(0) >= columns)
     if not (separate_rows or out.is_contiguous()):
         raise ValueError(
-            f"project: out must be contiguous, or 2-D with contiguous rows that do not overlap, got strides {out.stride()}"
+            "project: out must be contiguous, or 2-D with contiguous rows that do not overlap, got strides "
+            f"{out.stride()}"
         )
     if out.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("project: out requires grad, and the projection is not differentiable")
 
 
 _MATRICES = "Tensor x, Tensor wk, Tensor? wk_scale, Tensor gate, Tensor? gate_scale"
-torch.library.define("indexproj::project", f"({_MATRICES}, ScalarType k_dtype, ScalarType gate_dtype) -> (Tensor, Tensor)")
+torch.library.define(
+    "indexproj::project", f"({_MATRICES}, ScalarType k_dtype, ScalarType gate_dtype) -> (Tensor, Tensor)"
+)
 torch.library.define("indexproj::project_out", f"({_MATRICES}, Tensor(a!) out) -> ()")
 
 
@@ -153,7 +157,7 @@ def launch(
     target = target_of(x.device)
     config = config or choose(m, shape, target, x.dtype)
     with (
-        torch.cuda.device_of(x),
+        torch.cuda.device_of(x),  # type: ignore[no-untyped-call]
         workspace(x.device, *config.workspace(m, *shape[:2])) as (partial, arrived),
     ):
         KERNELS[config.regime][config.grid(m, *shape[:2])](

@@ -29,9 +29,7 @@ def _dot_slices(
             other=0.0,
         ).to(DOT)
         offs_k = slice_k + tl.arange(0, BLOCK_K)[None, None, :]  # [SLICES, 1, BLOCK_K]
-        w = tl.load(
-            w_ptr + cols[None, :, None] * K + offs_k, mask=(cols < N)[None, :, None] & (offs_k < K), other=0
-        )
+        w = tl.load(w_ptr + cols[None, :, None] * K + offs_k, mask=(cols < N)[None, :, None] & (offs_k < K), other=0)
         if sf_ptr is None:
             acc = tl.dot(w.to(DOT), x, acc, input_precision=PRECISION)
         else:

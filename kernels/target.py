@@ -20,23 +20,21 @@ class Target:
     Attributes:
         arch: compute capability times ten (90 for sm_90) or gfx name ("gfx942").
         sm_count: streaming multiprocessors, or compute units.
-        shared_memory: bytes of shared memory (LDS) that one program may take.
     """
 
     backend: Literal["cuda", "hip"]
     arch: int | str
     sm_count: int
-    shared_memory: int
 
 
 # The GPUs that the compile gates cover, in their largest common variant.
 TARGETS = {
-    "sm_80": Target("cuda", 80, sm_count=108, shared_memory=163 * 1024),
-    "sm_90": Target("cuda", 90, sm_count=132, shared_memory=227 * 1024),
-    "sm_100": Target("cuda", 100, sm_count=148, shared_memory=227 * 1024),
-    "sm_120": Target("cuda", 120, sm_count=188, shared_memory=99 * 1024),
-    "gfx942": Target("hip", "gfx942", sm_count=304, shared_memory=64 * 1024),
-    "gfx950": Target("hip", "gfx950", sm_count=256, shared_memory=160 * 1024),
+    "sm_80": Target("cuda", 80, sm_count=108),
+    "sm_90": Target("cuda", 90, sm_count=132),
+    "sm_100": Target("cuda", 100, sm_count=148),
+    "sm_120": Target("cuda", 120, sm_count=188),
+    "gfx942": Target("hip", "gfx942", sm_count=304),
+    "gfx950": Target("hip", "gfx950", sm_count=256),
 }
 
 
@@ -58,13 +56,8 @@ def target_of(device: torch.device) -> Target:
         )
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
-        arch = properties.gcnArchName.split(":")[0]
-        known = TARGETS.get(arch)
-        shared_memory = known.shared_memory if known else 64 * 1024
-        return Target("hip", arch, properties.multi_processor_count, shared_memory)
-    arch = 10 * properties.major + properties.minor
-    if arch < 80:
-        raise RuntimeError(f"project: {properties.name} is sm_{arch}; the kernels need sm_80 or newer (bf16)")
-    return Target(
-        "cuda", arch, properties.multi_processor_count, properties.shared_memory_per_block_optin
-    )
+        return Target("hip", properties.gcnArchName.split(":")[0], properties.multi_processor_count)
+    capability = 10 * properties.major + properties.minor
+    if capability < 80:
+        raise RuntimeError(f"project: {properties.name} is sm_{capability}; the kernels need sm_80 or newer (bf16)")
+    return Target("cuda", capability, properties.multi_processor_count)

@@ -117,9 +117,7 @@ class Assembly:
         for layer in sorted(self._layers):
             stem = load.stems[layer]
             # Popped, so that dense matrices live on in the packed buffer alone.
-            weights[layer] = ProjectionWeights.pack(
-                load.bound.pop(f"{stem}wk"), load.bound.pop(f"{stem}weights_proj")
-            )
+            weights[layer] = ProjectionWeights.pack(load.bound.pop(f"{stem}wk"), load.bound.pop(f"{stem}weights_proj"))
         return weights
 
     def _open_load(self, call: str) -> _Load:

@@ -75,28 +75,36 @@ class Plan:
 
     Attributes:
         layers: layer index -> LayerPlan, ascending; layers without an indexer are not in it.
-        problems: every problem of the files and of the layers.
+        file_problems: what is wrong beyond any one layer.
     """
 
     layers: Mapping[int, LayerPlan]
-    problems: tuple[Problem, ...]
+    file_problems: tuple[Problem, ...]
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Plan:
         """Plans from headers; never raises, but collects problems."""
-        missing = {problem.subject for problem in checkpoint.problems}
+        faults: defaultdict[int | None, list[Problem]] = defaultdict(list)
         names: defaultdict[int, list[ProjectionTensor]] = defaultdict(list)
-        for name in (*checkpoint.headers, *missing):
-            tensor = parse(name)
-            if tensor:
+        for problem in checkpoint.problems:
+            tensor = parse(problem.subject)
+            faults[tensor.layer if tensor else None].append(problem)
+        for name in {*checkpoint.headers, *(problem.subject for problem in checkpoint.problems)}:
+            if tensor := parse(name):
                 names[tensor.layer].append(tensor)
-        layers = {layer: _plan_layer(layer, names[layer], checkpoint, missing) for layer in sorted(names)}
-        problems = [*checkpoint.problems, *(problem for plan in layers.values() for problem in plan.problems)]
+        layers = {layer: _plan_layer(layer, names[layer], checkpoint, faults[layer]) for layer in sorted(names)}
+        file_problems = faults[None]
         if not layers:
             expected = "tensors named ...layers.<L>.self_attn.indexer.wk.weight"
             found = f"none of {checkpoint.tensors} tensors"
-            problems.append(Problem(str(checkpoint.path), "", expected, found, "is this a model with an indexer?"))
-        return cls(layers, tuple(problems))
+            advice = "is this a model with an indexer?"
+            file_problems.append(Problem(str(checkpoint.path), "", expected, found, advice))
+        return cls(layers, tuple(file_problems))
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """Every problem of the files and of the layers."""
+        return (*self.file_problems, *(problem for plan in self.layers.values() for problem in plan.problems))
 
     def select(self, layers: Iterable[int] | None = None) -> dict[int, LayerPlan]:
         """The plans of some layers, or of all.
@@ -104,27 +112,26 @@ class Plan:
         Raises:
             CheckpointError: a problem in any of them, or a layer without an indexer.
         """
-        if layers is None:
-            chosen, problems = dict(self.layers), list(self.problems)
-        else:
-            wanted = sorted(set(layers))
-            chosen = {layer: self.layers[layer] for layer in wanted if layer in self.layers}
-            problems = [problem for problem in self.problems if parse(problem.subject) is None]
-            for layer in wanted:
+        wanted = sorted(self.layers if layers is None else set(layers))
+        problems = list(self.file_problems)
+        for layer in wanted:
+            if layer in self.layers:
+                problems += self.layers[layer].problems
+            else:
                 found = f"one in layers {_ranges(self.layers)}" if self.layers else "no indexer in any layer"
-                if layer not in self.layers:
-                    problems.append(Problem(f"layer {layer}", "", "an indexer", found))
-            problems += [p for p in self.problems if (tensor := parse(p.subject)) and tensor.layer in chosen]
+                problems.append(Problem(f"layer {layer}", "", "an indexer", found))
         if problems:
             raise CheckpointError(problems)
-        return chosen
+        return {layer: self.layers[layer] for layer in wanted}
 
 
 def _plan_layer(
-    layer: int, tensors: list[ProjectionTensor], checkpoint: Checkpoint, missing: set[str]
+    layer: int, tensors: list[ProjectionTensor], checkpoint: Checkpoint, file_faults: list[Problem]
 ) -> LayerPlan:
     headers: defaultdict[str, dict[str, Header]] = defaultdict(dict)
-    problems: list[Problem] = []
+    problems = list(file_faults)
+    reported = {problem.subject for problem in file_faults}
+    tensors = sorted(tensors, key=lambda tensor: (len(tensor.prefix), tensor.name))
     prefix = tensors[0].prefix
     for tensor in tensors:
         header = checkpoint.headers.get(tensor.name)
@@ -143,7 +150,7 @@ def _plan_layer(
         stem = f"{prefix}layers.{layer}.self_attn.indexer.{matrix}"
         encoding, faults = recognise(stem, headers[matrix])
         plans[matrix] = MatrixPlan(encoding, headers[matrix])
-        problems += [fault for fault in faults if fault.subject not in missing]
+        problems += [fault for fault in faults if fault.subject not in reported]
     wk, gate = plans["wk"], plans["weights_proj"]
     if wk.encoding and gate.encoding:
         problems += _check_shapes(f"{prefix}layers.{layer}.self_attn.indexer", wk, gate, checkpoint)
@@ -157,9 +164,7 @@ def _check_shapes(stem: str, wk: MatrixPlan, gate: MatrixPlan, checkpoint: Check
     problems = []
     if wk.shape[1] != gate.shape[1]:
         header = gate.headers["weight"]
-        problems.append(
-            Problem(f"{stem}.weights_proj.weight", header.file, f"wk's K = {wk.shape[1]}", str(header))
-        )
+        problems.append(Problem(f"{stem}.weights_proj.weight", header.file, f"wk's K = {wk.shape[1]}", str(header)))
     for matrix, axis, plan, key in (
         ("wk", 0, wk, "index_head_dim"),
         ("wk", 1, wk, "hidden_size"),

@@ -5,11 +5,11 @@ import itertools
 
 import pytest
 import torch
-from support import DEEPSEEK, GLM, PAIRS, fp8, weights
 
 from indexproj.kernels import Fp8Matrix, KernelConfig, ProjectionWeights, choose, project, reference, workspace
 from indexproj.kernels.project import launch
 from indexproj.kernels.target import TARGETS
+from support import DEEPSEEK, GLM, PAIRS, fp8, weights
 
 SM90 = TARGETS["sm_90"]
 

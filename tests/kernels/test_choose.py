@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from support import DEEPSEEK, GLM
 
 from indexproj.kernels import TARGETS, choose
 from indexproj.kernels.choose import cdiv, next_power_of_2
+from support import DEEPSEEK, GLM
 
 
 @pytest.mark.parametrize("shape", [DEEPSEEK, GLM], ids=str)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from support import dense, fp8, same, weights
 
 from indexproj.indexer.fixture import quantize_blocks, random_weight
 from indexproj.kernels import DenseMatrix, Fp8Matrix, ProjectionWeights, reference
+from support import dense, fp8, same, weights
 
 CODES = torch.zeros(130, 300, dtype=torch.float8_e4m3fn)
 
@@ -52,7 +52,11 @@ def test_quantizing_loses_no_more_than_half_a_step(shape, power_of_two):
         (lambda: Fp8Matrix(CODES, torch.zeros(2, 3, device="meta")), ValueError, "scale is on meta"),
         (lambda: ProjectionWeights(dense(8, 4), dense(8, 5)), ValueError, "differ in K"),
         (lambda: ProjectionWeights.pack(dense(8, 4), dense(8, 5)), ValueError, "differ in K"),
-        (lambda: ProjectionWeights(dense(8, 4), dense(8, 4).map(lambda t: t.to("meta"))), ValueError, "gate is on meta"),
+        (
+            lambda: ProjectionWeights(dense(8, 4), dense(8, 4).map(lambda t: t.to("meta"))),
+            ValueError,
+            "gate is on meta",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(make, error, message):

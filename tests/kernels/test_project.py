@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from support import weights
 
 from indexproj.kernels import project
+from support import weights
 
 SHAPE = (128, 16, 256)
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import INDEXER, bf16_layer, fp8_layer, same
 
 from indexproj.kernels import DenseMatrix, Fp8Matrix
 from indexproj.loading import Assembly, CheckpointError
+from support import INDEXER, bf16_layer, fp8_layer, same
 
 STEM = INDEXER.format(0)
 
@@ -124,7 +124,11 @@ def test_an_already_fused_matrix_is_refused_by_name():
 def test_matrices_that_differ_in_k():
     offers = {**bf16_layer(), f"{STEM}weights_proj.weight": torch.zeros(16, 128).bfloat16()}
     problem = fails(offers.items())
-    assert (problem.subject, problem.expected, problem.found) == (f"{STEM}weights_proj.weight", "wk's K = 256", "K = 128")
+    assert (problem.subject, problem.expected, problem.found) == (
+        f"{STEM}weights_proj.weight",
+        "wk's K = 256",
+        "K = 128",
+    )
 
 
 def test_a_failed_or_abandoned_load_leaves_nothing_behind():

@@ -8,13 +8,17 @@ import sys
 import pytest
 import torch
 from safetensors.torch import save_file
-from support import INDEXER, bf16_layer, fp8_layer, same, write_checkpoint
 
 from indexproj.kernels import DenseMatrix, Fp8Matrix
 from indexproj.loading import Checkpoint, CheckpointError, Plan, load
 from indexproj.loading.checkpoint import INDEX
+from support import INDEXER, bf16_layer, fp8_layer, same, write_checkpoint
 
 WK, SCALE, GATE = (INDEXER.format(0) + leaf for leaf in ("wk.weight", "wk.weight_scale_inv", "weights_proj.weight"))
+
+BIAS, OTHER_SCALE, FUSED = (
+    INDEXER.format(0) + leaf for leaf in ("wk.bias", "wk.weight_scale", "wk_weights_proj.weight")
+)
 
 
 def problems_of(path, layers=None):
@@ -82,7 +86,9 @@ def test_only_the_needed_bytes_are_read(tmp_path):
     stem = INDEXER.format(0)
     tensors = fp8_layer(k=7168, h=64)
     path = write_checkpoint(tmp_path, {**big, **tensors})
-    needed = sum(tensors[f"{stem}{leaf}"].nbytes for leaf in ("wk.weight", "wk.weight_scale_inv", "weights_proj.weight"))
+    needed = sum(
+        tensors[f"{stem}{leaf}"].nbytes for leaf in ("wk.weight", "wk.weight_scale_inv", "weights_proj.weight")
+    )
     script = f"""
 import re
 from indexproj.loading import Assembly, Checkpoint, Plan
@@ -134,7 +140,9 @@ def test_missing_shard_names_every_tensor_in_it(tmp_path):
     (path / "model-00001-of-00002.safetensors").unlink()
     problems = problems_of(path)
     assert {problem.subject for problem in problems} == {WK, SCALE}
-    assert {(problem.file, problem.found) for problem in problems} == {("model-00001-of-00002.safetensors", "no such file")}
+    assert {(problem.file, problem.found) for problem in problems} == {
+        ("model-00001-of-00002.safetensors", "no such file")
+    }
 
 
 def test_a_missing_shard_of_other_tensors_is_no_problem(tmp_path):
@@ -192,9 +200,9 @@ def test_a_tensor_in_two_shards(tmp_path):
         ({GATE: torch.zeros(16, 128, dtype=torch.bfloat16)}, GATE, "BF16 [16, 128]"),
         ({GATE: torch.zeros(16, 256, dtype=torch.int32)}, GATE, "I32 [16, 256]"),
         ({GATE: torch.zeros(16, 256, dtype=torch.complex64)}, GATE, "C64 [16, 256]"),
-        ({INDEXER.format(0) + "wk.bias": torch.zeros(128)}, INDEXER.format(0) + "wk.bias", "bias (F32 [128])"),
-        ({INDEXER.format(0) + "wk.weight_scale": torch.ones(1)}, INDEXER.format(0) + "wk.weight_scale", "weight_scale (F32 [1])"),
-        ({INDEXER.format(0) + "wk_weights_proj.weight": torch.ones(144, 256)}, INDEXER.format(0) + "wk_weights_proj.weight", "F32 [144, 256]"),
+        ({BIAS: torch.zeros(128)}, BIAS, "bias (F32 [128])"),
+        ({OTHER_SCALE: torch.ones(1)}, OTHER_SCALE, "weight_scale (F32 [1])"),
+        ({FUSED: torch.ones(144, 256)}, FUSED, "F32 [144, 256]"),
         ({SCALE: torch.tensor([[1.0, torch.nan]])}, SCALE, "NaN or infinity"),
         ({SCALE: torch.tensor([[1.0, torch.inf]])}, SCALE, "NaN or infinity"),
         ({WK: torch.full((128, 256), torch.nan).to(torch.float8_e4m3fn)}, WK, "NaN or infinity"),

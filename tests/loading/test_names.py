@@ -15,7 +15,9 @@ def test_parts(prefix, matrix, role):
     assert is_indexer(name)
 
 
-@pytest.mark.parametrize("leaf", ["wq_b.weight", "k_norm.bias", "k_norm.weight", "wk", "wkv.weight", "index_kpool_compress_gate"])
+@pytest.mark.parametrize(
+    "leaf", ["wq_b.weight", "k_norm.bias", "k_norm.weight", "wk", "wkv.weight", "index_kpool_compress_gate"]
+)
 def test_neighbours_in_the_indexer(leaf):
     name = f"model.layers.0.self_attn.indexer.{leaf}"
     assert parse(name) is None

@@ -1,0 +1,67 @@
+# Everything runs in .venv, which is made on first use. PYTHON chooses the interpreter it is made from.
+PYTHON ?= python3
+BIN := .venv/bin
+FIXTURE := build/demo/deepseek-v3.2
+
+.PHONY: demo test test-host test-interpreter test-compile lint types benchmark clean
+
+demo: .venv/.installed
+	@echo "== 1/3 Writing two layers of a checkpoint laid out like DeepSeek-V3.2 (K=7168, H=64) to $(FIXTURE)"
+	@rm -rf $(FIXTURE)
+	@$(BIN)/indexproj fixture deepseek-v3.2 $(FIXTURE) --layers 2
+	@echo "== 2/3 Auditing it: headers only"
+	@$(BIN)/indexproj audit $(FIXTURE)
+	@echo "== 3/3 Verifying it: the kernels against fp64"
+	@$(BIN)/indexproj verify $(FIXTURE)
+
+test: test-host test-interpreter
+	@echo "== All tests passed"
+
+test-host: .venv/.installed-dev
+	@echo "== Host logic, command line and packaging"
+	@$(BIN)/python -m pytest -q -n 2 tests --ignore tests/interpreter --ignore tests/compile_only
+
+test-interpreter: .venv/.installed-dev
+	@echo "== Kernels in Triton's interpreter, against fp64"
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/interpreter
+
+test-compile: .venv/.installed-dev
+	@echo "== Kernels compiled for sm_80, sm_90, sm_100, sm_120, gfx942 and gfx950"
+	@$(BIN)/python -m pytest -q -n 2 tests/compile_only
+
+lint: .venv/.installed-dev
+	@echo "== ruff"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+# mypy does not follow editable installs; it sees the package through links that spell its import path.
+types: .venv/.installed-dev
+	@echo "== mypy"
+	@mkdir -p build/types/indexproj
+	@for floor in kernels loading indexer; do ln -sfn ../../../$$floor build/types/indexproj/$$floor; done
+	@MYPYPATH=build/types $(BIN)/mypy -p indexproj
+	@MYPYPATH=build/types $(BIN)/mypy tests/typing_check.py
+
+benchmark: .venv/.installed-dev
+	@$(BIN)/python -m pip install -q -e '.[bench]'
+	@$(BIN)/python -m pytest -q benchmarks
+
+clean:
+	rm -rf .venv build dist *.egg-info
+
+.venv/.created:
+	@echo "== Making .venv with $(PYTHON) and installing torch 2.13.0"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -q --upgrade pip
+	@$(BIN)/python -m pip install -q torch==2.13.0
+	@touch $@
+
+.venv/.installed: .venv/.created pyproject.toml
+	@echo "== Installing indexproj"
+	@$(BIN)/python -m pip install -q -e .
+	@touch $@
+
+.venv/.installed-dev: .venv/.created pyproject.toml
+	@echo "== Installing indexproj and the tools of its tests"
+	@$(BIN)/python -m pip install -q -e '.[dev]'
+	@touch $@ .venv/.installed

@@ -1,0 +1,68 @@
+"""Every kernel, compiled for GPUs that are not here: it compiles, nothing spills, shared memory fits."""
+
+import functools
+
+import pytest
+import torch
+
+from indexproj.kernels import TARGETS, choose
+from indexproj.kernels.compiled import SHARED_MEMORY, compile_for
+from indexproj.kernels.target import INTERPRETED
+from support import DEEPSEEK, GLM
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="nothing is compiled under TRITON_INTERPRET=1")
+
+FP8 = torch.float8_e4m3fn
+PAIRS = {
+    "deepseek-dense-dense": (DEEPSEEK, {}),
+    "deepseek-fp8-dense": (DEEPSEEK, {"wk": FP8}),
+    "deepseek-fp8-fp8": (DEEPSEEK, {"wk": FP8, "gate": FP8}),
+    "deepseek-fp8-dense-fp16": (DEEPSEEK, {"wk": FP8, "x": torch.float16, "k_out": torch.float16}),
+    "glm-dense-dense": (GLM, {}),
+    "glm-fp8-dense": (GLM, {"wk": FP8}),
+}
+compiled = functools.cache(
+    lambda name, config, shape, *dtypes: compile_for(TARGETS[name], config, shape, **dict(dtypes))
+)
+
+
+def binaries(name, pair):
+    """Every config that some M asks for, with its binary."""
+    shape, dtypes = PAIRS[pair]
+    x_dtype = dtypes.get("x", torch.bfloat16)
+    configs = {choose(2**power, shape, TARGETS[name], x_dtype): None for power in range(17)}
+    for config in configs:
+        yield config, compiled(name, config, shape, *dtypes.items())
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("name", TARGETS)
+def test_resources(name, pair):
+    target = TARGETS[name]
+    for config, binary in binaries(name, pair):
+        assert binary.spills == 0, config
+        assert binary.scratch == 0, config
+        assert 0 < binary.shared_memory <= SHARED_MEMORY[name], config
+        mma = r"\b[HQ]MMA|\bHGMMA|\bUTC\w*MMA" if target.backend == "cuda" else r"v_mfma"
+        assert binary.count(mma) > 0, config
+
+
+@pytest.mark.parametrize("name", [name for name in TARGETS if TARGETS[name].backend == "hip"])
+def test_amd_waits_for_its_stores_before_it_counts_itself_in(name):
+    for config, binary in binaries(name, "deepseek-fp8-dense"):
+        if config.workspace(1, 128, 64) == (0, 0):
+            continue
+        before_counter, atomic, _ = binary.assembly.partition("_atomic_add")
+        assert atomic, config
+        after_stores = before_counter.rpartition("_store_dword")[2]
+        waited, barrier, _ = after_stores.partition("s_barrier")
+        assert barrier, config
+        assert "s_waitcnt vmcnt(0)" in waited, config
+
+
+@pytest.mark.parametrize("name", [name for name in TARGETS if TARGETS[name].backend == "cuda"])
+def test_one_counter_per_split_k_program_and_no_float_atomics(name):
+    for config, binary in binaries(name, "deepseek-fp8-dense"):
+        expected = 0 if config.workspace(1, 128, 64) == (0, 0) else 1
+        assert binary.count(r"\bATOMG") == expected, config
+        assert binary.count(r"\b(?:RED|ATOM)\b") == 0, config

@@ -1,0 +1,125 @@
+"""The command line: tables, exit codes, and errors on stderr."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from support import fp8_layer, write_checkpoint
+
+
+def indexproj(*arguments, **environment):
+    command = [Path(sys.executable).with_name("indexproj"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=600)
+
+
+@pytest.fixture
+def fixture_of(tmp_path):
+    path = tmp_path / "checkpoint"
+    yield lambda kind, *options: indexproj("fixture", kind, path, *options).check_returncode() or path
+    shutil.rmtree(path, ignore_errors=True)  # pytest would keep gigabytes
+
+
+def rows(output):
+    return [[cell.strip() for cell in line.strip("│\n ").split("│")] for line in output.splitlines() if line[:1] == "│"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers", "wk", "shape", "kept", "upcast"),
+    [
+        ("deepseek-v3.2", range(62), "FP8 128x128", "128, 64, 7168", "1.84 MB", "2.75 MB"),
+        ("glm-5-bf16", range(79), "BF16", "128, 32, 6144", "1.97 MB", "1.97 MB"),
+        ("glm-5.2-fp8", [0, 1, *range(2, 75, 4), 78], "FP8 128x128", "128, 32, 6144", "1.18 MB", "1.97 MB"),
+    ],
+)
+def test_audit_of_every_published_layout(fixture_of, kind, layers, wk, shape, kept, upcast):
+    result = indexproj("audit", fixture_of(kind))
+    assert result.returncode == 0, result.stderr
+    expected = [[str(layer), wk, "BF16", kept, upcast, shape, "as stored"] for layer in layers]
+    expected[-1][0] += " (MTP)"
+    assert rows(result.stdout) == expected
+    assert f"{len(expected)} layers with an indexer" in result.stdout
+
+
+def test_verify_shows_how_much_closer_native_fp8_is(fixture_of):
+    result = indexproj("verify", fixture_of("deepseek-v3.2", "--layers", "2"), "--layer", 1, "--m", 3, "--m", 65)
+    assert result.returncode == 0, result.stderr
+    table = rows(result.stdout)
+    assert [row[5:7] for row in table] == [["3", "split_k"], ["65", "tiled"]]
+    for layer, wk, gate, kept, upcast, _, _, ours, theirs, closer, verdict in table:
+        assert (layer, wk, gate, kept, upcast, verdict) == ("1", "FP8 128x128", "BF16", "1.84 MB", "2.75 MB", "ok")
+        assert float(ours) <= 2e-6 < 1e-4 < float(theirs)
+        assert int(re.sub(r"\D", "", closer)) > 100
+    if not torch.cuda.is_available():
+        assert "interpreter" in result.stdout
+
+
+def test_verify_without_a_scale_names_it(fixture_of):
+    path = fixture_of("glm-5.2-fp8", "--layers", "2")
+    name = "model.layers.1.self_attn.indexer.wk.weight_scale_inv"
+    for file in path.glob("*.safetensors"):
+        tensors = load_file(file)
+        if tensors.pop(name, None) is not None:
+            save_file(tensors, file)
+            damaged = file.name
+    for command in ("verify", "audit"):
+        result = indexproj(command, path)
+        assert result.returncode == 2
+        assert (
+            f"{name} in {damaged}: expected the tensor that the index puts there, found no such tensor" in result.stderr
+        )
+        assert "Traceback" not in result.stderr
+    assert [row[-1] for row in rows(result.stdout)] == ["as stored", "no"]
+    assert indexproj("verify", path, "--layer", "0", "--m", "1").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["audit", "nowhere"], "nowhere: expected model.safetensors.index.json or model.safetensors"),
+        (["verify", "nowhere"], "nowhere: expected model.safetensors.index.json or model.safetensors"),
+        (["verify", "{tiny}", "--layer", "9"], "layer 9: expected an indexer, found one in layers 0"),
+        (["verify", "{tiny}", "--m", "0"], "--m must be at least 1, got 0"),
+        (["fixture", "glm-9", "new"], "expected one of deepseek-v3.2, glm-5-bf16, glm-5.2-fp8, got 'glm-9'"),
+        (["fixture", "glm-5.2-fp8", "{tiny}"], "is not an empty directory"),
+        (["bench"], "No such command"),
+    ],
+)
+def test_bad_input_ends_with_2_and_one_message(tmp_path, arguments, message):
+    tiny = write_checkpoint(tmp_path / "tiny", fp8_layer())
+    result = indexproj(*(argument.format(tiny=tiny) for argument in arguments))
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_wrong_kernel_ends_with_1(tmp_path):
+    """The verdict is made from the numbers: with a bound of zero everything is wrong."""
+    script = """
+import os, sys
+os.environ["TRITON_INTERPRET"] = "1"
+import indexproj.indexer.verify as verify
+verify.MAX_ERROR = 0.0
+sys.argv = ["indexproj", "verify", sys.argv[1], "--m", "1"]
+from indexproj.indexer.cli import main
+main()
+"""
+    tiny = write_checkpoint(tmp_path / "tiny", fp8_layer())
+    result = subprocess.run([sys.executable, "-c", script, tiny], capture_output=True, text=True)
+    assert result.returncode == 1, result.stderr
+    assert rows(result.stdout)[0][-1] == "WRONG"
+
+
+def test_help_needs_neither_torch_nor_triton():
+    script = "import sys; sys.argv = ['indexproj', '--help']\nfrom indexproj.indexer.cli import main\n"
+    script += "try: main()\nexcept SystemExit: pass\nassert not {'torch', 'triton'} & set(sys.modules)"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for command in ("fixture", "audit", "verify"):
+        assert command in result.stdout

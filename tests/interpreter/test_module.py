@@ -1,0 +1,20 @@
+"""A checkpoint end to end: file, module, kernels, reference."""
+
+import pytest
+import torch
+
+from indexproj.indexer import IndexerProjection
+from indexproj.indexer.fixture import write_fixture
+from indexproj.kernels import reference
+from indexproj.loading import load
+
+
+@pytest.mark.parametrize("kind", ["deepseek-v3.2", "glm-5-bf16", "glm-5.2-fp8"])
+def test_forward_from_a_checkpoint(tmp_path, kind):
+    write_fixture(kind, tmp_path, layers=1)
+    module = IndexerProjection.from_checkpoint(tmp_path, layer=0, k_dtype=torch.float32)
+    x = torch.randn(2, 3, module.weights.shape[2], dtype=torch.bfloat16)
+    k, gate = module(x)
+    for output, truth in zip((k, gate), reference(x, load(tmp_path)[0]), strict=True):
+        assert output.dtype == torch.float32
+        assert (output - truth).abs().max() <= 2e-6 * truth.abs().max()
