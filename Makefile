@@ -43,7 +43,7 @@ types: .venv/.installed-dev
 	@MYPYPATH=build/types $(BIN)/mypy tests/typing_check.py
 
 benchmark: .venv/.installed-dev
-	@$(BIN)/python -m pip install -q -e '.[bench]'
+	@$(BIN)/python -m pip install -qq -e '.[bench]'
 	@$(BIN)/python -m pytest -q benchmarks
 
 clean:
@@ -52,16 +52,16 @@ clean:
 .venv/.created:
 	@echo "== Making .venv with $(PYTHON) and installing torch 2.13.0"
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install -q --upgrade pip
-	@$(BIN)/python -m pip install -q torch==2.13.0
+	@$(BIN)/python -m pip install -qq --upgrade pip
+	@$(BIN)/python -m pip install -qq torch==2.13.0
 	@touch $@
 
 .venv/.installed: .venv/.created pyproject.toml
 	@echo "== Installing indexproj"
-	@$(BIN)/python -m pip install -q -e .
+	@$(BIN)/python -m pip install -qq -e .
 	@touch $@
 
 .venv/.installed-dev: .venv/.created pyproject.toml
 	@echo "== Installing indexproj and the tools of its tests"
-	@$(BIN)/python -m pip install -q -e '.[dev]'
+	@$(BIN)/python -m pip install -qq -e '.[dev]'
 	@touch $@ .venv/.installed
