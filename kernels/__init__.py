@@ -1,9 +1,9 @@
 """Ground floor: kernel-ready weight layouts, the Triton kernels, their dispatch, and the fp64 reference."""
 
-from .choose import KernelConfig, choose
+from .dispatch import KernelConfig, choose
 from .matrix import DenseMatrix, Fp8Matrix, Matrix, ProjectionWeights
-from .project import project
-from .reference import reference
+from .operation import project
+from .ref import reference
 from .target import TARGETS, Target
 
 __all__ = [

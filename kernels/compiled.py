@@ -14,8 +14,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from .choose import KernelConfig
-from .project import KERNELS, constants, options
+from .dispatch import KernelConfig
+from .operation import KERNELS, constants, options
 from .target import INTERPRETED, Target
 
 # Bytes of shared memory (LDS) that one program may take, by key of TARGETS.

@@ -2,7 +2,7 @@
 
 from .assembly import Assembly
 from .checkpoint import Checkpoint
-from .load import load
+from .loader import load
 from .plan import LayerPlan, Plan
 from .problems import CheckpointError, Problem
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from indexproj.kernels import Fp8Matrix, KernelConfig, ProjectionWeights, choose, project, reference, workspace
-from indexproj.kernels.project import launch
+from indexproj.kernels.operation import launch
 from indexproj.kernels.target import TARGETS
 from support import DEEPSEEK, GLM, PAIRS, fp8, weights
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from indexproj.kernels import TARGETS, choose
-from indexproj.kernels.choose import cdiv, next_power_of_2
+from indexproj.kernels.dispatch import cdiv, next_power_of_2
 from support import DEEPSEEK, GLM
 
 
@@ -27,7 +27,15 @@ def test_few_kernels_serve_all_batch_sizes(name):
 
 
 def test_one_wave_fills_an_h100():
-    for m, programs in ((1, 12 * 14), (16, 12 * 14), (100, 7 * 16), (256, 16 * 8), (512, 8 * 16), (4096, 64 * 2)):
+    for m, programs in (
+        (1, 12 * 14),
+        (16, 12 * 14),
+        (64, 2 * 12 * 14),
+        (100, 7 * 16),
+        (256, 16 * 8),
+        (512, 8 * 16),
+        (4096, 64 * 2),
+    ):
         grid = choose(m, DEEPSEEK, TARGETS["sm_90"]).grid(m, 128, 64)
         assert torch.Size(grid).numel() == programs
 

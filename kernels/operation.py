@@ -8,7 +8,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .choose import KernelConfig, choose
+from .dispatch import KernelConfig, choose
 from .matrix import ProjectionWeights
 from .split_k import split_k_kernel
 from .target import INTERPRETED, Target, target_of

@@ -68,11 +68,10 @@ def choose(m: int, shape: tuple[int, int, int], target: Target, x_dtype: torch.d
     m = next_power_of_2(m)
     if m <= 64:
         # One step over 512 of K: enough programs to fill a GPU, each reading its weights in one go. NVIDIA's tensor
-        # cores take 8 rows of x, AMD's 16.
-        smallest = 8 if target.backend == "cuda" else 16
-        return KernelConfig(
-            "split_k", block_m=max(m, smallest), block_k=64, slices=8, split_k=min(16, cdiv(k, 512)), num_stages=2
-        )
+        # cores take 8 rows of x, AMD's 16; more than 32 would not fit beside the weights.
+        block_m = min(max(m, 8 if target.backend == "cuda" else 16), 32)
+        split_k = min(16, cdiv(k, 512))
+        return KernelConfig("split_k", block_m=block_m, block_k=64, slices=8, split_k=split_k, num_stages=2)
     block_m = 16 if m <= 256 else 64
     block_k = 64 if x_dtype == torch.bfloat16 else 32  # fp16 is multiplied in fp32, which takes twice the room
     fill = next_power_of_2(target.sm_count // (m // block_m) + 1) // 2  # largest power of two that fits, or 0
