@@ -138,18 +138,24 @@ class Checkpoint:
         return {key: value for key, value in config.items() if type(value) is int}
 
     def stream(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yields (name, tensor) in the order of shards and of bytes within them; nothing else is read.
+        """Yields (name, tensor), shard by shard; nothing else is read.
 
-        A tensor is a view of the mapped file: valid until the next one is asked for, to be copied by who keeps it.
+        A tensor is a view of the mapped file, to be copied by who keeps it.
+
+        Raises:
+            CheckpointError: a file has changed since its header was read.
         """
-        by_file: defaultdict[str, set[str]] = defaultdict(set)
+        by_file: defaultdict[str, list[str]] = defaultdict(list)
         for name in names:
-            by_file[self.headers[name].file].add(name)
+            by_file[self.headers[name].file].append(name)
         for file in sorted(by_file):
-            with safe_open(self.path / file, framework="pt") as shard:
-                for name in shard.offset_keys():
-                    if name in by_file[file]:
+            try:
+                with safe_open(self.path / file, framework="pt") as shard:
+                    for name in by_file[file]:
                         yield name, shard.get_tensor(name)
+            except (SafetensorError, OSError) as error:
+                problem = Problem(file, "", "the file whose header was read", str(error), "has it been replaced?")
+                raise CheckpointError([problem]) from error
 
 
 def _promised(path: Path) -> dict[str, list[str]]:

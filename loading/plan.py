@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .checkpoint import Checkpoint, Header
 from .encodings import Encoding, recognise
@@ -19,10 +19,12 @@ class MatrixPlan:
     """One matrix [N, K] on disk.
 
     Attributes:
+        stem: name of its tensors up to the role.
         encoding: None where the tensors make none; the plan's problems say why.
         headers: role -> header of every tensor of it.
     """
 
+    stem: str
     encoding: Encoding | None
     headers: Mapping[str, Header]
 
@@ -94,6 +96,7 @@ class Plan:
                 names[tensor.layer].append(tensor)
         layers = {layer: _plan_layer(layer, names[layer], checkpoint, faults[layer]) for layer in sorted(names)}
         file_problems = faults[None]
+        _check_alike(layers)
         if not layers:
             expected = "tensors named ...layers.<L>.self_attn.indexer.wk.weight"
             found = f"none of {checkpoint.tensors} tensors"
@@ -149,32 +152,42 @@ def _plan_layer(
     for matrix in MATRICES:
         stem = f"{prefix}layers.{layer}.self_attn.indexer.{matrix}"
         encoding, faults = recognise(stem, headers[matrix])
-        plans[matrix] = MatrixPlan(encoding, headers[matrix])
+        plans[matrix] = MatrixPlan(stem, encoding, headers[matrix])
         problems += [fault for fault in faults if fault.subject not in reported]
     wk, gate = plans["wk"], plans["weights_proj"]
     if wk.encoding and gate.encoding:
-        problems += _check_shapes(f"{prefix}layers.{layer}.self_attn.indexer", wk, gate, checkpoint)
+        problems += _check_shapes(wk, gate, checkpoint)
     num_hidden_layers = checkpoint.config.get("num_hidden_layers")
     is_mtp = num_hidden_layers is not None and layer >= num_hidden_layers
     present = tuple(tensor.name for tensor in tensors if tensor.name in checkpoint.headers)
     return LayerPlan(layer, is_mtp, present, wk, gate, tuple(problems))
 
 
-def _check_shapes(stem: str, wk: MatrixPlan, gate: MatrixPlan, checkpoint: Checkpoint) -> list[Problem]:
+def _check_alike(layers: dict[int, LayerPlan]) -> None:
+    """Gives a problem to every layer whose shape is not that of most layers: one model has one shape."""
+    shapes = Counter(plan.shape for plan in layers.values() if not plan.problems)
+    if len(shapes) < 2:
+        return
+    usual = shapes.most_common(1)[0][0]
+    for layer, plan in layers.items():
+        if not plan.problems and plan.shape != usual:
+            header = plan.wk.headers["weight"]
+            expected = f"(D, H, K) = {usual}, as in most layers"
+            problem = Problem(f"{plan.wk.stem}.weight", header.file, expected, f"{plan.shape}")
+            layers[layer] = replace(plan, problems=(problem,))
+
+
+def _check_shapes(wk: MatrixPlan, gate: MatrixPlan, checkpoint: Checkpoint) -> list[Problem]:
     problems = []
     if wk.shape[1] != gate.shape[1]:
         header = gate.headers["weight"]
-        problems.append(Problem(f"{stem}.weights_proj.weight", header.file, f"wk's K = {wk.shape[1]}", str(header)))
-    for matrix, axis, plan, key in (
-        ("wk", 0, wk, "index_head_dim"),
-        ("wk", 1, wk, "hidden_size"),
-        ("weights_proj", 0, gate, "index_n_heads"),
-    ):
+        problems.append(Problem(f"{gate.stem}.weight", header.file, f"wk's K = {wk.shape[1]}", str(header)))
+    for plan, axis, key in ((wk, 0, "index_head_dim"), (wk, 1, "hidden_size"), (gate, 0, "index_n_heads")):
         value = checkpoint.config.get(key, plan.shape[axis])
         if value != plan.shape[axis]:
             header = plan.headers["weight"]
             expected = f"{value} in dimension {axis} (config.json: {key})"
-            problems.append(Problem(f"{stem}.{matrix}.weight", header.file, expected, str(header)))
+            problems.append(Problem(f"{plan.stem}.weight", header.file, expected, str(header)))
     return problems
 
 

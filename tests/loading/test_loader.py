@@ -238,6 +238,21 @@ def test_a_config_that_contradicts_the_tensors(tmp_path, key, value, tensor):
     assert f"config.json: {key}" in problem.expected
 
 
+def test_a_layer_that_differs_from_the_others(tmp_path):
+    path = write_checkpoint(tmp_path, fp8_layer(0), fp8_layer(1), fp8_layer(2, k=384))
+    problem = only(problems_of(path))
+    assert (problem.subject, problem.found) == (INDEXER.format(2) + "wk.weight", "(128, 16, 384)")
+    assert list(load(path, [0, 1])) == [0, 1]
+
+
+def test_a_file_that_changes_between_header_and_data(tmp_path):
+    path = write_checkpoint(tmp_path, fp8_layer())
+    checkpoint = Checkpoint(path)
+    save_file({"other": torch.ones(1)}, path / "model-00001-of-00001.safetensors")
+    with pytest.raises(CheckpointError, match="the file whose header was read"):
+        list(checkpoint.stream([WK]))
+
+
 def test_a_config_may_hold_anything_else(tmp_path):
     config = {"num_hidden_layers": "many", "index_head_dim": None, "hidden_size": True, "text_config": 3}
     assert list(load(write_checkpoint(tmp_path, fp8_layer(), config=config))) == [0]
