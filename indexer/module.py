@@ -21,7 +21,7 @@ class IndexerProjection(nn.Module):
     Attributes:
         weights: the two matrices.
         k_dtype: dtype of k; None for the dtype of x.
-        gate_dtype: dtype of gate.
+        gate_dtype: dtype of gate; None for fp32.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class IndexerProjection(nn.Module):
         weights: ProjectionWeights,
         *,
         k_dtype: torch.dtype | None = None,
-        gate_dtype: torch.dtype = torch.float32,
+        gate_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.weights = weights
@@ -44,7 +44,7 @@ class IndexerProjection(nn.Module):
         layer: int,
         device: str | torch.device = "cpu",
         k_dtype: torch.dtype | None = None,
-        gate_dtype: torch.dtype = torch.float32,
+        gate_dtype: torch.dtype | None = None,
     ) -> IndexerProjection:
         """Loads one layer, reading only its own bytes.
 

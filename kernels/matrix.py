@@ -63,8 +63,9 @@ class Fp8Matrix:
     kept as they are in the checkpoint.
 
     Attributes:
-        codes: [N, K] float8_e4m3fn, contiguous (K-major), without NaN codes.
-        scale: [ceil(N/128), ceil(K/128)] fp32, contiguous, finite.
+        codes: [N, K] float8_e4m3fn, contiguous (K-major). NaN codes are the caller's to exclude, as loading does:
+            looking for them here would wait for the GPU, and the kernels decode them to 480.
+        scale: [ceil(N/128), ceil(K/128)] fp32, contiguous.
 
     Raises:
         TypeError: another dtype.

@@ -24,7 +24,7 @@ def project(
     weights: ProjectionWeights,
     *,
     k_dtype: torch.dtype | None = None,
-    gate_dtype: torch.dtype = torch.float32,
+    gate_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """k = x @ wk.T and gate = x @ weights_proj.T, accumulated in fp32 from exactly decoded weights.
@@ -35,27 +35,31 @@ def project(
         k_dtype: dtype of k, x.dtype (default) or torch.float32.
         gate_dtype: dtype of gate, torch.float32 (default) or x.dtype.
         out: [..., D + H], x.dtype or fp32, to write into; contiguous, or 2-D with any row stride, and apart from x in
-            memory. k and gate are then its two column slices, and k_dtype and gate_dtype must not be given.
+            memory. k and gate are then its two column slices, both in its dtype; k_dtype and gate_dtype must not be
+            given.
 
     Returns:
         k [..., D] and gate [..., H].
 
     Raises:
-        TypeError: x, out or a requested output has a dtype that is not listed above.
+        TypeError: x, out or a requested output has a dtype that is not listed above, or weights are none.
         ValueError: a shape, stride or device that does not fit the weights.
         RuntimeError: x requires grad (the operation is not differentiable), or there is no GPU and Triton's
             interpreter is off.
     """
+    if not isinstance(weights, ProjectionWeights):
+        raise TypeError(f"project: weights must be ProjectionWeights, got {type(weights).__name__}")
     d, h, k = weights.shape
     _check_x(x, k, weights.device)
     operands = (x, *weights.wk.operands, *weights.gate.operands)
     if out is None:
         k_dtype = x.dtype if k_dtype is None else k_dtype
+        gate_dtype = torch.float32 if gate_dtype is None else gate_dtype
         _check_dtype("k_dtype", k_dtype, x.dtype)
         _check_dtype("gate_dtype", gate_dtype, x.dtype)
         outputs: tuple[Tensor, Tensor] = torch.ops.indexproj.project(*operands, k_dtype, gate_dtype)
         return outputs
-    if k_dtype is not None or gate_dtype != torch.float32:
+    if k_dtype is not None or gate_dtype is not None:
         raise ValueError("project: k_dtype and gate_dtype do not go with out=, whose dtype they would contradict")
     _check_out(out, x, d + h)
     torch.ops.indexproj.project_out(*operands, out)
@@ -128,8 +132,18 @@ def _project(
 def _project_out(
     x: Tensor, wk: Tensor, wk_scale: Tensor | None, gate: Tensor, gate_scale: Tensor | None, out: Tensor
 ) -> None:
+    if _extent(x)[0] < _extent(out)[1] and _extent(out)[0] < _extent(x)[1]:
+        raise ValueError("project: out overlaps x in memory, which is read while out is written")
     rows, d = out.view(-1, out.shape[-1]), wk.shape[0]
     launch(_rows(x), wk, wk_scale, gate, gate_scale, rows[:, :d], rows[:, d:])
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """First and last address of a tensor's elements, the last one exclusive; (0, 0) where it has none."""
+    if tensor.numel() == 0:
+        return 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 SCALE_BLOCK = tl.constexpr(128)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -31,8 +32,10 @@ def tile_offsets(COLS: tl.constexpr, ROWS: tl.constexpr):
 @triton.jit
 def store_tile(out_ptr, tile, cols, rows, M, N: tl.constexpr, stride_om):
     """tile [columns, rows] fp32 into out [M, N]."""
-    if out_ptr.dtype.element_ty != tl.float32:
-        tile = tile.to(out_ptr.dtype.element_ty, fp_downcast_rounding="rtne")  # unasked, the interpreter truncates
+    if INTERPRETED and out_ptr.dtype.element_ty == tl.bfloat16:
+        # The interpreter truncates where GPUs round to nearest even: half a step up makes them agree.
+        bits = tile.to(tl.int32, bitcast=True)
+        tile = tl.where(tile == tile, (bits + 0x7FFF + (bits >> 16 & 1)).to(tl.float32, bitcast=True), tile)
     out = out_ptr + rows[None, :].to(tl.int64) * stride_om + cols[:, None]
     tl.store(out, tile, mask=(rows < M)[None, :] & (cols < N)[:, None])
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from ..kernels.matrix import Matrix, ProjectionWeights
 from .checkpoint import Header
 from .encodings import recognise
-from .names import parse
-from .plan import MATRICES
+from .names import MATRICES, parse
 from .problems import CheckpointError, Problem
 
 
@@ -65,14 +64,13 @@ class Assembly:
         """
         load = self._open_load("offer")
         parsed = parse(name)
-        if parsed is None:
+        if parsed is None or parsed.matrix is None or parsed.role is None:
             return False
         if parsed.layer not in self._layers:
             return True
         header = Header.of(tensor, file)
-        stem = name.removesuffix(f"{parsed.matrix}.{parsed.role}")
-        matrix = f"{stem}{parsed.matrix}"
-        if load.stems.setdefault(parsed.layer, stem) != stem or parsed.matrix not in MATRICES:
+        matrix = f"{parsed.stem}{parsed.matrix}"
+        if load.stems.setdefault(parsed.layer, parsed.stem) != parsed.stem or parsed.matrix not in MATRICES:
             expected = f"{' or '.join(MATRICES)} under {load.stems[parsed.layer]}"
             load.problems.append(Problem(name, file, expected, str(header)))
         elif parsed.role in load.headers[matrix]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .names import is_indexer, parse
+from .names import is_projection, parse
 from .problems import CheckpointError, Problem
 
 INDEX = "model.safetensors.index.json"
@@ -35,7 +34,6 @@ DTYPES = {
     torch.int32: "I32",
     torch.int64: "I64",
 }
-ITEMSIZE = {name: dtype.itemsize for dtype, name in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -56,11 +54,6 @@ class Header:
         """The header that a tensor in memory would have."""
         return cls(DTYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), file)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor's data."""
-        return math.prod(self.shape) * ITEMSIZE[self.dtype]
-
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}"
 
@@ -71,7 +64,7 @@ class Checkpoint:
     Attributes:
         path: the directory that holds the files.
         headers: name -> Header of every projection tensor.
-        indexer_tensors: how many more tensors the indexers have (wq_b, k_norm, ...).
+        neighbours: names of the indexers' other tensors (wq_b, k_norm, ...).
         tensors: how many tensors there are in all.
         absent: shards that the index names, that hold nothing of the projection, and that are not there.
         config: the integers of config.json (or of its text_config); empty where there is none.
@@ -90,13 +83,13 @@ class Checkpoint:
         path = Path(path)
         self.path = path if path.is_dir() else path.parent
         self.headers: dict[str, Header] = {}
-        self.indexer_tensors = 0
+        self.neighbours: list[str] = []
         self.tensors = 0
         self.absent: list[str] = []
         self.problems: list[Problem] = []
         promised = _promised(path)
         for file, names in promised.items():
-            self._read_headers(file, [name for name in names if parse(name)])
+            self._read_headers(file, list(filter(is_projection, names)))
         self.config = self._read_config()
 
     def _read_headers(self, file: str, promised: list[str]) -> None:
@@ -111,15 +104,15 @@ class Checkpoint:
             try:
                 with safe_open(path, framework="pt") as shard:
                     names = shard.keys()
-                    for name in filter(parse, names):
+                    for name in filter(is_projection, names):
                         tensor = shard.get_slice(name)
                         self._add(name, Header(tensor.get_dtype(), tuple(tensor.get_shape()), file))
             except (SafetensorError, OSError) as error:
                 instead = "an unreadable file"
-                advice = "the file is truncated or corrupt: fetch it again"
+                advice = "the file is truncated, corrupt or a Git LFS pointer: fetch it again"
                 self.problems.append(Problem(file, "", "a safetensors file", str(error), advice))
         self.tensors += len(names)
-        self.indexer_tensors += sum(is_indexer(name) and not parse(name) for name in names)
+        self.neighbours += [name for name in names if parse(name) and not is_projection(name)]
         for name in sorted(set(promised).difference(names)):
             self.problems.append(Problem(name, file, "the tensor that the index puts there", instead))
 
@@ -166,7 +159,8 @@ def _promised(path: Path) -> dict[str, list[str]]:
     if not index.is_file():
         if (path / SINGLE).is_file():
             return {SINGLE: []}
-        found = "a directory with neither" if path.is_dir() else "no such directory"
+        kinds = ((path.is_dir(), "a directory with neither"), (path.exists(), "another kind of file"))
+        found = next((kind for holds, kind in kinds if holds), "no such file or directory")
         advice = "give the directory of a downloaded checkpoint, or one .safetensors file"
         raise CheckpointError([Problem(str(path), "", f"{INDEX} or {SINGLE}", found, advice)])
     weight_map = _read_json(index).get("weight_map")

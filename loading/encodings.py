@@ -5,6 +5,7 @@ An encoding is recognised by the dtypes and shapes that the checkpoint holds; co
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
@@ -36,6 +37,10 @@ class Encoding(ABC):
         """The matrix, in the memory of the tensors given (role -> tensor)."""
 
     @abstractmethod
+    def kept_bytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of the bound matrix."""
+
+    @abstractmethod
     def not_finite(self, tensors: Mapping[str, Tensor]) -> list[str]:
         """The roles that hold a NaN or an infinity, which no weight may."""
 
@@ -51,6 +56,9 @@ class Bf16(Encoding):
 
     def bind(self, tensors: Mapping[str, Tensor]) -> DenseMatrix:
         return DenseMatrix(tensors["weight"])
+
+    def kept_bytes(self, shape: tuple[int, ...]) -> int:
+        return 2 * math.prod(shape)
 
     def not_finite(self, tensors: Mapping[str, Tensor]) -> list[str]:
         return [] if tensors["weight"].isfinite().all() else ["weight"]
@@ -72,6 +80,9 @@ class Fp8Block(Encoding):
     def bind(self, tensors: Mapping[str, Tensor]) -> Fp8Matrix:
         return Fp8Matrix(tensors["weight"], tensors["weight_scale_inv"])
 
+    def kept_bytes(self, shape: tuple[int, ...]) -> int:
+        return math.prod(shape) + 4 * math.prod(scale_shape(shape))
+
     def not_finite(self, tensors: Mapping[str, Tensor]) -> list[str]:
         roles = [] if tensors["weight_scale_inv"].isfinite().all() else ["weight_scale_inv"]
         nan = tensors["weight"].view(torch.uint8) & 0x7F == 0x7F  # e4m3fn has two NaN codes and no infinity
@@ -90,27 +101,36 @@ def recognise(matrix: str, headers: Mapping[str, Header]) -> tuple[Encoding | No
     """
     weight = headers.get("weight")
     if weight is None:
-        role, header = next(iter(headers.items()), ("", None))
-        found = f"only {role} ({header})" if header else "nothing"
-        return None, [Problem(f"{matrix}.weight", header.file if header else "", "a weight", found)]
+        found = _listing(headers)
+        file = next(iter(headers.values())).file if headers else ""
+        return None, [Problem(f"{matrix}.weight", file, "a weight", f"only {found}" if found else "no tensor of it")]
     encoding = ENCODINGS.get(weight.dtype)
     if encoding is None:
-        expected = " or ".join(ENCODINGS)
-        return None, [Problem(f"{matrix}.weight", weight.file, f"a weight in {expected}", str(weight))]
+        expected = f"a weight in {' or '.join(ENCODINGS)}"
+        advice = "other encodings are not supported yet"
+        return None, [Problem(f"{matrix}.weight", weight.file, expected, str(weight), advice)]
     if len(weight.shape) != 2 or 0 in weight.shape:
         return None, [Problem(f"{matrix}.weight", weight.file, "a matrix [N, K]", str(weight))]
     problems = []
     scales = encoding.scales(weight.shape)
+    strangers = {role: header for role, header in headers.items() if role != "weight" and role not in scales}
     for role, (dtype, shape) in scales.items():
         header = headers.get(role)
         expected = f"{dtype} {list(shape)} to go with the {weight} weight"
         if header is None:
-            advice = "without it the codes have no value: fetch the shard that holds it, or export the checkpoint again"
-            problems.append(Problem(f"{matrix}.{role}", "", expected, "no such tensor", advice))
+            found = f"no such tensor, but {_listing(strangers)}" if strangers else "no such tensor"
+            problems.append(Problem(f"{matrix}.{role}", weight.file, expected, found, _NO_SCALE))
+            strangers = {}
         elif (header.dtype, header.shape) != (dtype, shape):
             problems.append(Problem(f"{matrix}.{role}", header.file, expected, str(header)))
-    for role, header in headers.items():
-        if role != "weight" and role not in scales:
-            expected = f"{' and '.join(['weight', *scales])} alone for a {encoding.name} matrix"
-            problems.append(Problem(f"{matrix}.{role}", header.file, expected, f"{role} ({header})"))
+    for role, header in strangers.items():
+        expected = f"nothing beside {' and '.join(['weight', *scales])} ({encoding.name})"
+        problems.append(Problem(f"{matrix}.{role}", header.file, expected, str(header)))
     return (None, problems) if problems else (encoding, [])
+
+
+_NO_SCALE = "without it the codes have no value: fetch the shard that holds it, or export the checkpoint again"
+
+
+def _listing(headers: Mapping[str, Header]) -> str:
+    return ", ".join(f"{role} ({header})" for role, header in headers.items())

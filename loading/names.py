@@ -1,41 +1,45 @@
-"""The grammar of the projection's tensor names."""
+"""The grammar of an indexer's tensor names."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 
+MATRICES = ("wk", "weights_proj")
+
 _NAME = re.compile(
-    r"(?P<prefix>(?:\w+\.)*)layers\.(?P<layer>\d+)\.self_attn\.indexer\."
-    r"(?P<matrix>wk|weights_proj|wk_weights_proj)\.(?P<role>.+)"
+    r"(?P<stem>(?P<prefix>(?:\w+\.)*)layers\.(?P<layer>\d+)\.self_attn\.indexer\.)"
+    r"(?:(?P<matrix>wk|weights_proj|wk_weights_proj)\.(?P<role>.+)|.+)",
+    re.ASCII,
 )
-_INDEXER = re.compile(r"(?:\w+\.)*layers\.\d+\.self_attn\.indexer\..+")
 
 
 @dataclass(frozen=True)
-class ProjectionTensor:
-    """A name of the form `<prefix>layers.<layer>.self_attn.indexer.<matrix>.<role>`.
+class IndexerTensor:
+    """A name `<prefix>layers.<layer>.self_attn.indexer.<matrix>.<role>`, or another one under `.indexer.`.
 
     Attributes:
-        matrix: "wk", "weights_proj" or "wk_weights_proj".
-        role: what follows, unjudged: "weight", "weight_scale_inv", ...
+        stem: everything up to and with "indexer.".
+        matrix: "wk", "weights_proj" or "wk_weights_proj"; None for a tensor outside the projection (wq_b, k_norm).
+        role: what follows, unjudged: "weight", "weight_scale_inv", ...; None outside the projection.
     """
 
     name: str
-    prefix: str
+    stem: str
     layer: int
-    matrix: str
-    role: str
+    matrix: str | None
+    role: str | None
 
 
-def parse(name: str) -> ProjectionTensor | None:
-    """The parts of a projection tensor's name; None for every other tensor."""
+def parse(name: str) -> IndexerTensor | None:
+    """The parts of an indexer tensor's name; None for every other tensor."""
     match = _NAME.fullmatch(name)
     if match is None:
         return None
-    return ProjectionTensor(name, match["prefix"], int(match["layer"]), match["matrix"], match["role"])
+    return IndexerTensor(name, match["stem"], int(match["layer"]), match["matrix"], match["role"])
 
 
-def is_indexer(name: str) -> bool:
-    """True for every tensor of an indexer, those outside the projection included (wq_b, k_norm)."""
-    return _INDEXER.fullmatch(name) is not None
+def is_projection(name: str) -> bool:
+    """True for the tensors that the projection consists of."""
+    tensor = parse(name)
+    return tensor is not None and tensor.matrix is not None

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from .checkpoint import Checkpoint, Header
 from .encodings import Encoding, recognise
-from .names import ProjectionTensor, parse
+from .names import MATRICES, IndexerTensor, parse
 from .problems import CheckpointError, Problem
-
-MATRICES = ("wk", "weights_proj")
 
 
 @dataclass(frozen=True)
@@ -36,14 +35,13 @@ class MatrixPlan:
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes in memory once loaded, of a matrix with an encoding: each is kept as it is on disk."""
-        return sum(header.nbytes for header in self.headers.values())
+        """Bytes in memory once loaded; 0 where there is no encoding."""
+        return self.encoding.kept_bytes(self.shape) if self.encoding else 0
 
     @property
     def upcast_bytes(self) -> int:
-        """Bytes in memory if it were upcast to bf16."""
-        n, k = self.shape
-        return 2 * n * k
+        """Bytes in memory if it were upcast to bf16; 0 where there is no encoding."""
+        return 2 * math.prod(self.shape) if self.encoding else 0
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,8 @@ class LayerPlan:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(D, H, K) of a layer without problems."""
-        return self.wk.shape[0], self.gate.shape[0], self.wk.shape[1]
+        (d, k), (h, _) = self.wk.shape, self.gate.shape
+        return d, h, k
 
 
 @dataclass(frozen=True)
@@ -87,17 +86,18 @@ class Plan:
     def of(cls, checkpoint: Checkpoint) -> Plan:
         """Plans from headers; never raises, but collects problems."""
         faults: defaultdict[int | None, list[Problem]] = defaultdict(list)
-        names: defaultdict[int, list[ProjectionTensor]] = defaultdict(list)
+        names: defaultdict[int, list[IndexerTensor]] = defaultdict(list)
         for problem in checkpoint.problems:
             tensor = parse(problem.subject)
             faults[tensor.layer if tensor else None].append(problem)
-        for name in {*checkpoint.headers, *(problem.subject for problem in checkpoint.problems)}:
+        subjects = (problem.subject for problem in checkpoint.problems)
+        for name in sorted({*checkpoint.headers, *checkpoint.neighbours, *subjects}):
             if tensor := parse(name):
                 names[tensor.layer].append(tensor)
         layers = {layer: _plan_layer(layer, names[layer], checkpoint, faults[layer]) for layer in sorted(names)}
         file_problems = faults[None]
         _check_alike(layers)
-        if not layers:
+        if not layers and not file_problems:
             expected = "tensors named ...layers.<L>.self_attn.indexer.wk.weight"
             found = f"none of {checkpoint.tensors} tensors"
             advice = "is this a model with an indexer?"
@@ -114,53 +114,55 @@ class Plan:
 
         Raises:
             CheckpointError: a problem in any of them, or a layer without an indexer.
+            TypeError: a layer that is no integer.
         """
-        wanted = sorted(self.layers if layers is None else set(layers))
-        problems = list(self.file_problems)
+        wanted = set(self.layers if layers is None else layers)
         for layer in wanted:
+            if not isinstance(layer, int):
+                raise TypeError(f"layers must be integers, got {layer!r}")
+        problems = list(self.file_problems)
+        for layer in sorted(wanted):
             if layer in self.layers:
                 problems += self.layers[layer].problems
             else:
-                found = f"one in layers {_ranges(self.layers)}" if self.layers else "no indexer in any layer"
-                problems.append(Problem(f"layer {layer}", "", "an indexer", found))
+                expected = f"one of the layers with an indexer, {_ranges(self.layers) or 'none'}"
+                problems.append(Problem(f"layer {layer}", "", expected, "no indexer in it"))
         if problems:
             raise CheckpointError(problems)
-        return {layer: self.layers[layer] for layer in wanted}
+        return {layer: self.layers[layer] for layer in sorted(wanted)}
 
 
 def _plan_layer(
-    layer: int, tensors: list[ProjectionTensor], checkpoint: Checkpoint, file_faults: list[Problem]
+    layer: int, tensors: list[IndexerTensor], checkpoint: Checkpoint, file_faults: list[Problem]
 ) -> LayerPlan:
+    projection = [tensor for tensor in tensors if tensor.name in checkpoint.headers]
+    stem = (projection or tensors)[0].stem
     headers: defaultdict[str, dict[str, Header]] = defaultdict(dict)
     problems = list(file_faults)
-    reported = {problem.subject for problem in file_faults}
-    tensors = sorted(tensors, key=lambda tensor: (len(tensor.prefix), tensor.name))
-    prefix = tensors[0].prefix
-    for tensor in tensors:
-        header = checkpoint.headers.get(tensor.name)
-        if header is None:
-            continue
-        if tensor.prefix != prefix:
-            expected = f"one prefix for layer {layer}, {prefix!r}"
-            problems.append(Problem(tensor.name, header.file, expected, repr(tensor.prefix)))
+    has_fused = False
+    for tensor in projection:
+        header = checkpoint.headers[tensor.name]
+        if tensor.stem != stem:
+            problems.append(Problem(tensor.name, header.file, f"all of layer {layer} under {stem}", str(header)))
         elif tensor.matrix not in MATRICES:
+            has_fused = True
             advice = "a checkpoint that is already fused is not supported yet"
             problems.append(Problem(tensor.name, header.file, "wk and weights_proj apart", str(header), advice))
         else:
-            headers[tensor.matrix][tensor.role] = header
-    plans = {}
+            headers[tensor.matrix][str(tensor.role)] = header
+    plans = []
+    reported = {problem.subject for problem in problems}
     for matrix in MATRICES:
-        stem = f"{prefix}layers.{layer}.self_attn.indexer.{matrix}"
-        encoding, faults = recognise(stem, headers[matrix])
-        plans[matrix] = MatrixPlan(stem, encoding, headers[matrix])
-        problems += [fault for fault in faults if fault.subject not in reported]
-    wk, gate = plans["wk"], plans["weights_proj"]
+        encoding, faults = recognise(f"{stem}{matrix}", headers[matrix])
+        plans.append(MatrixPlan(f"{stem}{matrix}", encoding, headers[matrix]))
+        if headers[matrix] or not has_fused:
+            problems += [fault for fault in faults if fault.subject not in reported]
+    wk, gate = plans
     if wk.encoding and gate.encoding:
         problems += _check_shapes(wk, gate, checkpoint)
     num_hidden_layers = checkpoint.config.get("num_hidden_layers")
     is_mtp = num_hidden_layers is not None and layer >= num_hidden_layers
-    present = tuple(tensor.name for tensor in tensors if tensor.name in checkpoint.headers)
-    return LayerPlan(layer, is_mtp, present, wk, gate, tuple(problems))
+    return LayerPlan(layer, is_mtp, tuple(tensor.name for tensor in projection), wk, gate, tuple(problems))
 
 
 def _check_alike(layers: dict[int, LayerPlan]) -> None:

@@ -31,7 +31,7 @@ class Problem:
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be loaded, with every problem of the attempt.
+    """A load that cannot be done, with every problem of the attempt.
 
     Attributes:
         problems: at least one, in order of discovery.
@@ -40,4 +40,4 @@ class CheckpointError(ValueError):
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(problems)
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        super().__init__("\n".join([f"the checkpoint has {count}:", *(f"  {problem}" for problem in self.problems)]))
+        super().__init__("\n".join([f"{count}:", *(f"  {problem}" for problem in self.problems)]))

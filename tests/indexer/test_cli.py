@@ -33,9 +33,9 @@ def rows(output):
 @pytest.mark.parametrize(
     ("kind", "layers", "wk", "shape", "kept", "upcast"),
     [
-        ("deepseek-v3.2", range(62), "FP8 128x128", "128, 64, 7168", "1.84 MB", "2.75 MB"),
-        ("glm-5-bf16", range(79), "BF16", "128, 32, 6144", "1.97 MB", "1.97 MB"),
-        ("glm-5.2-fp8", [0, 1, *range(2, 75, 4), 78], "FP8 128x128", "128, 32, 6144", "1.18 MB", "1.97 MB"),
+        ("deepseek-v3.2", range(62), "FP8 128x128", "128, 64, 7168", "1.84", "2.75"),
+        ("glm-5-bf16", range(79), "BF16", "128, 32, 6144", "1.97", "1.97"),
+        ("glm-5.2-fp8", [0, 1, *range(2, 75, 4), 78], "FP8 128x128", "128, 32, 6144", "1.18", "1.97"),
     ],
 )
 def test_audit_of_every_published_layout(fixture_of, kind, layers, wk, shape, kept, upcast):
@@ -44,7 +44,7 @@ def test_audit_of_every_published_layout(fixture_of, kind, layers, wk, shape, ke
     expected = [[str(layer), wk, "BF16", kept, upcast, shape, "as stored"] for layer in layers]
     expected[-1][0] += " (MTP)"
     assert rows(result.stdout) == expected
-    assert f"{len(expected)} layers with an indexer" in result.stdout
+    assert f"Layers with an indexer: {len(expected)}." in result.stdout
 
 
 def test_verify_shows_how_much_closer_native_fp8_is(fixture_of):
@@ -53,7 +53,7 @@ def test_verify_shows_how_much_closer_native_fp8_is(fixture_of):
     table = rows(result.stdout)
     assert [row[5:7] for row in table] == [["3", "split_k"], ["65", "tiled"]]
     for layer, wk, gate, kept, upcast, _, _, ours, theirs, closer, verdict in table:
-        assert (layer, wk, gate, kept, upcast, verdict) == ("1", "FP8 128x128", "BF16", "1.84 MB", "2.75 MB", "ok")
+        assert (layer, wk, gate, kept, upcast, verdict) == ("1", "FP8 128x128", "BF16", "1.84", "2.75", "ok")
         assert float(ours) <= 2e-6 < 1e-4 < float(theirs)
         assert int(re.sub(r"\D", "", closer)) > 100
     if not torch.cuda.is_available():
@@ -84,15 +84,20 @@ def test_verify_without_a_scale_names_it(fixture_of):
     [
         (["audit", "nowhere"], "nowhere: expected model.safetensors.index.json or model.safetensors"),
         (["verify", "nowhere"], "nowhere: expected model.safetensors.index.json or model.safetensors"),
-        (["verify", "{tiny}", "--layer", "9"], "layer 9: expected an indexer, found one in layers 0"),
+        (
+            ["verify", "{tiny}", "--layer", "9"],
+            "layer 9: expected one of the layers with an indexer, 0, found no indexer in it",
+        ),
         (["verify", "{tiny}", "--m", "0"], "--m must be at least 1, got 0"),
-        (["fixture", "glm-9", "new"], "expected one of deepseek-v3.2, glm-5-bf16, glm-5.2-fp8, got 'glm-9'"),
+        (["fixture", "glm-9", "new"], "'glm-9' is not one of 'deepseek-v3.2', 'glm-5-bf16', 'glm-5.2-fp8'"),
+        (["fixture", "glm-5.2-fp8", "{tiny}/config.json/x"], "Not a directory"),
+        (["audit", "{tiny}/config.json"], "found another kind of file"),
         (["fixture", "glm-5.2-fp8", "{tiny}"], "is not an empty directory"),
         (["bench"], "No such command"),
     ],
 )
 def test_bad_input_ends_with_2_and_one_message(tmp_path, arguments, message):
-    tiny = write_checkpoint(tmp_path / "tiny", fp8_layer())
+    tiny = write_checkpoint(tmp_path / "tiny", fp8_layer(), config={})
     result = indexproj(*(argument.format(tiny=tiny) for argument in arguments))
     assert result.returncode == 2
     assert message in result.stderr
@@ -114,6 +119,20 @@ main()
     result = subprocess.run([sys.executable, "-c", script, tiny], capture_output=True, text=True)
     assert result.returncode == 1, result.stderr
     assert rows(result.stdout)[0][-1] == "WRONG"
+
+
+def test_a_matrix_of_zeros_is_no_error(tmp_path):
+    tensors = fp8_layer()
+    tensors["model.layers.0.self_attn.indexer.wk.weight_scale_inv"].zero_()
+    result = indexproj("verify", write_checkpoint(tmp_path / "tiny", tensors), "--m", 2)
+    assert result.returncode == 0, result.stderr
+    assert rows(result.stdout)[0][-1] == "ok"
+
+
+def test_no_number_is_cut_in_a_narrow_terminal(tmp_path):
+    tiny = write_checkpoint(tmp_path / "tiny", fp8_layer())
+    result = indexproj("verify", tiny, "--m", 2, COLUMNS="60")
+    assert "…" not in result.stdout
 
 
 def test_help_needs_neither_torch_nor_triton():

@@ -1,11 +1,13 @@
 """The made-up checkpoints against what FP8 and BF16 releases are known to look like."""
 
 import json
+from typing import get_args
 
 import pytest
 import torch
 from safetensors import safe_open
 
+from indexproj.indexer.cli import Kind
 from indexproj.indexer.fixture import MODELS, write_fixture
 from indexproj.loading import Checkpoint
 from indexproj.loading.checkpoint import INDEX
@@ -48,6 +50,15 @@ def test_glm_names_dtypes_and_shapes(tmp_path):
     assert list(fp8[f"{stem}wk.weight_scale_inv"].shape) == [1, 48]
     assert list(fp8[f"{stem}wq_b.weight_scale_inv"].shape) == [32, 16]
     assert fp8[f"{stem}k_norm.weight"].dtype == torch.bfloat16
+
+
+def test_the_command_line_offers_every_kind():
+    assert get_args(Kind) == tuple(MODELS)
+
+
+def test_other_users_can_read_it(tmp_path):
+    write_fixture("glm-5.2-fp8", tmp_path, layers=1)
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
 
 
 @pytest.mark.parametrize(("kind", "shards"), [("deepseek-v3.2", 163), ("glm-5-bf16", 282), ("glm-5.2-fp8", 141)])

@@ -16,7 +16,7 @@ def test_from_checkpoint_takes_one_layer(tmp_path):
     stem = "model.layers.5.self_attn.indexer."
     assert same(module.weights.wk, Fp8Matrix(tensors[f"{stem}wk.weight"], tensors[f"{stem}wk.weight_scale_inv"]))
     assert repr(module) == "IndexerProjection(K=256, D=128, H=16, wk=Fp8Matrix, gate=DenseMatrix, device=cpu)"
-    with pytest.raises(CheckpointError, match="layer 6: expected an indexer, found one in layers 4-5"):
+    with pytest.raises(CheckpointError, match="layer 6: expected one of the layers with an indexer, 4-5"):
         IndexerProjection.from_checkpoint(path, layer=6)
 
 

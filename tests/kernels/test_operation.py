@@ -7,6 +7,7 @@ from indexproj.kernels import project
 from support import weights
 
 SHAPE = (128, 16, 256)
+ALIASED = torch.zeros(4, 512, dtype=torch.bfloat16)
 
 
 def x_of(*shape, dtype=torch.bfloat16, device="cpu"):
@@ -36,12 +37,19 @@ def out_of(*shape, dtype=torch.bfloat16):
         (x_of(4, 256), {"out": x_of(1, 144).expand(4, 144)}, ValueError, "rows that do not overlap"),
         (x_of(2, 4, 256), {"out": x_of(2, 4, 150)[..., :144]}, ValueError, "out must be contiguous"),
         (x_of(4, 256), {**out_of(4, 144), "gate_dtype": torch.bfloat16}, ValueError, "do not go with out="),
+        (x_of(4, 256), {**out_of(4, 144), "gate_dtype": torch.float32}, ValueError, "do not go with out="),
+        (ALIASED[:, :256], {"out": ALIASED[:, 100:244]}, ValueError, "out overlaps x in memory"),
         (x_of(4, 256), {}, RuntimeError, "TRITON_INTERPRET=1 before Python starts"),
     ],
 )
 def test_bad_input_is_named(x, options, error, message):
     with pytest.raises(error, match=message):
         project(x, weights("fp8-dense", SHAPE), **options)
+
+
+def test_weights_of_another_kind_are_named():
+    with pytest.raises(TypeError, match="must be ProjectionWeights, got Tensor"):
+        project(x_of(4, 256), x_of(144, 256))
 
 
 def test_grad_is_no_matter_where_it_is_off():

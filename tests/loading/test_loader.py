@@ -8,7 +8,9 @@ import sys
 import pytest
 import torch
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
+from indexproj.indexer.cli import app
 from indexproj.kernels import DenseMatrix, Fp8Matrix
 from indexproj.loading import Checkpoint, CheckpointError, Plan, load
 from indexproj.loading.checkpoint import INDEX
@@ -22,9 +24,16 @@ BIAS, OTHER_SCALE, FUSED = (
 
 
 def problems_of(path, layers=None):
+    """What a load says; the audit says the same, as far as headers show it, and ends with 2."""
     with pytest.raises(CheckpointError) as caught:
         load(path, layers)
-    return caught.value.problems
+    problems = caught.value.problems
+    result = CliRunner().invoke(app, ["audit", str(path)])
+    expected = [problem for problem in problems if problem.found not in ("NaN or infinity", "no indexer in it")]
+    assert result.exit_code == (2 if expected else 0), result.output
+    assert isinstance(result.exception, SystemExit | None)
+    assert all(str(problem) in result.stderr for problem in expected)
+    return problems
 
 
 def only(problems):
@@ -69,7 +78,7 @@ def test_layers_are_told_apart_and_can_be_picked(tmp_path):
     assert list(picked) == [11]
     assert same(picked[11].gate, DenseMatrix(layers[11][INDEXER.format(11) + "weights_proj.weight"]))
     problem = only(problems_of(path, [1, 2]))
-    assert str(problem) == "layer 1: expected an indexer, found one in layers 0, 2, 11"
+    assert str(problem) == "layer 1: expected one of the layers with an indexer, 0, 2, 11, found no indexer in it"
 
 
 def test_one_bad_layer_does_not_keep_another_from_loading(tmp_path):
@@ -128,6 +137,41 @@ def test_scale_without_weight(tmp_path):
     assert (problem.subject, problem.found) == (WK, "only weight_scale_inv (F32 [1, 2])")
 
 
+def test_scale_of_another_name(tmp_path):
+    tensors = fp8_layer()
+    tensors[OTHER_SCALE] = tensors.pop(SCALE)
+    problem = only(problems_of(write_checkpoint(tmp_path, tensors)))
+    assert (problem.subject, problem.found) == (SCALE, "no such tensor, but weight_scale (F32 [1, 2])")
+
+
+def test_an_indexer_without_its_projection(tmp_path):
+    tensors = fp8_layer(1)
+    for leaf in ("wk.weight", "wk.weight_scale_inv", "weights_proj.weight"):
+        del tensors[INDEXER.format(1) + leaf]
+    problems = problems_of(write_checkpoint(tmp_path, fp8_layer(0), tensors))
+    assert [problem.subject for problem in problems] == [
+        INDEXER.format(1) + leaf for leaf in ("wk.weight", "weights_proj.weight")
+    ]
+
+
+def test_an_already_fused_checkpoint(tmp_path):
+    problem = only(problems_of(write_checkpoint(tmp_path, {FUSED: torch.ones(144, 256).bfloat16()})))
+    assert (problem.subject, problem.found) == (FUSED, "BF16 [144, 256]")
+
+
+def test_one_shard_of_a_checkpoint(tmp_path):
+    tensors = fp8_layer()
+    path = write_checkpoint(tmp_path, {SCALE: tensors.pop(SCALE)}, tensors)
+    problem = only(problems_of(path / "model-00002-of-00002.safetensors"))
+    assert problem.subject == SCALE
+
+
+def test_layers_are_numbers(tmp_path):
+    path = write_checkpoint(tmp_path, fp8_layer())
+    with pytest.raises(TypeError, match="layers must be integers, got '0'"):
+        load(path, ["0"])
+
+
 def test_missing_gate(tmp_path):
     tensors = fp8_layer()
     del tensors[GATE]
@@ -160,7 +204,7 @@ def test_truncated_file(tmp_path, keep):
     os.truncate(shard, int(keep * size) if isinstance(keep, float) else keep % size)
     problems = problems_of(path)
     assert problems[0].subject == shard.name
-    assert "truncated or corrupt" in problems[0].advice
+    assert "the file is truncated, corrupt" in problems[0].advice
     assert {problem.subject for problem in problems[1:]} == {
         INDEXER.format(1) + leaf for leaf in ("wk.weight", "wk.weight_scale_inv", "weights_proj.weight")
     }
@@ -196,12 +240,14 @@ def test_a_tensor_in_two_shards(tmp_path):
         ({WK: torch.zeros(128, 256, dtype=torch.float8_e4m3fnuz)}, WK, "F8_E4M3FNUZ [128, 256]"),
         ({WK: torch.zeros(128 * 256, dtype=torch.float8_e4m3fn)}, WK, "F8_E4M3 [32768]"),
         ({WK: torch.zeros(0, 256, dtype=torch.float8_e4m3fn)}, WK, "F8_E4M3 [0, 256]"),
-        ({WK: torch.zeros(128, 256, dtype=torch.bfloat16)}, SCALE, "weight_scale_inv (F32 [1, 2])"),
+        ({WK: torch.zeros(128, 256, dtype=torch.bool)}, WK, "BOOL [128, 256]"),
+        ({WK: torch.zeros(128, 256, dtype=torch.uint16)}, WK, "U16 [128, 256]"),
+        ({WK: torch.zeros(128, 256, dtype=torch.bfloat16)}, SCALE, "F32 [1, 2]"),
         ({GATE: torch.zeros(16, 128, dtype=torch.bfloat16)}, GATE, "BF16 [16, 128]"),
         ({GATE: torch.zeros(16, 256, dtype=torch.int32)}, GATE, "I32 [16, 256]"),
         ({GATE: torch.zeros(16, 256, dtype=torch.complex64)}, GATE, "C64 [16, 256]"),
-        ({BIAS: torch.zeros(128)}, BIAS, "bias (F32 [128])"),
-        ({OTHER_SCALE: torch.ones(1)}, OTHER_SCALE, "weight_scale (F32 [1])"),
+        ({BIAS: torch.zeros(128)}, BIAS, "F32 [128]"),
+        ({OTHER_SCALE: torch.ones(1)}, OTHER_SCALE, "F32 [1]"),
         ({FUSED: torch.ones(144, 256)}, FUSED, "F32 [144, 256]"),
         ({SCALE: torch.tensor([[1.0, torch.nan]])}, SCALE, "NaN or infinity"),
         ({SCALE: torch.tensor([[1.0, torch.inf]])}, SCALE, "NaN or infinity"),
@@ -283,7 +329,9 @@ def test_unreadable_json(tmp_path, file, text, expected):
 
 def test_no_checkpoint_at_all(tmp_path):
     assert only(problems_of(tmp_path)).found == "a directory with neither"
-    assert only(problems_of(tmp_path / "nowhere")).found == "no such directory"
+    assert only(problems_of(tmp_path / "nowhere")).found == "no such file or directory"
+    (tmp_path / "config.json").write_text("{}")
+    assert only(problems_of(tmp_path / "config.json")).found == "another kind of file"
 
 
 def test_a_model_without_indexer(tmp_path):
@@ -294,5 +342,5 @@ def test_a_model_without_indexer(tmp_path):
 def test_two_prefixes_for_one_layer(tmp_path):
     other = {f"language_model.{name}": tensor for name, tensor in fp8_layer().items()}
     problems = problems_of(write_checkpoint(tmp_path, fp8_layer(), other))
-    assert all(problem.expected == "one prefix for layer 0, 'model.'" for problem in problems)
+    assert all(problem.expected.startswith("all of layer 0 under ") for problem in problems)
     assert len(problems) == 3
