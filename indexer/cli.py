@@ -28,7 +28,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 all is well, 1 a kernel is wrong, 2 bad input.",
 )
 # Never narrower than the tables: a long line that the terminal folds is better than a number that is cut.
-console = Console(width=max(120, shutil.get_terminal_size().columns), highlight=False, markup=False)
+console = Console(width=max(132, shutil.get_terminal_size().columns), highlight=False, markup=False)
 
 CheckpointPath = Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint directory, or one .safetensors file.")]
 Kind = Literal["deepseek-v3.2", "glm-5-bf16", "glm-5.2-fp8"]
@@ -114,7 +114,7 @@ def verify(
     from .verify import verify as run
     from .verify import where
 
-    table = _table("M", "kernel", "error", "if upcast", "closer by", "verdict")
+    table = _table("M", "kernel", "error, ours", "error, upcast", "closer by", "verdict")
     all_passed = True
     try:
         plans = Plan.of(Checkpoint(checkpoint)).select(layer)
@@ -128,8 +128,8 @@ def verify(
         _fail(str(error))
     console.print(table)
     console.print(
-        "error: fp32 outputs of the kernels against fp64 of the decoded weights, relative to the largest output.\n"
-        "if upcast: the same for weights rounded to bf16 at load, then multiplied exactly: the rounding alone.",
+        "error, ours: fp32 outputs of the kernels against fp64 of the decoded weights, relative to the largest one.\n"
+        "error, upcast: the same for weights rounded to bf16 at load, then multiplied exactly: the rounding alone.",
         soft_wrap=True,
     )
     if not all_passed:
@@ -141,7 +141,7 @@ def _table(*columns: str) -> Table:
     table = Table()
     for column in ("layer", "wk", "weights_proj"):
         table.add_column(column, no_wrap=True)
-    for column in ("MB kept", "if upcast", *columns):
+    for column in ("MB kept", "MB upcast", *columns):
         table.add_column(column, justify="right", no_wrap=True)
     return table
 
