@@ -79,9 +79,10 @@ def audit(checkpoint: CheckpointPath) -> None:
         f"others of the indexers: {len(census.neighbours)}, in all: {census.tensors}.",
         soft_wrap=True,
     )
-    if census.absent:
+    if census.unread:
         console.print(
-            f"Shards that are not here, and hold nothing of the projection: {len(census.absent)}.", soft_wrap=True
+            f"Shards that are missing or unreadable, and hold nothing of the projection: {len(census.unread)}.",
+            soft_wrap=True,
         )
     if plan.problems:
         _fail(str(CheckpointError(plan.problems)))

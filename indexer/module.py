@@ -16,7 +16,7 @@ class IndexerProjection(nn.Module):
     """(k, gate) = (x @ wk.T, x @ weights_proj.T) of one indexer, in one launch.
 
     It has no parameters and no state_dict entries: the weights stay in the checkpoint's encoding, and the checkpoint is
-    where they come from. `.to(device)` moves them; a change of dtype is refused.
+    where they come from. `.to(device)` moves them; a change of dtype, as `model.half()` makes, leaves them as they are.
 
     Attributes:
         weights: the two matrices.
@@ -66,12 +66,7 @@ class IndexerProjection(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IndexerProjection:
         def moved(tensor: Tensor) -> Tensor:
             result = fn(tensor)
-            if result.dtype != tensor.dtype:
-                raise TypeError(
-                    f"IndexerProjection: the weights stay in the checkpoint's encoding ({tensor.dtype}), not "
-                    f"{result.dtype}; move them with .to(device)"
-                )
-            return result
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
 
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.weights = self.weights.map(moved)

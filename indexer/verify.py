@@ -61,7 +61,7 @@ def verify(
 def where(device: torch.device) -> str:
     """What the kernels run on, in a sentence."""
     if INTERPRETED:
-        return "No GPU here: the same Triton kernels run in Triton's interpreter, configured as for an H100 (sm_90)."
+        return "The kernels run in Triton's interpreter, without a GPU, configured as for an H100 (sm_90)."
     return f"The kernels run on {torch.cuda.get_device_name(device)}."
 
 

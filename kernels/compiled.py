@@ -32,7 +32,6 @@ _POINTER = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
-    torch.int32: "*i32",
     torch.float8_e4m3fn: "*u8",
 }
 

@@ -30,6 +30,10 @@ class KernelConfig:
     block_n: int = 16
     slices: int = 1
 
+    def __post_init__(self) -> None:
+        if self.block_k > 128 or 128 % self.block_k:
+            raise ValueError(f"KernelConfig: block_k must divide 128, so that it has one FP8 scale, got {self.block_k}")
+
     @property
     def constants(self) -> dict[str, int]:
         """The kernel's own compile-time arguments."""

@@ -8,7 +8,7 @@ side as one 3-D dot. The last program to arrive adds up the splits.
 import triton
 import triton.language as tl
 
-from .tile import SCALE_BLOCK, decode_e4m3, last_to_arrive, store_tile, sum_splits, tile_offsets
+from .tile import SCALE_BLOCK, decode_e4m3, dot, last_to_arrive, store_tile, sum_splits, tile_offsets
 
 
 @triton.jit
@@ -31,13 +31,13 @@ def _dot_slices(
         offs_k = slice_k + tl.arange(0, BLOCK_K)[None, None, :]  # [SLICES, 1, BLOCK_K]
         w = tl.load(w_ptr + cols[None, :, None] * K + offs_k, mask=(cols < N)[None, :, None] & (offs_k < K), other=0)
         if sf_ptr is None:
-            acc = tl.dot(w.to(DOT), x, acc, input_precision=PRECISION)
+            acc += dot(w.to(DOT), x, PRECISION)
         else:
             # Past K the weights are zeros, and the last scale does as well as none.
             block_k = tl.minimum(slice_k, K - 1) // SCALE_BLOCK
             block = cols[None, :, None] // SCALE_BLOCK * tl.cdiv(K, SCALE_BLOCK) + block_k
             sf = tl.load(sf_ptr + block, mask=(cols < N)[None, :, None], other=0.0)
-            acc += tl.dot(decode_e4m3(w, DOT), x, input_precision=PRECISION) * sf
+            acc += dot(decode_e4m3(w, DOT), x, PRECISION) * sf
     return tl.sum(acc, 0)
 
 

@@ -25,6 +25,16 @@ def decode_e4m3(codes, DOT: tl.constexpr):
 
 
 @triton.jit
+def dot(w, x, PRECISION: tl.constexpr):
+    """w @ x over one block of K, to be added to the sum outside the tensor core.
+
+    Tensor cores truncate where they accumulate, and over the hundreds of steps of a full K that is seen. Unless an
+    imprecise length is named, the compiler moves the addition back into them.
+    """
+    return tl.dot(w, x, input_precision=PRECISION, max_num_imprecise_acc=w.shape[-1])
+
+
+@triton.jit
 def tile_offsets(COLS: tl.constexpr, ROWS: tl.constexpr):
     return tl.arange(0, COLS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
 

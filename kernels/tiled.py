@@ -7,7 +7,7 @@ divided over SPLIT_K programs, and the last one to arrive adds up the splits.
 import triton
 import triton.language as tl
 
-from .tile import SCALE_BLOCK, decode_e4m3, last_to_arrive, store_tile, sum_splits, tile_offsets
+from .tile import SCALE_BLOCK, decode_e4m3, dot, last_to_arrive, store_tile, sum_splits, tile_offsets
 
 
 @triton.jit
@@ -19,13 +19,12 @@ def _dot_add(
     offs_k = start_k + tl.arange(0, BLOCK_K)
     w = tl.load(w_ptr + cols[:, None] * K + offs_k[None, :], mask=(cols < N)[:, None] & (offs_k < K)[None, :], other=0)
     if sf_ptr is None:
-        acc = tl.dot(w.to(DOT), x, acc, input_precision=PRECISION)
+        return acc + dot(w.to(DOT), x, PRECISION)
     else:
         # Past K the weights are zeros, and the last scale does as well as none.
         block = cols // SCALE_BLOCK * tl.cdiv(K, SCALE_BLOCK) + tl.minimum(start_k, K - 1) // SCALE_BLOCK
         sf = tl.load(sf_ptr + block, mask=cols < N, other=0.0)
-        acc += tl.dot(decode_e4m3(w, DOT), x, input_precision=PRECISION) * sf[:, None]
-    return acc
+        return acc + dot(decode_e4m3(w, DOT), x, PRECISION) * sf[:, None]
 
 
 @triton.jit(do_not_specialize=["M"])

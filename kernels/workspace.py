@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
-@contextmanager
-def workspace(device: torch.device, partials: int, counters: int) -> Iterator[tuple[Tensor | None, Tensor | None]]:
-    """Lends fp32 partials and zeroed int32 counters to one launch on the current stream of device.
+def workspace(device: torch.device, partials: int, counters: int) -> tuple[Tensor | None, Tensor | None]:
+    """fp32 partials and zeroed int32 counters for one launch on the current stream of device.
 
-    Every launch leaves its counters at zero, so the one buffer of a stream serves all its launches in turn. A launch
-    that fails may not have, so its buffer is dropped.
+    Every launch leaves its counters at zero, so one buffer serves all eager launches of a stream, which run in turn. A
+    launch under graph capture gets counters of its own, zeroed by the graph itself: graphs may be replayed on other
+    streams and outlive any buffer kept here. So does one on the CPU, where nothing is left behind by a failure.
     """
     if not counters:
-        yield None, None
-        return
+        return None, None
     partial = torch.empty(partials, dtype=torch.float32, device=device)
-    cuda = device.type == "cuda"
-    key = device, torch.cuda.current_stream(device).cuda_stream if cuda else 0
-    arrived = _counters.get(key)
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return partial, torch.zeros(counters, dtype=torch.int32, device=device)
+    stream = device, torch.cuda.current_stream(device).cuda_stream
+    arrived = _counters.get(stream)
     if arrived is None or arrived.numel() < counters:
-        arrived = torch.zeros(max(counters, 256), dtype=torch.int32, device=device)
-        # Zeros made under capture are a part of that graph: they hold nothing until it is replayed.
-        if not (cuda and torch.cuda.is_current_stream_capturing()):
-            _counters[key] = arrived
-    try:
-        yield partial, arrived
-    except BaseException:
-        _counters.pop(key, None)
-        raise
+        arrived = _counters[stream] = torch.zeros(max(counters, 1024), dtype=torch.int32, device=device)
+    return partial, arrived

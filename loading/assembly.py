@@ -64,7 +64,7 @@ class Assembly:
         """
         load = self._open_load("offer")
         parsed = parse(name)
-        if parsed is None or parsed.matrix is None or parsed.role is None:
+        if parsed is None or parsed.matrix is None:
             return False
         if parsed.layer not in self._layers:
             return True
@@ -78,8 +78,8 @@ class Assembly:
         elif matrix in load.bound:
             load.problems.append(Problem(name, file, "nothing beyond a matrix that is complete", str(header)))
         else:
-            load.headers[matrix][parsed.role] = header
             load.pending[matrix][parsed.role] = _own(tensor, self._device)
+            load.headers[matrix][parsed.role] = header
             _bind_if_complete(load, matrix)
         return True
 
@@ -129,10 +129,10 @@ def _bind_if_complete(load: _Load, matrix: str) -> None:
     if encoding is None:
         return
     tensors = load.pending.pop(matrix)
-    for role in encoding.not_finite(tensors):
+    for role, expected in encoding.unusable(tensors).items():
         file = load.headers[matrix][role].file
         advice = "the file is damaged or its export went wrong"
-        load.problems.append(Problem(f"{matrix}.{role}", file, "finite values", "NaN or infinity", advice))
+        load.problems.append(Problem(f"{matrix}.{role}", file, expected, "values beyond that", advice))
     load.bound[matrix] = encoding.bind(tensors)
 
 

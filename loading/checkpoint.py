@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +66,7 @@ class Checkpoint:
         headers: name -> Header of every projection tensor.
         neighbours: names of the indexers' other tensors (wq_b, k_norm, ...).
         tensors: how many tensors there are in all.
-        absent: shards that the index names, that hold nothing of the projection, and that are not there.
+        unread: shards that are not there or not readable, and hold nothing of the projection according to the index.
         config: the integers of config.json (or of its text_config); empty where there is none.
         problems: faults of the files themselves.
     """
@@ -81,39 +81,45 @@ class Checkpoint:
             CheckpointError: there is no checkpoint at path, or its index cannot be read.
         """
         path = Path(path)
-        self.path = path if path.is_dir() else path.parent
+        if path.name == INDEX:
+            path = path.parent
         self.headers: dict[str, Header] = {}
         self.neighbours: list[str] = []
         self.tensors = 0
-        self.absent: list[str] = []
+        self.unread: list[str] = []
         self.problems: list[Problem] = []
-        promised = _promised(path)
+        try:
+            self.path = path if path.is_dir() else path.parent
+            promised = _promised(path)
+        except OSError as error:  # a name that no file can have
+            raise CheckpointError([Problem(str(path), "", "the path of a checkpoint", str(error))]) from error
         for file, names in promised.items():
-            self._read_headers(file, list(filter(is_projection, names)))
+            self._read_headers(file, None if names is None else list(filter(is_projection, names)))
         self.config = self._read_config()
 
-    def _read_headers(self, file: str, promised: list[str]) -> None:
-        path = self.path / file
+    def _read_headers(self, file: str, promised: list[str] | None) -> None:
         names: list[str] = []
         instead = "no such tensor"
-        if not path.is_file():
-            instead = "no such file"
-            if not promised:
-                self.absent.append(file)
-        else:
-            try:
-                with safe_open(path, framework="pt") as shard:
-                    names = shard.keys()
-                    for name in filter(is_projection, names):
-                        tensor = shard.get_slice(name)
-                        self._add(name, Header(tensor.get_dtype(), tuple(tensor.get_shape()), file))
-            except (SafetensorError, OSError) as error:
+        try:
+            with safe_open(self.path / file, framework="pt") as shard:
+                names = shard.keys()
+                for name in filter(is_projection, names):
+                    tensor = shard.get_slice(name)
+                    self._add(name, Header(tensor.get_dtype(), tuple(tensor.get_shape()), file))
+        except (SafetensorError, OSError) as error:
+            if promised == []:
+                self.unread.append(file)
+                return
+            if isinstance(error, FileNotFoundError):
+                instead = "no such file"
+            else:
                 instead = "an unreadable file"
-                advice = "the file is truncated, corrupt or a Git LFS pointer: fetch it again"
-                self.problems.append(Problem(file, "", "a safetensors file", str(error), advice))
+                damaged = "the file is truncated, corrupt or a Git LFS pointer: fetch it again"
+                advice = damaged if isinstance(error, SafetensorError) else ""
+                self.problems.append(Problem(file, "", "a readable safetensors file", str(error), advice))
         self.tensors += len(names)
         self.neighbours += [name for name in names if parse(name) and not is_projection(name)]
-        for name in sorted(set(promised).difference(names)):
+        for name in sorted(set(promised or ()).difference(names)):
             self.problems.append(Problem(name, file, "the tensor that the index puts there", instead))
 
     def _add(self, name: str, header: Header) -> None:
@@ -122,12 +128,15 @@ class Checkpoint:
             self.problems.append(Problem(name, header.file, f"it in one file, {first.file}", "a second copy"))
 
     def _read_config(self) -> dict[str, int]:
-        path = self.path / "config.json"
-        if not path.is_file():
+        if not (self.path / "config.json").is_file():
             return {}
-        config = _read_json(path)
+        try:
+            config = _read_json(self.path / "config.json")
+        except CheckpointError as error:
+            self.problems += error.problems
+            return {}
         text = config.get("text_config")
-        config = text if isinstance(text, dict) else config
+        config = {**config, **text} if isinstance(text, dict) else config
         return {key: value for key, value in config.items() if type(value) is int}
 
     def stream(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
@@ -151,33 +160,43 @@ class Checkpoint:
                 raise CheckpointError([problem]) from error
 
 
-def _promised(path: Path) -> dict[str, list[str]]:
-    """file -> names that the index promises there; no promises where there is no index."""
+def _promised(path: Path) -> dict[str, list[str] | None]:
+    """file -> names that the index promises there; None where there is no index."""
     if path.is_file() and path.suffix == ".safetensors":
-        return {path.name: []}
-    index = path / INDEX
-    if not index.is_file():
+        return {path.name: None}
+    if not (path / INDEX).is_file():
         if (path / SINGLE).is_file():
-            return {SINGLE: []}
+            return {SINGLE: None}
         kinds = ((path.is_dir(), "a directory with neither"), (path.exists(), "another kind of file"))
         found = next((kind for holds, kind in kinds if holds), "no such file or directory")
         advice = "give the directory of a downloaded checkpoint, or one .safetensors file"
         raise CheckpointError([Problem(str(path), "", f"{INDEX} or {SINGLE}", found, advice)])
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = _read_json(path / INDEX).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError([Problem(INDEX, "", 'a "weight_map" from tensor names to files', "none")])
     promised: defaultdict[str, list[str]] = defaultdict(list)
+    problems = []
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise CheckpointError([Problem(name, INDEX, "the name of a file beside the index", repr(file))])
-        promised[file].append(name)
+        if isinstance(file, str) and Path(file).name == file:
+            promised[file].append(name)
+        else:
+            problems.append(Problem(name, INDEX, "the name of a file beside the index", repr(file)))
+    if problems:
+        raise CheckpointError(problems)
     return dict(sorted(promised.items()))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = Counter(key for key, _ in pairs)
+        doubled = [key for key, count in keys.items() if count > 1]
+        if doubled:
+            raise ValueError(f"{', '.join(doubled)} more than once")
+        return dict(pairs)
+
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        value = json.loads(path.read_text(), object_pairs_hook=once)
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError([Problem(path.name, "", "readable JSON", str(error))]) from error
     if not isinstance(value, dict):
         raise CheckpointError([Problem(path.name, "", "a JSON object", type(value).__name__)])

@@ -41,8 +41,8 @@ class Encoding(ABC):
         """Bytes of the bound matrix."""
 
     @abstractmethod
-    def not_finite(self, tensors: Mapping[str, Tensor]) -> list[str]:
-        """The roles that hold a NaN or an infinity, which no weight may."""
+    def unusable(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        """role -> which values are expected, for every role that holds others."""
 
 
 class Bf16(Encoding):
@@ -60,8 +60,8 @@ class Bf16(Encoding):
     def kept_bytes(self, shape: tuple[int, ...]) -> int:
         return 2 * math.prod(shape)
 
-    def not_finite(self, tensors: Mapping[str, Tensor]) -> list[str]:
-        return [] if tensors["weight"].isfinite().all() else ["weight"]
+    def unusable(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        return {} if tensors["weight"].isfinite().all() else {"weight": "finite values"}
 
 
 class Fp8Block(Encoding):
@@ -83,13 +83,19 @@ class Fp8Block(Encoding):
     def kept_bytes(self, shape: tuple[int, ...]) -> int:
         return math.prod(shape) + 4 * math.prod(scale_shape(shape))
 
-    def not_finite(self, tensors: Mapping[str, Tensor]) -> list[str]:
-        roles = [] if tensors["weight_scale_inv"].isfinite().all() else ["weight_scale_inv"]
-        nan = tensors["weight"].view(torch.uint8) & 0x7F == 0x7F  # e4m3fn has two NaN codes and no infinity
-        return ["weight", *roles] if nan.any() else roles
+    def unusable(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        found = {}
+        if (tensors["weight"].view(torch.uint8) & 0x7F == 0x7F).any():  # NaN; e4m3fn has no infinity
+            found["weight"] = "finite values"
+        size = tensors["weight_scale_inv"].abs()
+        # Far outside of this, code * scale leaves fp32's normal numbers. Comparisons with NaN are false.
+        if not ((size == 0) | (size >= 2.0**-100) & (size <= 2.0**100)).all():
+            found["weight_scale_inv"] = "scales that are 0 or of a size from 2**-100 to 2**100"
+        return found
 
 
 ENCODINGS: dict[str, Encoding] = {encoding.weight_dtype: encoding for encoding in (Bf16(), Fp8Block())}
+ROLES = frozenset({"weight", "weight_scale_inv"})
 
 
 def recognise(matrix: str, headers: Mapping[str, Header]) -> tuple[Encoding | None, list[Problem]]:
@@ -100,31 +106,34 @@ def recognise(matrix: str, headers: Mapping[str, Header]) -> tuple[Encoding | No
         headers: role -> header of what there is of it.
     """
     weight = headers.get("weight")
-    if weight is None:
-        found = _listing(headers)
-        file = next(iter(headers.values())).file if headers else ""
-        return None, [Problem(f"{matrix}.weight", file, "a weight", f"only {found}" if found else "no tensor of it")]
-    encoding = ENCODINGS.get(weight.dtype)
-    if encoding is None:
-        expected = f"a weight in {' or '.join(ENCODINGS)}"
-        advice = "other encodings are not supported yet"
-        return None, [Problem(f"{matrix}.weight", weight.file, expected, str(weight), advice)]
-    if len(weight.shape) != 2 or 0 in weight.shape:
-        return None, [Problem(f"{matrix}.weight", weight.file, "a matrix [N, K]", str(weight))]
+    encoding = ENCODINGS.get(weight.dtype) if weight else None
+    has_shape = weight is not None and len(weight.shape) == 2 and 0 not in weight.shape
+    scales = encoding.scales(weight.shape) if weight and encoding and has_shape else {}
+    # Without an encoding nobody knows which scales belong: any known role may.
+    known = {"weight", *scales} if encoding and has_shape else ROLES
+    strangers = {role: header for role, header in headers.items() if role not in known}
     problems = []
-    scales = encoding.scales(weight.shape)
-    strangers = {role: header for role, header in headers.items() if role != "weight" and role not in scales}
+    if weight is None:
+        others = {role: header for role, header in headers.items() if role in known}
+        file = next(iter(headers.values())).file if headers else ""
+        found = f"only {_listing(others)}" if others else "no tensor of it"
+        problems.append(Problem(f"{matrix}.weight", file, "a weight", found))
+    elif encoding is None:
+        expected, advice = f"a weight in {' or '.join(ENCODINGS)}", "other encodings are not supported yet"
+        problems.append(Problem(f"{matrix}.weight", weight.file, expected, str(weight), advice))
+    elif not has_shape:
+        problems.append(Problem(f"{matrix}.weight", weight.file, "a matrix [N, K]", str(weight)))
     for role, (dtype, shape) in scales.items():
         header = headers.get(role)
         expected = f"{dtype} {list(shape)} to go with the {weight} weight"
         if header is None:
             found = f"no such tensor, but {_listing(strangers)}" if strangers else "no such tensor"
-            problems.append(Problem(f"{matrix}.{role}", weight.file, expected, found, _NO_SCALE))
+            problems.append(Problem(f"{matrix}.{role}", weight.file if weight else "", expected, found, _NO_SCALE))
             strangers = {}
         elif (header.dtype, header.shape) != (dtype, shape):
             problems.append(Problem(f"{matrix}.{role}", header.file, expected, str(header)))
     for role, header in strangers.items():
-        expected = f"nothing beside {' and '.join(['weight', *scales])} ({encoding.name})"
+        expected = f"nothing beside {' and '.join(sorted(known))}"
         problems.append(Problem(f"{matrix}.{role}", header.file, expected, str(header)))
     return (None, problems) if problems else (encoding, [])
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 MATRICES = ("wk", "weights_proj")
 
 _NAME = re.compile(
-    r"(?P<stem>(?P<prefix>(?:\w+\.)*)layers\.(?P<layer>\d+)\.self_attn\.indexer\.)"
-    r"(?:(?P<matrix>wk|weights_proj|wk_weights_proj)\.(?P<role>.+)|.+)",
+    r"(?P<stem>(?:[\w-]+\.)*layers\.(?P<layer>\d{1,6})\.self_attn\.indexer\.)"
+    r"(?:(?P<matrix>wk|weights_proj|wk_weights_proj)(?:\.(?P<role>.*))?|.+)",
     re.ASCII,
 )
 
@@ -21,14 +21,14 @@ class IndexerTensor:
     Attributes:
         stem: everything up to and with "indexer.".
         matrix: "wk", "weights_proj" or "wk_weights_proj"; None for a tensor outside the projection (wq_b, k_norm).
-        role: what follows, unjudged: "weight", "weight_scale_inv", ...; None outside the projection.
+        role: what follows, unjudged: "weight", "weight_scale_inv", ...; "" where nothing does.
     """
 
     name: str
     stem: str
     layer: int
     matrix: str | None
-    role: str | None
+    role: str
 
 
 def parse(name: str) -> IndexerTensor | None:
@@ -36,7 +36,7 @@ def parse(name: str) -> IndexerTensor | None:
     match = _NAME.fullmatch(name)
     if match is None:
         return None
-    return IndexerTensor(name, match["stem"], int(match["layer"]), match["matrix"], match["role"])
+    return IndexerTensor(name, match["stem"], int(match["layer"]), match["matrix"], match["role"] or "")
 
 
 def is_projection(name: str) -> bool:

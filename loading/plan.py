@@ -149,17 +149,16 @@ def _plan_layer(
             advice = "a checkpoint that is already fused is not supported yet"
             problems.append(Problem(tensor.name, header.file, "wk and weights_proj apart", str(header), advice))
         else:
-            headers[tensor.matrix][str(tensor.role)] = header
+            headers[tensor.matrix][tensor.role] = header
     plans = []
-    reported = {problem.subject for problem in problems}
+    missing = {problem.subject for problem in file_faults if problem.subject not in checkpoint.headers}
     for matrix in MATRICES:
         encoding, faults = recognise(f"{stem}{matrix}", headers[matrix])
         plans.append(MatrixPlan(f"{stem}{matrix}", encoding, headers[matrix]))
         if headers[matrix] or not has_fused:
-            problems += [fault for fault in faults if fault.subject not in reported]
+            problems += [fault for fault in faults if fault.subject not in missing]
     wk, gate = plans
-    if wk.encoding and gate.encoding:
-        problems += _check_shapes(wk, gate, checkpoint)
+    problems += _check_shapes(wk, gate, checkpoint)
     num_hidden_layers = checkpoint.config.get("num_hidden_layers")
     is_mtp = num_hidden_layers is not None and layer >= num_hidden_layers
     return LayerPlan(layer, is_mtp, tuple(tensor.name for tensor in projection), wk, gate, tuple(problems))
@@ -180,13 +179,14 @@ def _check_alike(layers: dict[int, LayerPlan]) -> None:
 
 
 def _check_shapes(wk: MatrixPlan, gate: MatrixPlan, checkpoint: Checkpoint) -> list[Problem]:
+    """Holds the matrices against each other and against the config."""
     problems = []
-    if wk.shape[1] != gate.shape[1]:
+    if len(wk.shape) == len(gate.shape) == 2 and wk.shape[1] != gate.shape[1]:
         header = gate.headers["weight"]
         problems.append(Problem(f"{gate.stem}.weight", header.file, f"wk's K = {wk.shape[1]}", str(header)))
     for plan, axis, key in ((wk, 0, "index_head_dim"), (wk, 1, "hidden_size"), (gate, 0, "index_n_heads")):
-        value = checkpoint.config.get(key, plan.shape[axis])
-        if value != plan.shape[axis]:
+        value = checkpoint.config.get(key)
+        if len(plan.shape) == 2 and value not in (None, plan.shape[axis]):
             header = plan.headers["weight"]
             expected = f"{value} in dimension {axis} (config.json: {key})"
             problems.append(Problem(f"{plan.stem}.weight", header.file, expected, str(header)))

@@ -61,6 +61,15 @@ def test_amd_waits_for_its_stores_before_it_counts_itself_in(name):
 
 
 @pytest.mark.parametrize("name", [name for name in TARGETS if TARGETS[name].backend == "cuda"])
+def test_sums_over_k_are_added_outside_the_tensor_core(name):
+    """Inside, they would be truncated hundreds of times; see `dot` in kernels/tile.py."""
+    for config, binary in binaries(name, "deepseek-dense-dense"):
+        if config.regime == "tiled":
+            per_thread = config.block_m * (128 + 64) // (32 * config.num_warps)
+            assert binary.count(r"\bFADD") >= per_thread, config
+
+
+@pytest.mark.parametrize("name", [name for name in TARGETS if TARGETS[name].backend == "cuda"])
 def test_one_counter_per_split_k_program_and_no_float_atomics(name):
     for config, binary in binaries(name, "deepseek-fp8-dense"):
         expected = 0 if config.workspace(1, 128, 64) == (0, 0) else 1

@@ -29,11 +29,15 @@ def test_it_moves_with_the_model_it_is_in(pair):
 
 
 @pytest.mark.parametrize("pair", ["fp8-dense", "dense-dense"])
-def test_a_change_of_dtype_is_refused(pair):
+def test_a_change_of_dtype_leaves_the_weights_as_they_are(pair):
     module = IndexerProjection(weights(pair, (128, 16, 256)))
-    module.to(torch.bfloat16) if pair == "dense-dense" else None
-    with pytest.raises(TypeError, match="stay in the checkpoint's encoding"):
-        module.half()
+    before = module.weights
+    module.half()
+    assert same(module.weights.wk, before.wk)
+    assert same(module.weights.gate, before.gate)
+    module.to("meta", torch.float32)
+    assert module.weights.device.type == "meta"
+    assert module.weights.gate.weight.dtype == torch.bfloat16
 
 
 def test_it_has_no_state_of_its_own():

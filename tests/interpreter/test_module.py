@@ -15,6 +15,7 @@ def test_forward_from_a_checkpoint(tmp_path, kind):
     module = IndexerProjection.from_checkpoint(tmp_path, layer=0, k_dtype=torch.float32)
     x = torch.randn(2, 3, module.weights.shape[2], dtype=torch.bfloat16)
     k, gate = module(x)
+    assert IndexerProjection(module.weights, gate_dtype=x.dtype)(x)[1].dtype == x.dtype
     for output, truth in zip((k, gate), reference(x, load(tmp_path)[0]), strict=True):
         assert output.dtype == torch.float32
         assert (output - truth).abs().max() <= 2e-6 * truth.abs().max()

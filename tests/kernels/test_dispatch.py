@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from indexproj.kernels import TARGETS, choose
+from indexproj.kernels import TARGETS, KernelConfig, choose
 from indexproj.kernels.dispatch import cdiv, next_power_of_2
 from support import DEEPSEEK, GLM
 
@@ -38,6 +38,18 @@ def test_one_wave_fills_an_h100():
     ):
         grid = choose(m, DEEPSEEK, TARGETS["sm_90"]).grid(m, 128, 64)
         assert torch.Size(grid).numel() == programs
+
+
+def test_fp16_takes_half_the_block_for_it_is_multiplied_in_fp32():
+    for m in (100, 10_000):
+        wide, narrow = (choose(m, GLM, TARGETS["sm_90"], dtype) for dtype in (torch.float16, torch.bfloat16))
+        assert (wide.block_k, narrow.block_k) == (32, 64)
+
+
+@pytest.mark.parametrize("block_k", [256, 48])
+def test_a_block_has_one_scale(block_k):
+    with pytest.raises(ValueError, match="block_k must divide 128"):
+        KernelConfig("tiled", block_m=16, block_k=block_k, split_k=1, num_stages=2)
 
 
 def test_a_small_k_is_not_split_beyond_its_blocks():

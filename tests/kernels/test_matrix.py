@@ -67,12 +67,20 @@ def test_what_does_not_fit_is_refused(make, error, message):
 def test_two_dense_matrices_share_one_buffer():
     wk, gate = dense(128, 64), dense(16, 64)
     packed = ProjectionWeights.pack(wk, gate)
+    assert same(packed.wk, wk)
+    assert same(packed.gate, gate)
     assert torch.equal(packed.fused_weight, torch.cat((wk.weight, gate.weight)))
     assert packed.fused_weight.data_ptr() == packed.wk.weight.data_ptr()
     assert packed.nbytes == packed.fused_weight.nbytes
     moved = packed.map(torch.clone)
     assert moved.fused_weight.data_ptr() == moved.wk.weight.data_ptr() != packed.wk.weight.data_ptr()
     assert torch.equal(moved.fused_weight, packed.fused_weight)
+
+
+def test_views_that_do_not_follow_each_other_are_not_fused():
+    buffer = dense(200, 64).weight
+    for wk, gate in ((buffer[:128], buffer[130:146]), (buffer[16:144], buffer[:16])):
+        assert ProjectionWeights(DenseMatrix(wk), DenseMatrix(gate)).fused_weight is None
 
 
 def test_other_pairs_have_no_fused_weight():

@@ -47,6 +47,49 @@ def test_bad_input_is_named(x, options, error, message):
         project(x, weights("fp8-dense", SHAPE), **options)
 
 
+def raw(**changes):
+    w = weights("fp8-dense", SHAPE)
+    (wk, wk_scale), (gate, gate_scale) = w.wk.operands, w.gate.operands
+    return {"x": x_of(4, 256), "wk": wk, "wk_scale": wk_scale, "gate": gate, "gate_scale": gate_scale, **changes}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"wk_scale": None},
+        {"wk_scale": torch.ones(1, 3)},
+        {"wk_scale": torch.ones(1, 2).double()},
+        {"wk": torch.zeros(256, 128, dtype=torch.uint8).T},
+        {"gate": torch.zeros(16, 256)},
+        {"gate": torch.zeros(16, 128, dtype=torch.bfloat16)},
+        {"gate_scale": torch.ones(1, 2)},
+        {"gate": torch.zeros(300, 256, dtype=torch.bfloat16)},
+        {"x": x_of(4, 128)},
+    ],
+)
+def test_the_operation_itself_refuses_operands_that_do_not_fit(changes):
+    with pytest.raises(ValueError, match="project: "):
+        torch.ops.indexproj.project(*raw(**changes).values(), torch.bfloat16, torch.float32)
+    with pytest.raises(ValueError, match="project: "):
+        torch.ops.indexproj.project_out(*raw(**changes).values(), x_of(4, 144))
+
+
+def test_weights_and_outputs_that_require_grad_are_refused():
+    w = weights("dense-dense", SHAPE)
+    w.gate.weight.requires_grad_()
+    with pytest.raises(RuntimeError, match="not differentiable"):
+        project(x_of(4, 256), w)
+    with pytest.raises(RuntimeError, match="not differentiable"):
+        project(x_of(4, 256), weights("dense-dense", SHAPE), out=x_of(4, 144).requires_grad_())
+
+
+def test_out_may_not_lie_in_the_weights():
+    w = weights("dense-dense", SHAPE)
+    out = w.gate.weight.view(-1)[: 4 * 144].view(4, 144)
+    with pytest.raises(ValueError, match="out overlaps gate in memory"):
+        project(x_of(4, 256), w, out=out)
+
+
 def test_weights_of_another_kind_are_named():
     with pytest.raises(TypeError, match="must be ProjectionWeights, got Tensor"):
         project(x_of(4, 256), x_of(144, 256))

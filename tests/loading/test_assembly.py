@@ -121,6 +121,13 @@ def test_an_already_fused_matrix_is_refused_by_name():
     assert problem.subject == f"{STEM}wk_weights_proj.weight"
 
 
+def test_a_layer_under_two_prefixes():
+    one, two = projection(fp8_layer()), [(f"language_{name}", tensor) for name, tensor in projection(fp8_layer())]
+    with pytest.raises(CheckpointError) as caught:
+        assemble([*one, *two])
+    assert [problem.subject for problem in caught.value.problems] == [name for name, _ in two]
+
+
 def test_matrices_that_differ_in_k():
     offers = {**bf16_layer(), f"{STEM}weights_proj.weight": torch.zeros(16, 128).bfloat16()}
     problem = fails(offers.items())

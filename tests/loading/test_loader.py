@@ -29,7 +29,7 @@ def problems_of(path, layers=None):
         load(path, layers)
     problems = caught.value.problems
     result = CliRunner().invoke(app, ["audit", str(path)])
-    expected = [problem for problem in problems if problem.found not in ("NaN or infinity", "no indexer in it")]
+    expected = [problem for problem in problems if problem.found not in ("values beyond that", "no indexer in it")]
     assert result.exit_code == (2 if expected else 0), result.output
     assert isinstance(result.exception, SystemExit | None)
     assert all(str(problem) in result.stderr for problem in expected)
@@ -192,7 +192,7 @@ def test_missing_shard_names_every_tensor_in_it(tmp_path):
 def test_a_missing_shard_of_other_tensors_is_no_problem(tmp_path):
     path = write_checkpoint(tmp_path, fp8_layer(), {"model.norm.weight": torch.ones(4)})
     (path / "model-00002-of-00002.safetensors").unlink()
-    assert Checkpoint(path).absent == ["model-00002-of-00002.safetensors"]
+    assert Checkpoint(path).unread == ["model-00002-of-00002.safetensors"]
     assert list(load(path)) == [0]
 
 
@@ -225,8 +225,16 @@ def test_index_names_an_absent_tensor(tmp_path):
 
 def test_a_tensor_in_two_shards(tmp_path):
     path = write_checkpoint(tmp_path, fp8_layer(), {GATE: fp8_layer()[GATE]})
-    problem = next(problem for problem in problems_of(path) if problem.found == "a second copy")
+    problem = only(problems_of(path))
+    assert problem.found == "a second copy"
     assert (problem.subject, problem.file) == (GATE, "model-00002-of-00002.safetensors")
+
+
+def codes(odd_one):
+    """e4m3fn codes, all of them 0 but one."""
+    values = torch.zeros(128, 256, dtype=torch.uint8)
+    values[100, 200] = odd_one
+    return values.view(torch.float8_e4m3fn)
 
 
 @pytest.mark.parametrize(
@@ -249,10 +257,13 @@ def test_a_tensor_in_two_shards(tmp_path):
         ({BIAS: torch.zeros(128)}, BIAS, "F32 [128]"),
         ({OTHER_SCALE: torch.ones(1)}, OTHER_SCALE, "F32 [1]"),
         ({FUSED: torch.ones(144, 256)}, FUSED, "F32 [144, 256]"),
-        ({SCALE: torch.tensor([[1.0, torch.nan]])}, SCALE, "NaN or infinity"),
-        ({SCALE: torch.tensor([[1.0, torch.inf]])}, SCALE, "NaN or infinity"),
-        ({WK: torch.full((128, 256), torch.nan).to(torch.float8_e4m3fn)}, WK, "NaN or infinity"),
-        ({GATE: torch.full((16, 256), torch.inf).bfloat16()}, GATE, "NaN or infinity"),
+        ({SCALE: torch.tensor([[1.0, torch.nan]])}, SCALE, "values beyond that"),
+        ({SCALE: torch.tensor([[1.0, torch.inf]])}, SCALE, "values beyond that"),
+        ({SCALE: torch.tensor([[1.0, 1e38]])}, SCALE, "values beyond that"),
+        ({SCALE: torch.tensor([[1.0, 1e-40]])}, SCALE, "values beyond that"),
+        ({WK: codes(0x7F)}, WK, "values beyond that"),
+        ({WK: codes(0xFF)}, WK, "values beyond that"),
+        ({GATE: torch.full((16, 256), torch.inf).bfloat16()}, GATE, "values beyond that"),
     ],
 )  # fmt: skip
 def test_what_fits_no_encoding(tmp_path, change, subject, found):
@@ -272,6 +283,19 @@ def test_all_problems_come_at_once(tmp_path):
     subjects = [problem.subject for problem in caught.value.problems]
     assert len(subjects) == 6
     assert all(subject in str(caught.value) for subject in subjects)
+
+
+def test_problems_of_one_matrix_come_together(tmp_path):
+    tensors = {
+        **fp8_layer(),
+        WK: torch.zeros(128, 256, dtype=torch.float8_e5m2),
+        BIAS: torch.zeros(128),
+        GATE: torch.zeros(16, 200, dtype=torch.int8),
+    }
+    path = write_checkpoint(tmp_path, tensors, config={"index_head_dim": 64})
+    assert [problem.subject for problem in problems_of(path)] == [WK, BIAS, GATE, GATE, WK]
+    (path / "config.json").write_text("{")
+    assert [problem.subject for problem in problems_of(path)] == ["config.json", WK, BIAS, GATE, GATE]
 
 
 @pytest.mark.parametrize(
@@ -318,6 +342,8 @@ def test_mtp_layers_lie_beyond_the_hidden_layers(tmp_path):
         (INDEX, "{}", 'a "weight_map" from tensor names to files'),
         (INDEX, '{"weight_map": {"a": "../b.safetensors"}}', "the name of a file beside the index"),
         (INDEX, '{"weight_map": {"a": 3}}', "the name of a file beside the index"),
+        (INDEX, '{"weight_map": {"a": "b", "a": "c"}}', "readable JSON"),
+        (INDEX, "[" * 100_000, "readable JSON"),
         ("config.json", "nothing", "readable JSON"),
     ],
 )
@@ -332,6 +358,25 @@ def test_no_checkpoint_at_all(tmp_path):
     assert only(problems_of(tmp_path / "nowhere")).found == "no such file or directory"
     (tmp_path / "config.json").write_text("{}")
     assert only(problems_of(tmp_path / "config.json")).found == "another kind of file"
+    assert only(problems_of(tmp_path / ("long" * 100))).expected == "the path of a checkpoint"
+
+
+def test_the_index_stands_for_its_directory(tmp_path):
+    assert list(load(write_checkpoint(tmp_path, fp8_layer()) / INDEX)) == [0]
+
+
+def test_a_damaged_shard_of_other_tensors_is_no_problem(tmp_path):
+    path = write_checkpoint(tmp_path, fp8_layer(), {"model.norm.weight": torch.ones(4)})
+    (path / "model-00002-of-00002.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    assert Checkpoint(path).unread == ["model-00002-of-00002.safetensors"]
+    assert list(load(path)) == [0]
+
+
+def test_a_layer_under_two_spellings(tmp_path):
+    other = {name.replace("layers.0.", "layers.00."): tensor for name, tensor in fp8_layer().items()}
+    problems = problems_of(write_checkpoint(tmp_path, {**fp8_layer(), **other}))
+    assert len(problems) == 3
+    assert all("layers.0" in problem.expected for problem in problems)
 
 
 def test_a_model_without_indexer(tmp_path):

@@ -5,9 +5,9 @@ import pytest
 from indexproj.loading.names import is_projection, parse
 
 
-@pytest.mark.parametrize("prefix", ["model.", "", "model.language_model.", "language_model.model."])
+@pytest.mark.parametrize("prefix", ["model.", "", "base-model.", "model.language_model.", "language_model.model."])
 @pytest.mark.parametrize("matrix", ["wk", "weights_proj", "wk_weights_proj"])
-@pytest.mark.parametrize("role", ["weight", "weight_scale_inv", "bias", "weight.packed"])
+@pytest.mark.parametrize("role", ["weight", "weight_scale_inv", "bias", "weight.packed", ""])
 def test_parts(prefix, matrix, role):
     stem = f"{prefix}layers.61.self_attn.indexer."
     tensor = parse(f"{stem}{matrix}.{role}")
@@ -15,10 +15,14 @@ def test_parts(prefix, matrix, role):
     assert is_projection(tensor.name)
 
 
-@pytest.mark.parametrize("leaf", ["wq_b.weight", "k_norm.bias", "wk", "wkv.weight", "wk2.weight", "index_kpool_ape"])
+def test_a_matrix_without_a_role_is_still_one_of_the_projection():
+    assert parse("model.layers.0.self_attn.indexer.wk").role == ""
+
+
+@pytest.mark.parametrize("leaf", ["wq_b.weight", "k_norm.bias", "wkv.weight", "wk2.weight", "index_kpool_ape"])
 def test_neighbours_in_the_indexer(leaf):
     tensor = parse(f"model.layers.0.self_attn.indexer.{leaf}")
-    assert (tensor.layer, tensor.matrix, tensor.role) == (0, None, None)
+    assert (tensor.layer, tensor.matrix, tensor.role) == (0, None, "")
     assert not is_projection(tensor.name)
 
 
