@@ -104,7 +104,7 @@ def compile_for(
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, known, attributes)
     gpu = GPUTarget(target.backend, target.arch, 64 if target.backend == "hip" else 32)
-    return _read(triton.compile(source, target=gpu, options=options(config)), target)
+    return _read(triton.compile(source, target=gpu, options=options(config, target)), target)
 
 
 def _read(kernel: CompiledKernel, target: Target) -> Binary:

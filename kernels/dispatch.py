@@ -76,8 +76,10 @@ def choose(m: int, shape: tuple[int, int, int], target: Target, x_dtype: torch.d
         block_m = min(max(m, 8 if target.backend == "cuda" else 16), 32)
         split_k = min(16, cdiv(k, 512))
         return KernelConfig("split_k", block_m=block_m, block_k=64, slices=8, split_k=split_k, num_stages=2)
-    block_m = 16 if m <= 256 else 64
-    block_k = 64 if x_dtype == torch.bfloat16 else 32  # fp16 is multiplied in fp32, which takes twice the room
+    # fp16 is multiplied in fp32, which takes twice the room; and on sm_120 FP8 weights beside 64 rows spill.
+    is_wide = x_dtype != torch.bfloat16
+    block_m = 16 if m <= 256 else 32 if is_wide or target.arch == 120 else 64
+    block_k = 32 if is_wide else 64
     fill = next_power_of_2(target.sm_count // (m // block_m) + 1) // 2  # largest power of two that fits, or 0
     split_k = max(1, min(16, fill, cdiv(k, block_k)))
     return KernelConfig("tiled", block_m=block_m, block_k=block_k, split_k=split_k, num_stages=3)

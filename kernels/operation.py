@@ -141,7 +141,7 @@ def launch(
             x, wk, wk_scale, gate, gate_scale, k_out, gate_out,
             *workspace(x.device, *config.workspace(m, *shape[:2])),
             m, x.stride(0), k_out.stride(0), gate_out.stride(0),
-            **constants(config, shape, x.dtype, target), **options(config),
+            **constants(config, shape, x.dtype, target), **options(config, target),
         )  # fmt: skip
 
 
@@ -159,9 +159,11 @@ def constants(
     return dict(zip(("D", "H", "K"), shape, strict=True)) | config.constants | {"DOT": dot, "AMD": amd}
 
 
-def options(config: KernelConfig) -> dict[str, Any]:
+def options(config: KernelConfig, target: Target) -> dict[str, Any]:
     """The compiler's options. Triton's default for fp_fusion changes between versions, so it is always given."""
-    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    chosen = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    # Left alone, ptxas would rather spill a few registers of the tiled kernel than run one program less at a time.
+    return chosen | {"maxnreg": 255} if target.backend == "cuda" and config.regime == "tiled" else chosen
 
 
 def _check_operands(x: Tensor, wk: Tensor, wk_scale: Tensor | None, gate: Tensor, gate_scale: Tensor | None) -> None:

@@ -21,8 +21,7 @@ def _dot_add(
     if sf_ptr is None:
         return acc + dot(w.to(DOT), x, PRECISION)
     else:
-        # Past K the weights are zeros, and the last scale does as well as none.
-        block = cols // SCALE_BLOCK * tl.cdiv(K, SCALE_BLOCK) + tl.minimum(start_k, K - 1) // SCALE_BLOCK
+        block = cols // SCALE_BLOCK * tl.cdiv(K, SCALE_BLOCK) + start_k // SCALE_BLOCK
         sf = tl.load(sf_ptr + block, mask=cols < N, other=0.0)
         return acc + dot(decode_e4m3(w, DOT), x, PRECISION) * sf[:, None]
 
@@ -44,14 +43,14 @@ def tiled_kernel(
     tile, split = tl.program_id(0), tl.program_id(1)
     BLOCK_D: tl.constexpr = triton.next_power_of_2(D) if D > 16 else 16
     BLOCK_H: tl.constexpr = triton.next_power_of_2(H) if H > 16 else 16
-    STEPS: tl.constexpr = tl.cdiv(K, SPLIT_K * BLOCK_K)
+    LENGTH: tl.constexpr = tl.cdiv(K, SPLIT_K * BLOCK_K) * BLOCK_K  # of K, per split
     PRECISION: tl.constexpr = "ieee" if AMD else "tf32"
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     cols_k, cols_g = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_H)
     acc_k = tl.zeros((BLOCK_D, BLOCK_M), tl.float32)
     acc_g = tl.zeros((BLOCK_H, BLOCK_M), tl.float32)
-    for step in range(STEPS):
-        start_k = (split * STEPS + step) * BLOCK_K
+    # An end that is not known at compile time keeps the compiler from unrolling a short loop until it spills.
+    for start_k in range(split * LENGTH, tl.minimum((split + 1) * LENGTH, K), BLOCK_K):
         offs_k = start_k + tl.arange(0, BLOCK_K)
         x = tl.load(
             x_ptr + rows[None, :].to(tl.int64) * stride_xm + offs_k[:, None],
