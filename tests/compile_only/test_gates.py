@@ -1,6 +1,7 @@
 """Every kernel, compiled for GPUs that are not here: it compiles, nothing spills, shared memory fits."""
 
 import functools
+import re
 
 import pytest
 import torch
@@ -52,12 +53,27 @@ def test_amd_waits_for_its_stores_before_it_counts_itself_in(name):
     for config, binary in binaries(name, "deepseek-fp8-dense"):
         if config.workspace(1, 128, 64) == (0, 0):
             continue
-        before_counter, atomic, _ = binary.assembly.partition("_atomic_add")
+        before_counter, atomic, after_counter = binary.assembly.partition("_atomic_add")
         assert atomic, config
         after_stores = before_counter.rpartition("_store_dword")[2]
         waited, barrier, _ = after_stores.partition("s_barrier")
         assert barrier, config
         assert "s_waitcnt vmcnt(0)" in waited, config
+        assert "buffer_wbl2 sc1" in before_counter.rpartition("s_barrier")[2], config  # release, device-wide
+        assert "buffer_inv sc1" in after_counter, config  # acquire
+
+
+@pytest.mark.parametrize("name", [name for name in TARGETS if TARGETS[name].backend == "cuda"])
+def test_partials_are_released_and_acquired_device_wide(name):
+    for config, binary in binaries(name, "deepseek-fp8-dense"):
+        if config.workspace(1, 128, 64) == (0, 0):
+            continue
+        before_counter, counter, after_counter = re.split(r"(\bATOMG\S*)", binary.assembly)
+        since_last_store = re.split(r"\bSTG\b", before_counter)[-1]
+        assert "BAR.SYNC" in since_last_store, config
+        assert "MEMBAR.ALL.GPU" in since_last_store.rpartition("BAR.SYNC")[2], config
+        assert counter.endswith("STRONG.GPU"), config
+        assert "CCTL.IVALL" in after_counter.partition("LDG")[0], config
 
 
 @pytest.mark.parametrize("name", [name for name in TARGETS if TARGETS[name].backend == "cuda"])
