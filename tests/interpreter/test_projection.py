@@ -47,9 +47,20 @@ def test_published_shape(pair, m, dtype):
 @pytest.mark.parametrize("shape", [(128, 32, 200), (128, 16, 129), (40, 9, 61)], ids=str)
 @pytest.mark.usefixtures("poison")
 def test_every_m_and_ragged_k(shape, m):
-    w = weights("fp8-dense", shape)
+    w = surrounded(weights("fp8-dense", shape))
     x = torch.randn(m, shape[2], dtype=torch.bfloat16)
     assert relative_error(project(x, w, k_dtype=torch.float32), reference(x, w)) <= 2e-6
+
+
+def surrounded(w):
+    """The same weights, with NaN before and behind every tensor."""
+
+    def embed(tensor):
+        around = torch.full((tensor.nbytes + 2048,), 0xFF, dtype=torch.uint8)
+        inside = around[1024:-1024].view(tensor.dtype).view(tensor.shape)
+        return inside.copy_(tensor)
+
+    return w.map(embed)
 
 
 # Splits that divide K, that do not, and that leave the last programs nothing to do.
@@ -67,7 +78,7 @@ def test_every_m_and_ragged_k(shape, m):
 @pytest.mark.parametrize("pair", ["fp8-dense", "fp8-fp8"])
 @pytest.mark.usefixtures("poison")
 def test_splits(pair, config, split_k):
-    w = weights(pair, (128, 32, 1000))
+    w = surrounded(weights(pair, (128, 32, 1000)))
     x = torch.randn(19, 1000, dtype=torch.bfloat16)
     outputs = run(x, w, dataclasses.replace(config, split_k=split_k))
     assert relative_error(outputs, reference(x, w)) <= 2e-6
