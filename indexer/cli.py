@@ -59,7 +59,7 @@ def fixture(
 def audit(checkpoint: CheckpointPath) -> None:
     """Say what a checkpoint holds and whether it loads.
 
-    Only headers are read. That values are finite is checked when they are loaded.
+    Only headers are read; values are checked when they are loaded.
     """
     from ..loading import Checkpoint, CheckpointError, Plan
 
@@ -104,8 +104,9 @@ def verify(
     interpreter.
     """
     rows = list(dict.fromkeys(m or (1, 17, 100)))
-    if min(rows) < 1:
-        _fail(f"verify: --m must be at least 1, got {min(rows)}")
+    for count in rows:
+        if not 1 <= count <= 65536:
+            _fail(f"verify: --m must be from 1 to 65536, got {count}")
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

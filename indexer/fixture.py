@@ -240,4 +240,4 @@ def _config(model: Model, owners: tuple[int, ...], layers: int, power_of_two_sca
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 SCALE_BLOCK = 128
+MAX_ROWS = 256  # of a matrix, D or H: one program of the tiled kernel holds them all
 
 
 @dataclass(frozen=True, eq=False)

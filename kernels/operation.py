@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dispatch import KernelConfig, choose
-from .matrix import ProjectionWeights, scale_shape
+from .matrix import MAX_ROWS, ProjectionWeights, scale_shape
 from .split_k import split_k_kernel
 from .target import INTERPRETED, Target, target_of
 from .tiled import tiled_kernel
@@ -19,7 +19,6 @@ from .workspace import workspace
 
 KERNELS = {"split_k": split_k_kernel, "tiled": tiled_kernel}
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float16)
-MAX_COLUMNS = 256  # of a matrix: one tiled program holds them all
 
 
 def project(
@@ -179,8 +178,8 @@ def _check_operands(x: Tensor, wk: Tensor, wk_scale: Tensor | None, gate: Tensor
     for name, weight, scale in (("wk", wk, wk_scale), ("gate", gate, gate_scale)):
         if weight.device != x.device:
             raise ValueError(f"project: x is on {x.device}, the weights are on {weight.device}")
-        if weight.shape[0] > MAX_COLUMNS:
-            raise ValueError(f"project: {name} has {weight.shape[0]} rows; the kernels hold at most {MAX_COLUMNS}")
+        if weight.shape[0] > MAX_ROWS:
+            raise ValueError(f"project: {name} has {weight.shape[0]} rows; the kernels hold at most {MAX_ROWS}")
         # A matrix comes from `operands`, which is right; another caller of the op may be wrong.
         fits = weight.ndim == 2 and weight.shape[1] == k and weight.is_contiguous()
         if scale is None:

@@ -90,7 +90,8 @@ class Assembly:
             layer index -> weights, for every layer asked for.
 
         Raises:
-            CheckpointError: anything was missing, doubled, unknown or not finite; lists all of it.
+            CheckpointError: anything was missing, doubled, unknown, of a shape that does not fit or of values that are
+                none; lists all of it.
             RuntimeError: no load is open.
         """
         load = self._open_load("finish")

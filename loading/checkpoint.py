@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -99,8 +100,10 @@ class Checkpoint:
 
     def _read_headers(self, file: str, promised: list[str] | None) -> None:
         names: list[str] = []
-        instead = "no such tensor"
+        instead, advice = "no such tensor", ""
         try:
+            if (self.path / file).exists() and not (self.path / file).is_file():
+                raise OSError("not a file")
             with safe_open(self.path / file, framework="pt") as shard:
                 names = shard.keys()
                 for name in filter(is_projection, names):
@@ -110,17 +113,15 @@ class Checkpoint:
             if promised == []:
                 self.unread.append(file)
                 return
-            if isinstance(error, FileNotFoundError):
-                instead = "no such file"
-            else:
-                instead = "an unreadable file"
-                damaged = "the file is truncated, corrupt or a Git LFS pointer: fetch it again"
-                advice = damaged if isinstance(error, SafetensorError) else ""
+            instead = "no such file" if isinstance(error, FileNotFoundError) else f"an unreadable file ({error})"
+            if isinstance(error, SafetensorError):
+                advice = "the file is truncated, corrupt or a Git LFS pointer: fetch it again"
+            if promised is None:
                 self.problems.append(Problem(file, "", "a readable safetensors file", str(error), advice))
         self.tensors += len(names)
         self.neighbours += [name for name in names if parse(name) and not is_projection(name)]
         for name in sorted(set(promised or ()).difference(names)):
-            self.problems.append(Problem(name, file, "the tensor that the index puts there", instead))
+            self.problems.append(Problem(name, file, "the tensor that the index puts there", instead, advice))
 
     def _add(self, name: str, header: Header) -> None:
         first = self.headers.setdefault(name, header)
@@ -172,18 +173,25 @@ def _promised(path: Path) -> dict[str, list[str] | None]:
         advice = "give the directory of a downloaded checkpoint, or one .safetensors file"
         raise CheckpointError([Problem(str(path), "", f"{INDEX} or {SINGLE}", found, advice)])
     weight_map = _read_json(path / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict):
+    if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError([Problem(INDEX, "", 'a "weight_map" from tensor names to files', "none")])
     promised: defaultdict[str, list[str]] = defaultdict(list)
     problems = []
     for name, file in weight_map.items():
-        if isinstance(file, str) and Path(file).name == file:
+        if isinstance(file, str) and _is_file_name(file):
             promised[file].append(name)
         else:
             problems.append(Problem(name, INDEX, "the name of a file beside the index", repr(file)))
     if problems:
         raise CheckpointError(problems)
     return dict(sorted(promised.items()))
+
+
+def _is_file_name(name: str) -> bool:
+    try:
+        return os.fsencode(name) not in (b"", b".", b"..") and Path(name).name == name
+    except UnicodeEncodeError:
+        return False
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -195,7 +203,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return dict(pairs)
 
     try:
-        value = json.loads(path.read_text(), object_pairs_hook=once)
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError([Problem(path.name, "", "readable JSON", str(error))]) from error
     if not isinstance(value, dict):

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..kernels.matrix import SCALE_BLOCK, DenseMatrix, Fp8Matrix, Matrix, scale_shape
+from ..kernels.matrix import MAX_ROWS, SCALE_BLOCK, DenseMatrix, Fp8Matrix, Matrix, scale_shape
 from .checkpoint import Header
 from .problems import Problem
 
@@ -61,7 +61,8 @@ class Bf16(Encoding):
         return 2 * math.prod(shape)
 
     def unusable(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-        return {} if tensors["weight"].isfinite().all() else {"weight": "finite values"}
+        # Larger ones overflow fp32 sums. Comparisons with NaN are false.
+        return {} if (tensors["weight"].abs() <= 2.0**100).all() else {"weight": "values of a size up to 2**100"}
 
 
 class Fp8Block(Encoding):
@@ -88,7 +89,7 @@ class Fp8Block(Encoding):
         if (tensors["weight"].view(torch.uint8) & 0x7F == 0x7F).any():  # NaN; e4m3fn has no infinity
             found["weight"] = "finite values"
         size = tensors["weight_scale_inv"].abs()
-        # Far outside of this, code * scale leaves fp32's normal numbers. Comparisons with NaN are false.
+        # Beyond this, code * scale leaves fp32's normal numbers. Comparisons with NaN are false.
         if not ((size == 0) | (size >= 2.0**-100) & (size <= 2.0**100)).all():
             found["weight_scale_inv"] = "scales that are 0 or of a size from 2**-100 to 2**100"
         return found
@@ -121,6 +122,8 @@ def recognise(matrix: str, headers: Mapping[str, Header]) -> tuple[Encoding | No
     elif encoding is None:
         expected, advice = f"a weight in {' or '.join(ENCODINGS)}", "other encodings are not supported yet"
         problems.append(Problem(f"{matrix}.weight", weight.file, expected, str(weight), advice))
+    elif has_shape and weight.shape[0] > MAX_ROWS:
+        problems.append(Problem(f"{matrix}.weight", weight.file, f"at most {MAX_ROWS} rows", str(weight)))
     elif not has_shape:
         problems.append(Problem(f"{matrix}.weight", weight.file, "a matrix [N, K]", str(weight)))
     for role, (dtype, shape) in scales.items():

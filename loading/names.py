@@ -10,7 +10,7 @@ MATRICES = ("wk", "weights_proj")
 _NAME = re.compile(
     r"(?P<stem>(?:[\w-]+\.)*layers\.(?P<layer>\d{1,6})\.self_attn\.indexer\.)"
     r"(?:(?P<matrix>wk|weights_proj|wk_weights_proj)(?:\.(?P<role>.*))?|.+)",
-    re.ASCII,
+    re.ASCII | re.DOTALL,
 )
 
 

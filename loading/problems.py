@@ -11,7 +11,7 @@ class Problem:
     """One fault.
 
     Attributes:
-        subject: the tensor's full name, or the file's where no tensor is concerned.
+        subject: the tensor's full name, or the file's, path's or layer's where no tensor is concerned.
         file: the file the tensor is in or should be in; "" where it is unknown or the subject itself.
         expected: what would have been right.
         found: what is there.

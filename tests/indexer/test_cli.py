@@ -88,7 +88,7 @@ def test_verify_without_a_scale_names_it(fixture_of):
             ["verify", "{tiny}", "--layer", "9"],
             "layer 9: expected one of the layers with an indexer, 0, found no indexer in it",
         ),
-        (["verify", "{tiny}", "--m", "0"], "--m must be at least 1, got 0"),
+        (["verify", "{tiny}", "--m", "0"], "--m must be from 1 to 65536, got 0"),
         (["fixture", "glm-9", "new"], "'glm-9' is not one of 'deepseek-v3.2', 'glm-5-bf16', 'glm-5.2-fp8'"),
         (["fixture", "glm-5.2-fp8", "{tiny}/config.json/x"], "Not a directory"),
         (["audit", "{tiny}/config.json"], "found another kind of file"),
