@@ -39,9 +39,7 @@ class Measurement:
         return self.error <= MAX_ERROR  # False for NaN
 
 
-def verify(
-    path: Path, plans: dict[int, LayerPlan], ms: Iterable[int], device: torch.device, seed: int = 0
-) -> Iterator[Measurement]:
+def verify(path: Path, plans: dict[int, LayerPlan], ms: Iterable[int], device: torch.device) -> Iterator[Measurement]:
     """Yields one measurement per layer and m.
 
     Raises:
@@ -51,7 +49,7 @@ def verify(
     for layer, plan in plans.items():
         weights = loaded.pop(layer)
         for m in ms:
-            x = _activations(m, weights.shape[2], seed + layer).to(device)
+            x = _activations(m, weights.shape[2], seed=layer).to(device)
             ours = project(x, weights, k_dtype=torch.float32)
             exact = reference(x, weights)
             regime = choose(m, weights.shape, target_of(device)).regime

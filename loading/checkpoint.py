@@ -106,9 +106,12 @@ class Checkpoint:
                 raise OSError("not a file")
             with safe_open(self.path / file, framework="pt") as shard:
                 names = shard.keys()
-                for name in filter(is_projection, names):
-                    tensor = shard.get_slice(name)
-                    self._add(name, Header(tensor.get_dtype(), tuple(tensor.get_shape()), file))
+                for tensor in filter(None, map(parse, names)):
+                    if tensor.matrix is None:
+                        self.neighbours.append(tensor.name)
+                    else:
+                        data = shard.get_slice(tensor.name)
+                        self._add(tensor.name, Header(data.get_dtype(), tuple(data.get_shape()), file))
         except (SafetensorError, OSError) as error:
             if promised == []:
                 self.unread.append(file)
@@ -119,7 +122,6 @@ class Checkpoint:
             if promised is None:
                 self.problems.append(Problem(file, "", "a readable safetensors file", str(error), advice))
         self.tensors += len(names)
-        self.neighbours += [name for name in names if parse(name) and not is_projection(name)]
         for name in sorted(set(promised or ()).difference(names)):
             self.problems.append(Problem(name, file, "the tensor that the index puts there", instead, advice))
 
