@@ -6,17 +6,17 @@ choose between GPU and interpreter before Triton is imported.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from ..loading import LayerPlan
     from .verify import Measurement
 
 app = typer.Typer(
@@ -56,36 +56,46 @@ def fixture(
 
 
 @app.command()
-def audit(checkpoint: CheckpointPath) -> None:
+def audit(
+    checkpoint: CheckpointPath,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print what audit.schema.json in the package describes.")
+    ] = False,
+) -> None:
     """Say what a checkpoint holds and whether it loads.
 
-    Only headers are read; values are checked when they are loaded.
+    Only headers are read; values are checked when they are loaded. An encoding without a note stays as it is in memory;
+    "to BF16" means that it is decoded and rounded when it is loaded. A layer that does not run its indexer shares the
+    choice of an earlier one.
     """
-    from ..loading import Checkpoint, CheckpointError, Plan
+    from ..loading import CheckpointError, Problem
+    from .audit import audit as run
 
-    try:
-        census = Checkpoint(checkpoint)
-    except CheckpointError as error:
-        _fail(str(error))
-    plan = Plan.of(census)
-    table = _table("D, H, K", "loads")
-    for layer in plan.layers.values():
-        shape, loads = ("-", "no") if layer.problems else (", ".join(map(str, layer.shape)), "as stored")
-        table.add_row(*_layer_cells(layer), shape, loads)
-    if plan.layers:
+    report = run(checkpoint)
+    if as_json:
+        print(json.dumps(report, indent=2))
+        raise typer.Exit(0 if report["loads"] else 2)
+    table = _table("D, H, K", "runs", "loads")
+    for layer in report["layers"]:
+        runs, loads = ("yes" if layer[key] else "no" for key in ("runs", "loads"))
+        table.add_row(*_layer_cells(layer), _shape_cell(layer), runs, loads)
+    if report["layers"]:
         console.print(table)
-    console.print(
-        f"Layers with an indexer: {len(plan.layers)}. Tensors of the projection: {len(census.headers)}, "
-        f"others of the indexers: {len(census.neighbours)}, in all: {census.tensors}.",
-        soft_wrap=True,
-    )
-    if census.unread:
+    if counts := report["counts"]:
         console.print(
-            f"Shards that are missing or unreadable, and hold nothing of the projection: {len(census.unread)}.",
+            f"Layers with an indexer: {len(report['layers'])}. "
+            f"Tensors of the projection: {counts['projection_tensors']}, "
+            f"others of the indexers: {counts['other_indexer_tensors']}, in all: {counts['all_tensors']}.",
             soft_wrap=True,
         )
-    if plan.problems:
-        _fail(str(CheckpointError(plan.problems)))
+        if counts["unread_shards"]:
+            console.print(
+                "Shards that are missing or unreadable, and hold nothing of the projection: "
+                f"{counts['unread_shards']}.",
+                soft_wrap=True,
+            )
+    if report["problems"]:
+        _fail(str(CheckpointError(Problem(**problem) for problem in report["problems"])))
 
 
 @app.command()
@@ -113,20 +123,22 @@ def verify(
     if device.type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before the first import of Triton
     from ..loading import Checkpoint, CheckpointError, Plan
+    from .audit import describe
     from .verify import verify as run
     from .verify import where
 
     table = _table("M", "kernel", "error, ours", "error, upcast", "closer by", "verdict")
     all_passed = True
     try:
-        plans = Plan.of(Checkpoint(checkpoint)).select(layer)
+        census = Checkpoint(checkpoint)
+        plans = Plan.of(census).select(layer)
         console.print(where(device))
         with console.status("Loading") as status:
-            for measurement in run(checkpoint, plans, rows, device):
+            for measurement in run(census, plans, rows, device):
                 all_passed &= measurement.passed
                 status.update(f"Layer {measurement.plan.layer}, M = {measurement.m}")
-                table.add_row(*_layer_cells(measurement.plan), *_measurement_cells(measurement))
-    except CheckpointError as error:
+                table.add_row(*_layer_cells(describe(measurement.plan)), *_measurement_cells(measurement))
+    except (CheckpointError, NotImplementedError) as error:
         _fail(str(error))
     console.print(table)
     console.print(
@@ -148,12 +160,19 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _layer_cells(plan: LayerPlan) -> tuple[str, ...]:
-    name = f"{plan.layer} (MTP)" if plan.is_mtp else f"{plan.layer}"
-    encodings = (matrix.encoding.name if matrix.encoding else "?" for matrix in (plan.wk, plan.gate))
-    kept, upcast = plan.wk.kept_bytes + plan.gate.kept_bytes, plan.wk.upcast_bytes + plan.gate.upcast_bytes
-    sizes = ("-", "-") if plan.problems else (f"{kept / 1e6:.2f}", f"{upcast / 1e6:.2f}")
-    return (name, *encodings, *sizes)
+def _layer_cells(layer: dict[str, Any]) -> tuple[str, ...]:
+    name = f"{layer['layer']} (MTP)" if layer["is_mtp"] else f"{layer['layer']}"
+    matrices = layer["wk"], layer["weights_proj"]
+    encodings = (f"{m['encoding'] or '?'}{' to BF16' if m['in_memory'] == 'bf16' else ''}" for m in matrices)
+    sizes = (sum(m[key] for m in matrices) for key in ("kept_bytes", "upcast_bytes"))
+    return (name, *encodings, *(f"{size / 1e6:.2f}" if layer["loads"] else "-" for size in sizes))
+
+
+def _shape_cell(layer: dict[str, Any]) -> str:
+    if not layer["loads"]:
+        return "-"
+    (d, k), (h, _) = layer["wk"]["shape"], layer["weights_proj"]["shape"]
+    return f"{d}, {h}, {k}"
 
 
 def _measurement_cells(measurement: Measurement) -> tuple[str, ...]:

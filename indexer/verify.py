@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..kernels import ProjectionWeights, choose, project, reference
 from ..kernels.target import INTERPRETED, target_of
-from ..loading import LayerPlan, load
+from ..loading import Checkpoint, LayerPlan, load
 
 # fp32 sums of 7168 products stay well below this; a wrong scale, mask or decode does not.
 MAX_ERROR = 2e-6
@@ -39,13 +38,16 @@ class Measurement:
         return self.error <= MAX_ERROR  # False for NaN
 
 
-def verify(path: Path, plans: dict[int, LayerPlan], ms: Iterable[int], device: torch.device) -> Iterator[Measurement]:
+def verify(
+    checkpoint: Checkpoint, plans: dict[int, LayerPlan], ms: Iterable[int], device: torch.device
+) -> Iterator[Measurement]:
     """Yields one measurement per layer and m.
 
     Raises:
         CheckpointError: a layer does not load; raised before anything is run.
+        NotImplementedError: no kernel reads its encoding yet.
     """
-    loaded = load(path, plans, device)
+    loaded = load(checkpoint, plans, device)
     for layer, plan in plans.items():
         weights = loaded.pop(layer)
         for m in ms:

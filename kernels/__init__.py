@@ -1,7 +1,7 @@
 """Ground floor: kernel-ready weight layouts, the Triton kernels, their dispatch, and the fp64 reference."""
 
 from .dispatch import KernelConfig, choose
-from .matrix import DenseMatrix, Fp8Matrix, Matrix, ProjectionWeights
+from .matrix import DenseMatrix, Fp4Matrix, Fp8Matrix, Matrix, ProjectionWeights
 from .operation import project
 from .ref import reference
 from .target import TARGETS, Target
@@ -9,6 +9,7 @@ from .target import TARGETS, Target
 __all__ = [
     "TARGETS",
     "DenseMatrix",
+    "Fp4Matrix",
     "Fp8Matrix",
     "KernelConfig",
     "Matrix",

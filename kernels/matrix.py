@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,11 +11,69 @@ import torch
 from torch import Tensor
 
 SCALE_BLOCK = 128
+MX_GROUP = 32
+NVFP4_GROUP = 16
 MAX_ROWS = 256  # of a matrix, D or H: one program of the tiled kernel holds them all
+
+# The value of each e2m1 code.
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+class Matrix(ABC):
+    """One weight matrix [N, K]. Which tensors it consists of is for each kind to say."""
+
+    @property
+    @abstractmethod
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Everything it consists of, in the order of its constructor."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+
+    @property
+    @abstractmethod
+    def operands(self) -> tuple[Tensor, Tensor | None]:
+        """What the kernels take: values or codes, and a scale.
+
+        Raises:
+            NotImplementedError: no kernel reads this layout.
+        """
+
+    @abstractmethod
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[N, K] in dtype; exact in fp64."""
+
+    @abstractmethod
+    def rows(self, start: int, stop: int) -> Matrix:
+        """Rows from start to stop, in the same memory.
+
+        Raises:
+            ValueError: start lies inside a block of rows that share their scales.
+        """
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[0].device
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Matrix:
+        """The same matrix with fn applied to its tensors."""
+        return type(self)(*map(fn, self.tensors))
+
+    def matches(self, other: Matrix) -> bool:
+        """True if the two differ in nothing but values."""
+        return type(self) is type(other) and [(t.shape, t.dtype, t.device) for t in self.tensors] == [
+            (t.shape, t.dtype, t.device) for t in other.tensors
+        ]
 
 
 @dataclass(frozen=True, eq=False)
-class DenseMatrix:
+class DenseMatrix(Matrix):
     """A bf16 matrix.
 
     Attributes:
@@ -28,45 +87,40 @@ class DenseMatrix:
     weight: Tensor
 
     def __post_init__(self) -> None:
-        _check("DenseMatrix.weight", self.weight, torch.bfloat16, ndim=2)
+        _check("DenseMatrix.weight", self.weight, torch.bfloat16)
 
     @property
-    def shape(self) -> torch.Size:
-        return self.weight.shape
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.weight,)
 
     @property
-    def device(self) -> torch.device:
-        return self.weight.device
-
-    @property
-    def nbytes(self) -> int:
-        return self.weight.nbytes
+    def shape(self) -> tuple[int, int]:
+        n, k = self.weight.shape
+        return n, k
 
     @property
     def operands(self) -> tuple[Tensor, None]:
-        """What the kernels take: the values, and no scale."""
         return self.weight, None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[N, K] in dtype; exact in fp32 and fp64."""
         return self.weight.to(dtype)
 
-    def map(self, fn: Callable[[Tensor], Tensor]) -> DenseMatrix:
-        """The same matrix with fn applied to its tensor."""
-        return DenseMatrix(fn(self.weight))
+    def rows(self, start: int, stop: int) -> DenseMatrix:
+        return DenseMatrix(self.weight[start:stop])
 
 
 @dataclass(frozen=True, eq=False)
-class Fp8Matrix:
-    """An e4m3fn matrix with one fp32 scale per 128x128 block: value = code * scale.
-
-    This is how DeepSeek-V3 and its descendants publish FP8 weights (`weight_scale_inv`); codes and scales are
-    kept as they are in the checkpoint.
+class Fp8Matrix(Matrix):
+    """An e4m3 matrix: value = code * scale.
 
     Attributes:
-        codes: [N, K] float8_e4m3fn, contiguous (K-major). NaN codes are the caller's to exclude, as loading does:
-            looking for them here would wait for the GPU, and the kernels decode them to 480.
-        scale: [ceil(N/128), ceil(K/128)] fp32, contiguous.
+        codes: [N, K] float8_e4m3fn or float8_e4m3fnuz, contiguous (K-major). NaN codes are the caller's to exclude, as
+            loading does: looking for them here would wait for the GPU, and the kernels decode them to numbers.
+        scale: contiguous, and one of
+            fp32 [ceil(N/128), ceil(K/128)], for blocks of 128x128 (DeepSeek-V3's `weight_scale_inv`);
+            fp32 [N, 1], for rows;
+            float8_e8m0fnu [N, ceil(K/32)], for 32 values along K (MXFP8).
 
     Raises:
         TypeError: another dtype.
@@ -77,47 +131,130 @@ class Fp8Matrix:
     scale: Tensor
 
     def __post_init__(self) -> None:
-        _check("Fp8Matrix.codes", self.codes, torch.float8_e4m3fn, ndim=2)
-        _check("Fp8Matrix.scale", self.scale, torch.float32, ndim=2)
-        expected = scale_shape(self.codes.shape)
-        if tuple(self.scale.shape) != expected:
-            raise ValueError(
-                f"Fp8Matrix.scale: expected {list(expected)} for codes {list(self.codes.shape)}, "
-                f"got {list(self.scale.shape)}"
-            )
-        if self.scale.device != self.codes.device:
-            raise ValueError(f"Fp8Matrix: codes are on {self.codes.device}, scale is on {self.scale.device}")
+        _check("Fp8Matrix.codes", self.codes, torch.float8_e4m3fn, torch.float8_e4m3fnuz)
+        _check("Fp8Matrix.scale", self.scale, torch.float32, torch.float8_e8m0fnu)
+        n, _ = self.shape
+        grid = scale_shape(self.shape, *self.group)
+        if tuple(self.scale.shape) != grid:
+            rows = f" or {[n, 1]}" if self.scale.dtype == torch.float32 else ""
+            expected, found = f"{list(grid)}{rows} for codes {list(self.shape)}", list(self.scale.shape)
+            raise ValueError(f"Fp8Matrix.scale: expected {expected}, got {found}")
+        _check_devices("Fp8Matrix", self.codes, self.scale)
 
     @property
-    def shape(self) -> torch.Size:
-        return self.codes.shape
+    def group(self) -> tuple[int, int]:
+        """(rows, columns) that share a scale."""
+        if self.scale.dtype == torch.float8_e8m0fnu:
+            return 1, MX_GROUP
+        n, k = self.shape
+        # A matrix of one row and one block has the same scale either way.
+        return (1, k) if tuple(self.scale.shape) == (n, 1) else (SCALE_BLOCK, SCALE_BLOCK)
 
     @property
-    def device(self) -> torch.device:
-        return self.codes.device
+    def shape(self) -> tuple[int, int]:
+        n, k = self.codes.shape
+        return n, k
 
     @property
-    def nbytes(self) -> int:
-        return self.codes.nbytes + self.scale.nbytes
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.codes, self.scale
 
     @property
     def operands(self) -> tuple[Tensor, Tensor]:
-        """What the kernels take: the codes as uint8, and the scale."""
+        if self.codes.dtype != torch.float8_e4m3fn or self.group != (SCALE_BLOCK, SCALE_BLOCK):
+            raise _no_kernel(f"{self.codes.dtype} with a scale per {self.group[0]}x{self.group[1]}")
         return self.codes.view(torch.uint8), self.scale
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[N, K] in dtype. fp64 is exact; fp32 rounds each product code * scale once; narrower ones twice."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        n, k = self.shape
-        scale = self.scale.to(wide).repeat_interleave(SCALE_BLOCK, 0)[:n].repeat_interleave(SCALE_BLOCK, 1)[:, :k]
-        return (self.codes.to(wide) * scale).to(dtype)
+        return (self.codes.to(wide) * spread(self.scale.to(wide), self.group, self.shape)).to(dtype)
 
-    def map(self, fn: Callable[[Tensor], Tensor]) -> Fp8Matrix:
-        """The same matrix with fn applied to its tensors."""
-        return Fp8Matrix(fn(self.codes), fn(self.scale))
+    def rows(self, start: int, stop: int) -> Fp8Matrix:
+        height = self.group[0]
+        if start % height:
+            raise ValueError(f"Fp8Matrix.rows: row {start} does not begin a block of {height} rows with one scale")
+        return Fp8Matrix(self.codes[start:stop], self.scale[start // height : -(-stop // height)])
+
+    def to_fnuz(self) -> Fp8Matrix:
+        """The same values in e4m3fnuz, gfx942's own FP8; exact, but for minus zero, which becomes zero.
+
+        The bits of a code mean half as much there, so the scale doubles: e4m3fn's 448 is 2 * 224.
+        """
+        if self.codes.dtype == torch.float8_e4m3fnuz:
+            return self
+        bits = self.codes.view(torch.uint8)
+        codes = bits.masked_fill(bits == 0x80, 0).view(torch.float8_e4m3fnuz)  # 0x80 is NaN there
+        if self.scale.dtype == torch.float32:
+            return Fp8Matrix(codes, self.scale * 2)
+        return Fp8Matrix(codes, (self.scale.view(torch.uint8) + 1).view(torch.float8_e8m0fnu))
 
 
-Matrix = DenseMatrix | Fp8Matrix
+@dataclass(frozen=True, eq=False)
+class Fp4Matrix(Matrix):
+    """An e2m1 matrix: value = code * scale * global_scale.
+
+    Attributes:
+        codes: [N, K/2] uint8, contiguous (K-major): two codes to a byte, that of the even column in the low half.
+        scale: contiguous, and one of
+            float8_e4m3fn [N, ceil(K/16)], for 16 values along K (NVFP4);
+            float8_e8m0fnu [N, ceil(K/32)], for 32 values along K (MXFP4).
+        global_scale: [1] fp32 with an e4m3fn scale; None with an e8m0fnu one.
+
+    Raises:
+        TypeError: another dtype, or a global_scale where there should be none, or none where there should be one.
+        ValueError: shapes that do not fit each other, an empty or a non-contiguous tensor, tensors on two devices.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    global_scale: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        _check("Fp4Matrix.codes", self.codes, torch.uint8)
+        _check("Fp4Matrix.scale", self.scale, torch.float8_e4m3fn, torch.float8_e8m0fnu)
+        grid = scale_shape(self.shape, *self.group)
+        if tuple(self.scale.shape) != grid:
+            raise ValueError(
+                f"Fp4Matrix.scale: expected {list(grid)} for codes {list(self.codes.shape)}, "
+                f"got {list(self.scale.shape)}"
+            )
+        if (self.global_scale is None) != (self.scale.dtype == torch.float8_e8m0fnu):
+            raise TypeError("Fp4Matrix.global_scale: expected one with an e4m3fn scale, and none with an e8m0fnu one")
+        if self.global_scale is not None:
+            _check("Fp4Matrix.global_scale", self.global_scale, torch.float32, ndim=1)
+            if self.global_scale.numel() != 1:
+                raise ValueError(f"Fp4Matrix.global_scale: expected [1], got {list(self.global_scale.shape)}")
+        _check_devices("Fp4Matrix", *self.tensors)
+
+    @property
+    def group(self) -> tuple[int, int]:
+        """(rows, columns) that share a scale."""
+        return 1, MX_GROUP if self.scale.dtype == torch.float8_e8m0fnu else NVFP4_GROUP
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        n, k = self.codes.shape
+        return n, 2 * k
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.codes, self.scale) if self.global_scale is None else (self.codes, self.scale, self.global_scale)
+
+    @property
+    def operands(self) -> tuple[Tensor, Tensor]:
+        raise _no_kernel("FP4")
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[N, K] in dtype. fp64 is exact; fp32 rounds once, and only for the global scale; narrower ones once more."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        halves = torch.stack((self.codes & 0xF, self.codes >> 4), -1).view(self.shape)
+        codes = torch.tensor(E2M1, dtype=wide, device=self.device)[halves.int()]
+        values = codes * spread(self.scale.to(wide), self.group, self.shape)
+        return (values if self.global_scale is None else values * self.global_scale.to(wide)).to(dtype)
+
+    def rows(self, start: int, stop: int) -> Fp4Matrix:
+        return Fp4Matrix(self.codes[start:stop], self.scale[start:stop], self.global_scale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,11 +282,11 @@ class ProjectionWeights:
 
     @classmethod
     def pack(cls, wk: Matrix, gate: Matrix) -> ProjectionWeights:
-        """Pairs two matrices; two dense ones are copied into one contiguous [D + H, K] buffer."""
-        if isinstance(wk, DenseMatrix) and isinstance(gate, DenseMatrix):
-            cls(wk, gate)  # so that a mismatch is reported in these terms, not in torch.cat's
+        """Pairs two matrices; two dense ones are copied into one [D + H, K] buffer, unless they share one."""
+        pair = cls(wk, gate)
+        if isinstance(wk, DenseMatrix) and isinstance(gate, DenseMatrix) and pair.fused_weight is None:
             return cls._split(torch.cat((wk.weight, gate.weight)), wk.shape[0])
-        return cls(wk, gate)
+        return pair
 
     @classmethod
     def _split(cls, fused: Tensor, d: int) -> ProjectionWeights:
@@ -188,15 +325,42 @@ class ProjectionWeights:
             return self._split(fn(fused), self.shape[0])
         return dataclasses.replace(self, wk=self.wk.map(fn), gate=self.gate.map(fn))
 
+    def matches(self, other: ProjectionWeights) -> bool:
+        """True if the two differ in nothing but values."""
+        return self.wk.matches(other.wk) and self.gate.matches(other.gate)
 
-def scale_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
-    """The scale grid of 128x128 blocks over a matrix, counting ragged blocks: [ceil(N/128), ceil(K/128)]."""
-    return tuple(-(-size // SCALE_BLOCK) for size in shape)
+    def copy_(self, other: ProjectionWeights) -> None:
+        """Takes the values of weights that match, into the memory at hand: whoever holds a pointer sees them.
+
+        Raises:
+            ValueError: the two do not match.
+        """
+        if not self.matches(other):
+            raise ValueError("ProjectionWeights.copy_: the weights differ in encoding, shape or device")
+        for matrix, source in ((self.wk, other.wk), (self.gate, other.gate)):
+            for tensor, values in zip(matrix.tensors, source.tensors, strict=True):
+                tensor.copy_(values)
 
 
-def _check(name: str, tensor: Tensor, dtype: torch.dtype, ndim: int) -> None:
-    if tensor.dtype != dtype:
-        raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
+def scale_shape(shape: tuple[int, ...], rows: int = SCALE_BLOCK, columns: int = SCALE_BLOCK) -> tuple[int, int]:
+    """The grid of blocks over a matrix [N, K], counting ragged ones: (ceil(N/rows), ceil(K/columns))."""
+    return -(-shape[0] // rows), -(-shape[1] // columns)
+
+
+def spread(scale: Tensor, group: tuple[int, int], shape: tuple[int, int]) -> Tensor:
+    """[N, K] with every scale at each of the places that share it."""
+    return scale.repeat_interleave(group[0], 0)[: shape[0]].repeat_interleave(group[1], 1)[:, : shape[1]]
+
+
+def _no_kernel(layout: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"no kernel reads {layout} yet: use `reference`, or a DenseMatrix of dequantize(torch.bfloat16)"
+    )
+
+
+def _check(name: str, tensor: Tensor, *dtypes: torch.dtype, ndim: int = 2) -> None:
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
     if tensor.ndim != ndim or 0 in tensor.shape:
         raise ValueError(f"{name}: expected a non-empty {ndim}-D tensor, got shape {list(tensor.shape)}")
     if not tensor.is_contiguous():
@@ -204,3 +368,8 @@ def _check(name: str, tensor: Tensor, dtype: torch.dtype, ndim: int) -> None:
             f"{name}: expected a contiguous tensor, got strides {tensor.stride()} for shape {list(tensor.shape)}; "
             "call .contiguous()"
         )
+
+
+def _check_devices(name: str, *tensors: Tensor) -> None:
+    if len({tensor.device for tensor in tensors}) > 1:
+        raise ValueError(f"{name}: its tensors are on {' and '.join(str(tensor.device) for tensor in tensors)}")

@@ -2,8 +2,9 @@
 
 from .assembly import Assembly
 from .checkpoint import Checkpoint
+from .layer import MatrixPlan
 from .loader import load
 from .plan import LayerPlan, Plan
 from .problems import CheckpointError, Problem
 
-__all__ = ["Assembly", "Checkpoint", "CheckpointError", "LayerPlan", "Plan", "Problem", "load"]
+__all__ = ["Assembly", "Checkpoint", "CheckpointError", "LayerPlan", "MatrixPlan", "Plan", "Problem", "load"]

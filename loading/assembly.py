@@ -2,51 +2,77 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..kernels.matrix import Matrix, ProjectionWeights
-from .checkpoint import Header
-from .encodings import recognise
-from .names import MATRICES, parse
+from ..kernels.matrix import ProjectionWeights
+from .headers import Header
+from .layer import Pair, plan_pair
+from .names import GATE, WK, IndexerTensor, parse
+from .plan import DEFAULT_HEAD_DIM
 from .problems import CheckpointError, Problem
 
 
 @dataclass
-class _Load:
-    """What one open load has seen. A matrix is keyed by its name up to the role."""
+class _Layer:
+    """What one load has seen of a layer. The tensors are dropped once they are bound; the headers stay."""
 
-    headers: defaultdict[str, dict[str, Header]] = field(default_factory=lambda: defaultdict(dict))
-    pending: defaultdict[str, dict[str, Tensor]] = field(default_factory=lambda: defaultdict(dict))
-    bound: dict[str, Matrix] = field(default_factory=dict)
-    stems: dict[int, str] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
+    stem: str
+    headers: dict[str, dict[str, Header]] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    is_bound: bool = False
+    weights: ProjectionWeights | None = None  # None, though bound, where the values are at fault
+
+    def bind(self, pair: Pair) -> list[Problem]:
+        self.weights, problems = pair.bind(self.tensors)
+        self.is_bound = True
+        self.tensors.clear()
+        return problems
 
 
 class Assembly:
     """Collects tensors in any order and over any number of calls: begin(), offer() for each, finish().
 
-    Nothing comes out before finish(), and then everything or an error. What it keeps it copies, so a streamer may reuse
-    its buffers; a matrix is bound as soon as it is complete.
+    Nothing comes out before finish(), and then everything or an error, in which case the weights of the last load stay
+    as they are. What it keeps it copies, so a streamer may reuse its buffers. A layer is bound as soon as it is
+    complete, and only INT4, where optional tensors may follow, at the end.
+
+    Attributes:
+        passed_over: layer -> number of its projection tensors in this load, for layers that were not asked for.
     """
 
-    def __init__(self, layers: Iterable[int], device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self,
+        layers: Iterable[int],
+        device: str | torch.device = "cpu",
+        *,
+        index_head_dim: int = DEFAULT_HEAD_DIM,
+        num_hidden_layers: int | None = None,
+    ) -> None:
         """
         Args:
             layers: indices of the layers to load; tensors of other layers are neither kept nor an error.
             device: where the weights go.
+            index_head_dim: D, to split `wk_weights_proj`.
+            num_hidden_layers: index of the first of the `mtp_layers`; needed where there are tensors of such names.
         """
-        self._layers = frozenset(layers)
+        self.passed_over: Counter[int] = Counter()
+        self._wanted = frozenset(layers)
         self._device = torch.device(device)
-        self._load: _Load | None = None
+        self._index_head_dim = index_head_dim
+        self._num_hidden_layers = num_hidden_layers
+        self._live: dict[int, ProjectionWeights] = {}
+        self._layers: dict[int, _Layer] | None = None
+        self._problems: list[Problem] = []
 
     def begin(self) -> None:
-        """Opens a load; one that was left unfinished is dropped."""
-        self._load = _Load()
+        """Opens a load; of one that was left unfinished nothing stays."""
+        self._layers, self._problems = {}, []
+        self.passed_over.clear()
 
     def offer(self, name: str, tensor: Tensor, file: str = "") -> bool:
         """Takes a tensor if it belongs to the projection.
@@ -62,79 +88,81 @@ class Assembly:
         Raises:
             RuntimeError: no load is open.
         """
-        load = self._open_load("offer")
+        layers = self._open_load("offer")
         parsed = parse(name)
         if parsed is None or parsed.matrix is None:
             return False
-        if parsed.layer not in self._layers:
-            return True
-        header = Header.of(tensor, file)
-        matrix = f"{parsed.stem}{parsed.matrix}"
-        if load.stems.setdefault(parsed.layer, parsed.stem) != parsed.stem or parsed.matrix not in MATRICES:
-            expected = f"{' or '.join(MATRICES)} under {load.stems[parsed.layer]}"
-            load.problems.append(Problem(name, file, expected, str(header)))
-        elif parsed.role in load.headers[matrix]:
-            load.problems.append(Problem(name, file, "one arrival in a load", "a second one"))
-        elif matrix in load.bound:
-            load.problems.append(Problem(name, file, "nothing beyond a matrix that is complete", str(header)))
+        number, header = parsed.layer(self._num_hidden_layers), Header.of(name, tensor, file)
+        if number is None:
+            expected = "num_hidden_layers to be given, behind which mtp_layers are counted"
+            self._problems.append(Problem(name, file, expected, "None"))
+        elif number not in self._wanted:
+            self.passed_over[number] += 1
         else:
-            load.pending[matrix][parsed.role] = _own(tensor, self._device)
-            load.headers[matrix][parsed.role] = header
-            _bind_if_complete(load, matrix)
+            layer = layers.setdefault(number, _Layer(parsed.stem))
+            self._take(layer, parsed, header, tensor)
         return True
 
     def finish(self) -> dict[int, ProjectionWeights]:
         """Closes the load.
 
         Returns:
-            layer index -> weights, for every layer asked for.
+            layer index -> weights, for every layer asked for. Where a later load brings weights of the same encoding
+            and shapes, it is their values that change: the objects and the memory are those of the first load. They
+            are written on the current stream, and nothing may be reading them meanwhile.
 
         Raises:
             CheckpointError: anything was missing, doubled, unknown, of a shape that does not fit or of values that are
                 none; lists all of it.
             RuntimeError: no load is open.
         """
-        load = self._open_load("finish")
-        self._load = None
-        for layer in sorted(self._layers):
-            stem = load.stems.get(layer)
-            if stem is None:
-                found = "no tensor of them"
-                load.problems.append(Problem(f"layer {layer}", "", "wk and weights_proj of its indexer", found))
+        layers, problems = self._open_load("finish"), self._problems
+        self._layers = None
+        for number in sorted(self._wanted):
+            layer = layers.get(number)
+            if layer is None:
+                expected = f"{WK} and {GATE} of its indexer"
+                problems.append(Problem(f"layer {number}", "", expected, "no tensor of them"))
                 continue
-            wk, gate = f"{stem}wk", f"{stem}weights_proj"
-            for matrix in (wk, gate):
-                if matrix not in load.bound:
-                    load.problems += recognise(matrix, load.headers[matrix])[1]
-            k_of = {matrix: load.bound[matrix].shape[1] for matrix in (wk, gate) if matrix in load.bound}
-            if len(set(k_of.values())) > 1:
-                problem = Problem(f"{gate}.weight", "", f"wk's K = {k_of[wk]}", f"K = {k_of[gate]}")
-                load.problems.append(problem)
-        if load.problems:
-            raise CheckpointError(load.problems)
-        weights = {}
-        for layer in sorted(self._layers):
-            stem = load.stems[layer]
-            # Popped, so that dense matrices live on in the packed buffer alone.
-            weights[layer] = ProjectionWeights.pack(load.bound.pop(f"{stem}wk"), load.bound.pop(f"{stem}weights_proj"))
-        return weights
+            pair = self._plan(layer)
+            if pair.problems:
+                problems += pair.problems
+            elif not layer.is_bound:
+                problems += layer.bind(pair)
+        if problems:
+            raise CheckpointError(problems)
+        for number in sorted(self._wanted):
+            new, live = layers.pop(number).weights, self._live.get(number)
+            assert new is not None
+            if live is not None and live.matches(new):
+                live.copy_(new)
+            else:
+                self._live[number] = new
+        return dict(self._live)
 
-    def _open_load(self, call: str) -> _Load:
-        if self._load is None:
+    def _take(self, layer: _Layer, parsed: IndexerTensor, header: Header, tensor: Tensor) -> None:
+        assert parsed.matrix is not None
+        if parsed.stem != layer.stem:
+            expected = f"all of layer {parsed.number} under {layer.stem}"
+            self._problems.append(Problem(header.name, header.file, expected, str(header)))
+            return
+        first = layer.headers.setdefault(parsed.matrix, {}).setdefault(parsed.role, header)
+        if first is not header:
+            expected = f"one tensor in the role of {first.name}"
+            self._problems.append(Problem(header.name, header.file, expected, f"a second one, {header}"))
+        elif not layer.is_bound:  # otherwise the headers show, in the end, if this one is too much
+            layer.tensors[header.name] = _own(tensor, self._device)
+            pair = self._plan(layer)
+            if not pair.problems and not pair.is_open:
+                self._problems += layer.bind(pair)
+
+    def _plan(self, layer: _Layer) -> Pair:
+        return plan_pair(layer.stem, layer.headers, self._index_head_dim)
+
+    def _open_load(self, call: str) -> dict[int, _Layer]:
+        if self._layers is None:
             raise RuntimeError(f"Assembly.{call}: no load is open; call begin() first")
-        return self._load
-
-
-def _bind_if_complete(load: _Load, matrix: str) -> None:
-    encoding, _ = recognise(matrix, load.headers[matrix])
-    if encoding is None:
-        return
-    tensors = load.pending.pop(matrix)
-    for role, expected in encoding.unusable(tensors).items():
-        file = load.headers[matrix][role].file
-        advice = "the file is damaged or its export went wrong"
-        load.problems.append(Problem(f"{matrix}.{role}", file, expected, "values beyond that", advice))
-    load.bound[matrix] = encoding.bind(tensors)
+        return self._layers
 
 
 def _own(tensor: Tensor, device: torch.device) -> Tensor:

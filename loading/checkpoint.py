@@ -6,57 +6,19 @@ import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .config import CONFIG, Config
+from .headers import Header
 from .names import is_projection, parse
 from .problems import CheckpointError, Problem
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-
-# torch dtype -> what a safetensors header calls it.
-DTYPES = {
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.float8_e8m0fnu: "F8_E8M0",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.int32: "I32",
-    torch.int64: "I64",
-}
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a safetensors header says of a tensor.
-
-    Attributes:
-        dtype: in the format's spelling: "BF16", "F8_E4M3", "F32", ...
-        file: name of the shard.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    file: str
-
-    @classmethod
-    def of(cls, tensor: Tensor, file: str) -> Header:
-        """The header that a tensor in memory would have."""
-        return cls(DTYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), file)
-
-    def __str__(self) -> str:
-        return f"{self.dtype} {list(self.shape)}"
 
 
 class Checkpoint:
@@ -68,7 +30,8 @@ class Checkpoint:
         neighbours: names of the indexers' other tensors (wq_b, k_norm, ...).
         tensors: how many tensors there are in all.
         unread: shards that are not there or not readable, and hold nothing of the projection according to the index.
-        config: the integers of config.json (or of its text_config); empty where there is none.
+        config: what config.json says; nothing where there is none.
+        is_whole: False for one file out of several, which cannot tell what the others hold.
         problems: faults of the files themselves.
     """
 
@@ -91,6 +54,7 @@ class Checkpoint:
         self.problems: list[Problem] = []
         try:
             self.path = path if path.is_dir() else path.parent
+            self.is_whole = path.is_dir() or path.name == SINGLE
             promised = _promised(path)
         except OSError as error:  # a name that no file can have
             raise CheckpointError([Problem(str(path), "", "the path of a checkpoint", str(error))]) from error
@@ -111,7 +75,7 @@ class Checkpoint:
                         self.neighbours.append(tensor.name)
                     else:
                         data = shard.get_slice(tensor.name)
-                        self._add(tensor.name, Header(data.get_dtype(), tuple(data.get_shape()), file))
+                        self._add(Header(tensor.name, data.get_dtype(), tuple(data.get_shape()), file))
         except (SafetensorError, OSError) as error:
             if promised == []:
                 self.unread.append(file)
@@ -125,22 +89,22 @@ class Checkpoint:
         for name in sorted(set(promised or ()).difference(names)):
             self.problems.append(Problem(name, file, "the tensor that the index puts there", instead, advice))
 
-    def _add(self, name: str, header: Header) -> None:
-        first = self.headers.setdefault(name, header)
+    def _add(self, header: Header) -> None:
+        first = self.headers.setdefault(header.name, header)
         if first is not header:
-            self.problems.append(Problem(name, header.file, f"it in one file, {first.file}", "a second copy"))
+            expected = f"it in one file, {first.file}"
+            self.problems.append(Problem(header.name, header.file, expected, "a second copy"))
 
-    def _read_config(self) -> dict[str, int]:
-        if not (self.path / "config.json").is_file():
-            return {}
+    def _read_config(self) -> Config:
+        if not os.path.lexists(self.path / CONFIG):
+            return Config()
         try:
-            config = _read_json(self.path / "config.json")
+            config = Config.of(_read_json(self.path / CONFIG))
         except CheckpointError as error:
             self.problems += error.problems
-            return {}
-        text = config.get("text_config")
-        config = {**config, **text} if isinstance(text, dict) else config
-        return {key: value for key, value in config.items() if type(value) is int}
+            return Config()
+        self.problems += config.problems
+        return config
 
     def stream(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Yields (name, tensor), shard by shard; nothing else is read.
@@ -167,7 +131,7 @@ def _promised(path: Path) -> dict[str, list[str] | None]:
     """file -> names that the index promises there; None where there is no index."""
     if path.is_file() and path.suffix == ".safetensors":
         return {path.name: None}
-    if not (path / INDEX).is_file():
+    if not os.path.lexists(path / INDEX):
         if (path / SINGLE).is_file():
             return {SINGLE: None}
         kinds = ((path.is_dir(), "a directory with neither"), (path.exists(), "another kind of file"))

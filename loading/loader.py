@@ -6,22 +6,29 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.progress import track
 
 from ..kernels.matrix import ProjectionWeights
 from .assembly import Assembly
 from .checkpoint import Checkpoint
-from .plan import Plan
+from .plan import DEFAULT_HEAD_DIM, Plan
 
 
 def load(
-    path: str | Path, layers: Iterable[int] | None = None, device: str | torch.device = "cpu"
+    checkpoint: str | Path | Checkpoint,
+    layers: Iterable[int] | None = None,
+    device: str | torch.device = "cpu",
+    *,
+    progress: bool = False,
 ) -> dict[int, ProjectionWeights]:
     """Loads the projection of some layers, reading only its own bytes.
 
     Args:
-        path: checkpoint directory, or one .safetensors file.
+        checkpoint: a directory, one .safetensors file, or either one with its headers read.
         layers: layer indices; all that own an indexer where left out.
         device: where the weights go.
+        progress: shows a bar on stderr, if that is a terminal.
 
     Returns:
         layer index -> weights.
@@ -29,10 +36,21 @@ def load(
     Raises:
         CheckpointError: listing every problem; nothing is loaded then.
     """
-    checkpoint = Checkpoint(path)
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = Checkpoint(checkpoint)
     chosen = Plan.of(checkpoint).select(layers)
-    assembly = Assembly(chosen, device)
+    config = checkpoint.config
+    assembly = Assembly(
+        chosen,
+        device,
+        index_head_dim=config.index_head_dim or DEFAULT_HEAD_DIM,
+        num_hidden_layers=config.num_hidden_layers,
+    )
     assembly.begin()
-    for name, tensor in checkpoint.stream(name for plan in chosen.values() for name in plan.tensors):
+    names = [name for plan in chosen.values() for name in plan.tensors]
+    console = Console(stderr=True)
+    shown = progress and console.is_terminal
+    tensors = checkpoint.stream(names)
+    for name, tensor in track(tensors, "Loading", len(names), console=console, transient=True, disable=not shown):
         assembly.offer(name, tensor, checkpoint.headers[name].file)
     return assembly.finish()

@@ -2,46 +2,19 @@
 
 from __future__ import annotations
 
-import math
+import operator
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from .checkpoint import Checkpoint, Header
-from .encodings import Encoding, recognise
-from .names import MATRICES, IndexerTensor, parse
+from .checkpoint import Checkpoint
+from .config import CONFIG, Config
+from .headers import Header
+from .layer import MatrixPlan, Pair, plan_pair
+from .names import IndexerTensor, parse
 from .problems import CheckpointError, Problem
 
-
-@dataclass(frozen=True)
-class MatrixPlan:
-    """One matrix [N, K] on disk.
-
-    Attributes:
-        stem: name of its tensors up to the role.
-        encoding: None where the tensors make none; the plan's problems say why.
-        headers: role -> header of every tensor of it.
-    """
-
-    stem: str
-    encoding: Encoding | None
-    headers: Mapping[str, Header]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(N, K); empty where there is no weight."""
-        weight = self.headers.get("weight")
-        return weight.shape if weight else ()
-
-    @property
-    def kept_bytes(self) -> int:
-        """Bytes in memory once loaded; 0 where there is no encoding."""
-        return self.encoding.kept_bytes(self.shape) if self.encoding else 0
-
-    @property
-    def upcast_bytes(self) -> int:
-        """Bytes in memory if it were upcast to bf16; 0 where there is no encoding."""
-        return 2 * math.prod(self.shape) if self.encoding else 0
+DEFAULT_HEAD_DIM = 128  # D of every model so far
 
 
 @dataclass(frozen=True)
@@ -49,7 +22,7 @@ class LayerPlan:
     """The projection of one layer.
 
     Attributes:
-        layer: index in the checkpoint's own numbering.
+        layer: index in the checkpoint's own numbering; `mtp_layers` come behind the hidden ones.
         is_mtp: True for a multi-token-prediction layer (layer >= num_hidden_layers in the config).
         tensors: names to read.
         wk, gate: the two matrices.
@@ -76,10 +49,12 @@ class Plan:
 
     Attributes:
         layers: layer index -> LayerPlan, ascending; layers without an indexer are not in it.
+        config: what config.json says.
         file_problems: what is wrong beyond any one layer.
     """
 
     layers: Mapping[int, LayerPlan]
+    config: Config
     file_problems: tuple[Problem, ...]
 
     @classmethod
@@ -87,27 +62,50 @@ class Plan:
         """Plans from headers; never raises, but collects problems."""
         faults: defaultdict[int | None, list[Problem]] = defaultdict(list)
         names: defaultdict[int, list[IndexerTensor]] = defaultdict(list)
+        hidden = checkpoint.config.num_hidden_layers
         for problem in checkpoint.problems:
             tensor = parse(problem.subject)
-            faults[tensor.layer if tensor else None].append(problem)
+            faults[tensor.layer(hidden) if tensor else None].append(problem)
         subjects = (problem.subject for problem in checkpoint.problems)
+        unnumbered = []
         for name in sorted({*checkpoint.headers, *checkpoint.neighbours, *subjects}):
             if tensor := parse(name):
-                names[tensor.layer].append(tensor)
+                layer = tensor.layer(hidden)
+                if layer is None:
+                    unnumbered.append(name)
+                else:
+                    names[layer].append(tensor)
         layers = {layer: _plan_layer(layer, names[layer], checkpoint, faults[layer]) for layer in sorted(names)}
-        file_problems = faults[None]
         _check_alike(layers)
-        if not layers and not file_problems:
+        file_problems = faults[None]
+        if unnumbered:
+            expected = f"num_hidden_layers in {CONFIG}, behind which mtp_layers are counted"
+            file_problems.append(Problem(unnumbered[0], "", expected, "none"))
+        elif not layers and not file_problems:
             expected = "tensors named ...layers.<L>.self_attn.indexer.wk.weight"
             found = f"none of {checkpoint.tensors} tensors"
             advice = "is this a model with an indexer?"
             file_problems.append(Problem(str(checkpoint.path), "", expected, found, advice))
-        return cls(layers, tuple(file_problems))
+        if checkpoint.is_whole and layers:
+            file_problems += _check_schedules(checkpoint.config, layers)
+        return cls(layers, checkpoint.config, tuple(file_problems))
 
     @property
     def problems(self) -> tuple[Problem, ...]:
         """Every problem of the files and of the layers."""
         return (*self.file_problems, *(problem for plan in self.layers.values() for problem in plan.problems))
+
+    def has_weights(self, layer: int) -> bool:
+        """True if the checkpoint has tensors of that layer's indexer, whether or not the model ever runs it."""
+        return layer in self.layers
+
+    def runs(self, layer: int) -> bool:
+        """True if the model runs that layer's indexer, instead of sharing the choice of an earlier layer.
+
+        The config says so of hidden layers; of others, and where it says nothing, it is whether there are weights.
+        """
+        schedule = self.config.schedule
+        return schedule[layer] if 0 <= layer < len(schedule) else self.has_weights(layer)
 
     def select(self, layers: Iterable[int] | None = None) -> dict[int, LayerPlan]:
         """The plans of some layers, or of all.
@@ -116,52 +114,67 @@ class Plan:
             CheckpointError: a problem in any of them, or a layer without an indexer.
             TypeError: a layer that is no integer.
         """
-        wanted = set(self.layers if layers is None else layers)
-        for layer in wanted:
-            if not isinstance(layer, int):
-                raise TypeError(f"layers must be integers, got {layer!r}")
+        wanted = set(self.layers if layers is None else map(_integer, layers))
         problems = list(self.file_problems)
         for layer in sorted(wanted):
             if layer in self.layers:
                 problems += self.layers[layer].problems
             else:
-                expected = f"one of the layers with an indexer, {_ranges(self.layers) or 'none'}"
+                expected = f"one of the layers with an indexer, {ranges(self.layers) or 'none'}"
                 problems.append(Problem(f"layer {layer}", "", expected, "no indexer in it"))
         if problems:
             raise CheckpointError(problems)
         return {layer: self.layers[layer] for layer in sorted(wanted)}
 
 
+def _integer(layer: int) -> int:
+    try:
+        return operator.index(layer)  # also of numpy's integers
+    except TypeError:
+        raise TypeError(f"layers must be integers, got {layer!r}") from None
+
+
 def _plan_layer(
     layer: int, tensors: list[IndexerTensor], checkpoint: Checkpoint, file_faults: list[Problem]
 ) -> LayerPlan:
-    projection = [tensor for tensor in tensors if tensor.name in checkpoint.headers]
-    stem = (projection or tensors)[0].stem
-    headers: defaultdict[str, dict[str, Header]] = defaultdict(dict)
+    config = checkpoint.config
+    present = [tensor for tensor in tensors if tensor.matrix and tensor.name in checkpoint.headers]
+    stem = (present or tensors)[0].stem
+    headers: dict[str, dict[str, Header]] = {tensor.matrix: {} for tensor in tensors if tensor.matrix}
     problems = list(file_faults)
-    has_fused = False
-    for tensor in projection:
+    for tensor in present:
+        assert tensor.matrix is not None
         header = checkpoint.headers[tensor.name]
+        first = headers[tensor.matrix].setdefault(tensor.role, header)
         if tensor.stem != stem:
             problems.append(Problem(tensor.name, header.file, f"all of layer {layer} under {stem}", str(header)))
-        elif tensor.matrix not in MATRICES:
-            has_fused = True
-            advice = "a checkpoint that is already fused is not supported yet"
-            problems.append(Problem(tensor.name, header.file, "wk and weights_proj apart", str(header), advice))
-        else:
-            headers[tensor.matrix][tensor.role] = header
-    plans = []
-    missing = {problem.subject for problem in file_faults if problem.subject not in checkpoint.headers}
-    for matrix in MATRICES:
-        encoding, faults = recognise(f"{stem}{matrix}", headers[matrix])
-        plans.append(MatrixPlan(f"{stem}{matrix}", encoding, headers[matrix]))
-        if headers[matrix] or not has_fused:
-            problems += [fault for fault in faults if fault.subject not in missing]
-    wk, gate = plans
-    problems += _check_shapes(wk, gate, checkpoint)
-    num_hidden_layers = checkpoint.config.get("num_hidden_layers")
-    is_mtp = num_hidden_layers is not None and layer >= num_hidden_layers
-    return LayerPlan(layer, is_mtp, tuple(tensor.name for tensor in projection), wk, gate, tuple(problems))
+        elif first is not header:
+            problems.append(Problem(tensor.name, header.file, f"one tensor in the role of {first.name}", str(header)))
+    pair = plan_pair(stem, headers, config.index_head_dim or DEFAULT_HEAD_DIM)
+    # What a file should hold and does not is already there, with the file's name.
+    missing = {(tensor.matrix, tensor.role) for tensor in tensors if tensor.name not in checkpoint.headers}
+    problems += [fault for fault in pair.problems if _part(fault.subject) not in missing]
+    problems += _check_sizes(pair, config)
+    is_mtp = config.num_hidden_layers is not None and layer >= config.num_hidden_layers
+    return LayerPlan(layer, is_mtp, tuple(tensor.name for tensor in present), pair.wk, pair.gate, tuple(problems))
+
+
+def _part(name: str) -> tuple[str | None, str] | None:
+    tensor = parse(name)
+    return (tensor.matrix, tensor.role) if tensor else None
+
+
+def _check_sizes(pair: Pair, config: Config) -> list[Problem]:
+    problems = []
+    for plan, axis, key in (
+        (pair.wk, 0, "index_head_dim"), (pair.wk, 1, "hidden_size"), (pair.gate, 0, "index_n_heads"),
+    ):  # fmt: skip
+        value = getattr(config, key)
+        if plan.shape and value not in (None, plan.shape[axis]):
+            header = plan.headers["weight"]
+            expected = f"{value} in dimension {axis} of the matrix ({CONFIG}: {key})"
+            problems.append(Problem(header.name, header.file, expected, f"{header}, a matrix {list(plan.shape)}"))
+    return problems
 
 
 def _check_alike(layers: dict[int, LayerPlan]) -> None:
@@ -174,26 +187,35 @@ def _check_alike(layers: dict[int, LayerPlan]) -> None:
         if not plan.problems and plan.shape != usual:
             header = plan.wk.headers["weight"]
             expected = f"(D, H, K) = {usual}, as in most layers"
-            problem = Problem(f"{plan.wk.stem}.weight", header.file, expected, f"{plan.shape}")
-            layers[layer] = replace(plan, problems=(problem,))
+            layers[layer] = replace(plan, problems=(Problem(header.name, header.file, expected, f"{plan.shape}"),))
 
 
-def _check_shapes(wk: MatrixPlan, gate: MatrixPlan, checkpoint: Checkpoint) -> list[Problem]:
-    """Holds the matrices against each other and against the config."""
+def _check_schedules(config: Config, layers: Mapping[int, LayerPlan]) -> list[Problem]:
+    """Holds what the config says of layers against the layers that there are, and against itself."""
     problems = []
-    if len(wk.shape) == len(gate.shape) == 2 and wk.shape[1] != gate.shape[1]:
-        header = gate.headers["weight"]
-        problems.append(Problem(f"{gate.stem}.weight", header.file, f"wk's K = {wk.shape[1]}", str(header)))
-    for plan, axis, key in ((wk, 0, "index_head_dim"), (wk, 1, "hidden_size"), (gate, 0, "index_n_heads")):
-        value = checkpoint.config.get(key)
-        if len(plan.shape) == 2 and value not in (None, plan.shape[axis]):
-            header = plan.headers["weight"]
-            expected = f"{value} in dimension {axis} (config.json: {key})"
-            problems.append(Problem(f"{plan.stem}.weight", header.file, expected, str(header)))
+    sources = list(config.schedules)
+    if sources:
+        gaps = [layer for layer, runs in enumerate(config.schedule) if runs and layer not in layers]
+        if gaps:
+            expected = f"weights for the indexers of layers {ranges(gaps)}, which run by {sources[0]}"
+            problems.append(Problem(CONFIG, "", expected, f"an indexer in layers {ranges(layers)} only"))
+    for source in sources[1:]:
+        pairs = zip(config.schedule, config.schedules[source], strict=True)
+        differing = [layer for layer, (first, second) in enumerate(pairs) if first != second]
+        if differing:
+            expected = f"{sources[0]} and {source} to say the same"
+            advice = "engines differ in which of them they read"
+            problems.append(Problem(CONFIG, "", expected, f"a difference in layers {ranges(differing)}", advice))
+    if config.num_hidden_layers is not None and config.num_nextn_predict_layers is not None:
+        end = config.num_hidden_layers + config.num_nextn_predict_layers
+        beyond = [layer for layer, plan in layers.items() if layer >= end and ".mtp_layers." not in f".{plan.wk.name}"]
+        if beyond:
+            expected = f"layers below {end} (num_hidden_layers + num_nextn_predict_layers)"
+            problems.append(Problem(CONFIG, "", expected, f"an indexer in layers {ranges(beyond)}"))
     return problems
 
 
-def _ranges(layers: Iterable[int]) -> str:
+def ranges(layers: Iterable[int]) -> str:
     """1, 2, 3, 7 as "1-3, 7"."""
     runs: list[list[int]] = []
     for layer in sorted(layers):

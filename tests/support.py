@@ -3,17 +3,22 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
+from indexproj.indexer.cli import app
 from indexproj.indexer.fixture import quantize_blocks, random_weight
-from indexproj.kernels import DenseMatrix, Fp8Matrix, ProjectionWeights
+from indexproj.kernels import DenseMatrix, Fp4Matrix, Fp8Matrix, ProjectionWeights
+from indexproj.loading import CheckpointError, load
 from indexproj.loading.checkpoint import INDEX
 
 DEEPSEEK = (128, 64, 7168)
 GLM = (128, 32, 6144)
 
 INDEXER = "model.layers.{}.self_attn.indexer."
+WK, SCALE, GATE = (INDEXER.format(0) + leaf for leaf in ("wk.weight", "wk.weight_scale_inv", "weights_proj.weight"))
 
 
 def dense(n, k):
@@ -26,6 +31,35 @@ def fp8(n, k):
     return Fp8Matrix(codes, scale * torch.exp2(6 * torch.rand(scale.shape)))
 
 
+def fp8_row(n, k):
+    return Fp8Matrix(codes(n, k), torch.exp2(6 * torch.rand(n, 1)) / 448)
+
+
+def mxfp8(n, k):
+    return Fp8Matrix(codes(n, k), powers(n, -(-k // 32)))
+
+
+def nvfp4(n, k):
+    scale = torch.exp2(6 * torch.rand(n, -(-k // 16))).to(torch.float8_e4m3fn)
+    return Fp4Matrix(torch.randint(0, 256, (n, k // 2), dtype=torch.uint8), scale, torch.rand(1) / 448)
+
+
+def mxfp4(n, k):
+    return Fp4Matrix(torch.randint(0, 256, (n, k // 2), dtype=torch.uint8), powers(n, -(-k // 32)))
+
+
+def codes(n, k):
+    """Any e4m3fn codes but NaN."""
+    bits = torch.randint(0, 0x7F, (n, k), dtype=torch.uint8) | torch.randint(0, 2, (n, k), dtype=torch.uint8) << 7
+    return bits.view(torch.float8_e4m3fn)
+
+
+def powers(n, groups):
+    """E8M0 scales from 2**-13 to 2**-4."""
+    return torch.randint(114, 124, (n, groups), dtype=torch.uint8).view(torch.float8_e8m0fnu)
+
+
+MATRICES = {"dense": dense, "fp8": fp8, "fp8-row": fp8_row, "mxfp8": mxfp8, "nvfp4": nvfp4, "mxfp4": mxfp4}
 PAIRS = {"dense-dense": (dense, dense), "fp8-dense": (fp8, dense), "fp8-fp8": (fp8, fp8)}
 
 
@@ -70,7 +104,23 @@ def write_checkpoint(directory: Path, *shards: dict[str, torch.Tensor], config: 
 def same(a, b):
     """True if two matrices hold the same bits."""
     return type(a) is type(b) and all(
-        torch.equal(x.view(torch.uint8), y.view(torch.uint8))
-        for x, y in zip(a.operands, b.operands, strict=True)
-        if x is not None
+        torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(a.tensors, b.tensors, strict=True)
     )
+
+
+def problems_of(path, layers=None):
+    """What a load says; the audit says the same, as far as headers show it, and ends with 2."""
+    with pytest.raises(CheckpointError) as caught:
+        load(path, layers)
+    problems = caught.value.problems
+    result = CliRunner().invoke(app, ["audit", str(path)])
+    expected = [problem for problem in problems if problem.found not in ("values beyond that", "no indexer in it")]
+    assert result.exit_code == (2 if expected else 0), result.output
+    assert isinstance(result.exception, SystemExit | None)
+    assert all(str(problem) in result.stderr for problem in expected)
+    return problems
+
+
+def only(problems):
+    (problem,) = problems
+    return problem

@@ -1,17 +1,21 @@
 """The command line: tables, exit codes, and errors on stderr."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from importlib.resources import files
 from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from support import fp8_layer, write_checkpoint
+from exports import EXPORTS, named
+from support import INDEXER, fp8_layer, write_checkpoint
 
 
 def indexproj(*arguments, **environment):
@@ -41,10 +45,63 @@ def rows(output):
 def test_audit_of_every_published_layout(fixture_of, kind, layers, wk, shape, kept, upcast):
     result = indexproj("audit", fixture_of(kind))
     assert result.returncode == 0, result.stderr
-    expected = [[str(layer), wk, "BF16", kept, upcast, shape, "as stored"] for layer in layers]
+    expected = [[str(layer), wk, "BF16", kept, upcast, shape, "yes", "yes"] for layer in layers]
     expected[-1][0] += " (MTP)"
     assert rows(result.stdout) == expected
     assert f"Layers with an indexer: {len(expected)}." in result.stdout
+
+
+def validated(result):
+    """The JSON that a command printed, held against the schema in the package."""
+    schema = json.loads(files("indexproj.indexer").joinpath("audit.schema.json").read_text())
+    report = json.loads(result.stdout)
+    jsonschema.Draft202012Validator(schema).validate(report)
+    assert result.returncode == (0 if report["loads"] else 2)
+    assert bool(report["problems"]) != report["loads"]
+    return report
+
+
+@pytest.mark.parametrize("kind", ["deepseek-v3.2", "glm-5-bf16", "glm-5.2-fp8"])
+def test_audit_as_json(fixture_of, kind):
+    report = validated(indexproj("audit", fixture_of(kind, "--layers", "4"), "--json"))
+    assert [layer["layer"] for layer in report["layers"]] == ([0, 1, 2, 6] if kind == "glm-5.2-fp8" else [0, 1, 2, 3])
+    wk = report["layers"][3]["wk"]
+    assert wk["encoding"] == ("BF16" if kind == "glm-5-bf16" else "FP8 128x128")
+    assert wk["in_memory"] == "native"
+    assert {tensor["name"].rpartition(".")[2] for tensor in wk["tensors"]} >= {"weight"}
+
+
+def test_audit_of_every_encoding_as_json(tmp_path):
+    layers = {}
+    for layer, make in enumerate(EXPORTS.values()):
+        stem = INDEXER.format(layer)
+        layers |= named(stem, "wk", make(128, 256)) | named(stem, "weights_proj", EXPORTS["bf16"](16, 256))
+    path = write_checkpoint(tmp_path / "all", layers)
+    report = validated(indexproj("audit", path, "--json"))
+    for layer, name in zip(report["layers"], EXPORTS, strict=True):
+        export = EXPORTS[name](128, 256)
+        assert layer["wk"]["encoding"] == export.encoding
+        assert layer["wk"]["in_memory"] == ("native" if export.is_native else "bf16")
+    table = rows(indexproj("audit", path).stdout)
+    assert {row[1] for row in table} >= {"BF16", "F32 to BF16", "INT4 to BF16", "NVFP4", "MXFP8"}
+
+
+def test_audit_of_what_does_not_load_as_json(tmp_path):
+    tensors = fp8_layer()
+    tensors["model.layers.0.self_attn.indexer.wk.bias"] = torch.zeros(128)
+    report = validated(indexproj("audit", write_checkpoint(tmp_path / "tiny", tensors), "--json"))
+    assert [problem["subject"].rpartition(".")[2] for problem in report["problems"]] == ["bias"]
+    assert report["layers"][0]["wk"]["encoding"] is None
+    report = validated(indexproj("audit", tmp_path / "nowhere", "--json"))
+    assert (report["layers"], report["counts"]) == ([], None)
+
+
+def test_verify_says_where_there_is_no_kernel_yet(tmp_path):
+    stem = INDEXER.format(0)
+    tensors = named(stem, "wk", EXPORTS["nvfp4"](128, 256)) | named(stem, "weights_proj", EXPORTS["bf16"](16, 256))
+    result = indexproj("verify", write_checkpoint(tmp_path / "tiny", tensors), "--m", 1)
+    assert result.returncode == 2
+    assert "no kernel reads FP4 yet" in result.stderr
 
 
 def test_verify_shows_how_much_closer_native_fp8_is(fixture_of):
@@ -75,7 +132,7 @@ def test_verify_without_a_scale_names_it(fixture_of):
             f"{name} in {damaged}: expected the tensor that the index puts there, found no such tensor" in result.stderr
         )
         assert "Traceback" not in result.stderr
-    assert [row[-1] for row in rows(result.stdout)] == ["as stored", "no"]
+    assert [row[-1] for row in rows(result.stdout)] == ["yes", "no"]
     assert indexproj("verify", path, "--layer", "0", "--m", "1").returncode == 0
 
 

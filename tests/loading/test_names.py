@@ -7,22 +7,44 @@ from indexproj.loading.names import is_projection, parse
 
 @pytest.mark.parametrize("prefix", ["model.", "", "base-model.", "model.language_model.", "language_model.model."])
 @pytest.mark.parametrize("matrix", ["wk", "weights_proj", "wk_weights_proj"])
-@pytest.mark.parametrize("role", ["weight", "weight_scale_inv", "bias", "weight.packed", ""])
-def test_parts(prefix, matrix, role):
+@pytest.mark.parametrize(
+    ("leaf", "role"),
+    [
+        ("weight", "weight"),
+        ("weight_packed", "weight"),
+        ("weight_scale_inv", "scale"),
+        ("weight_scale", "scale"),
+        ("scale", "scale"),
+        ("weight_scale_2", "scale_2"),
+        ("bias", ".bias"),
+        ("weight.packed", ".weight.packed"),
+        ("shape", ".shape"),
+        ("", "."),
+    ],
+)
+def test_parts(prefix, matrix, leaf, role):
     stem = f"{prefix}layers.61.self_attn.indexer."
-    tensor = parse(f"{stem}{matrix}.{role}")
-    assert (tensor.stem, tensor.layer, tensor.matrix, tensor.role) == (stem, 61, matrix, role)
+    tensor = parse(f"{stem}{matrix}.{leaf}")
+    assert (tensor.stem, tensor.layer(61), tensor.matrix, tensor.role) == (stem, 61, matrix, role)
     assert is_projection(tensor.name)
 
 
 def test_a_matrix_without_a_role_is_still_one_of_the_projection():
-    assert parse("model.layers.0.self_attn.indexer.wk").role == ""
+    assert parse("model.layers.0.self_attn.indexer.wk").role == "."
 
 
-@pytest.mark.parametrize("leaf", ["wq_b.weight", "k_norm.bias", "wkv.weight", "wk2.weight", "index_kpool_ape"])
+def test_mtp_layers_are_counted_behind_the_hidden_ones():
+    tensor = parse("model.mtp_layers.1.self_attn.indexer.wk.weight")
+    assert (tensor.stem, tensor.is_mtp) == ("model.mtp_layers.1.self_attn.indexer.", True)
+    assert (tensor.layer(78), tensor.layer(None)) == (79, None)
+
+
+@pytest.mark.parametrize(
+    "leaf", ["wq_b.weight", "k_norm.bias", "wkv.weight", "wk2.weight", "index_kpool_compress_gate"]
+)
 def test_neighbours_in_the_indexer(leaf):
     tensor = parse(f"model.layers.0.self_attn.indexer.{leaf}")
-    assert (tensor.layer, tensor.matrix, tensor.role) == (0, None, "")
+    assert (tensor.layer(61), tensor.matrix) == (0, None)
     assert not is_projection(tensor.name)
 
 
