@@ -225,6 +225,10 @@ class Nvfp4CompressedTensors(_Nvfp4):
     name = "NVFP4 (divisor)"
     global_role = "global_scale"
 
+    def faults(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        # The reciprocal of infinity is 0, which would do as a scale.
+        return {} if tensors["global_scale"].isfinite().all() else {"global_scale": "a finite divisor"}
+
     def bind(self, tensors: Mapping[str, Tensor]) -> Fp4Matrix:
         return Fp4Matrix(tensors["weight"], tensors["scale"], tensors["global_scale"].view(1).reciprocal())
 
@@ -276,6 +280,8 @@ class Int4(Encoding):
         n, words = tensors["weight"].shape
         groups = tensors["scale"].shape[1]
         found = {}
+        if not (tensors["scale"].float().abs() <= 2.0**96).all():  # times 15, the largest difference of integers
+            found["scale"] = "scales of a size up to 2**96"
         if tensors["shape"].tolist() != [n, 8 * words]:
             found["shape"] = f"{[n, 8 * words]}, for 4-bit integers"
         index = tensors.get("g_idx")

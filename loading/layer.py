@@ -109,7 +109,8 @@ def plan_pair(stem: str, headers: Mapping[str, Mapping[str, Header]], index_head
 
 def _plan(name: str, headers: Mapping[str, Header]) -> tuple[MatrixPlan, list[Problem]]:
     encoding, problems = recognise(name, headers)
-    layout = encoding.bind({role: header.meta() for role, header in headers.items()}) if encoding else None
+    used = {role: header for role, header in headers.items() if role != "input_scale"}  # of whatever dtype
+    layout = encoding.bind({role: header.meta() for role, header in used.items()}) if encoding else None
     return MatrixPlan(name, encoding, headers, layout), problems
 
 

@@ -32,10 +32,11 @@ def unusable(matrix: Matrix) -> dict[str, str]:
 
 
 def _has_nan(codes: Tensor) -> bool:
-    bits = codes.view(torch.uint8)
+    """Among e4m3fn codes 0x7F and 0xFF, among e4m3fnuz codes 0x80: extremes of bytes, with and without a sign."""
+    signed, unsigned = codes.view(torch.int8), codes.view(torch.uint8)
     if codes.dtype == torch.float8_e4m3fnuz:
-        return bool((bits == 0x80).any())
-    return bool(((bits & 0x7F) == 0x7F).any())
+        return bool(signed.min() == -0x80)
+    return bool(signed.max() == 0x7F) or bool(unsigned.max() == 0xFF)
 
 
 def _fits(scale: Tensor) -> Tensor:

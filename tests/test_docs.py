@@ -1,5 +1,6 @@
 """What the README shows is run."""
 
+import json
 import os
 import re
 import subprocess
@@ -8,17 +9,22 @@ from pathlib import Path
 
 import torch
 
+from indexproj.loading.encodings import ENCODINGS
+from support import fp8_layer, write_checkpoint
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+LOADING = (ROOT / "docs/loading.md").read_text()
+ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def blocks(language, text=README):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 def test_commands_and_code(tmp_path):
     """Every `indexproj` line in turn, then the Python blocks on what they wrote."""
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment = dict(ENVIRONMENT)
     commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("indexproj ")]
     assert [command.split()[1] for command in commands] == ["fixture", "audit", "verify"]
     for command in commands:
@@ -34,6 +40,26 @@ def test_commands_and_code(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
+def test_loading_page(tmp_path):
+    (code,) = blocks("python", LOADING)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "model.layers.0.self_attn.indexer.wk.weight_scale_inv: expected scales" in result.stdout
+    write_checkpoint(tmp_path / "checkpoint", fp8_layer())
+    (command,) = blocks("bash", LOADING)
+    result = subprocess.run(command, shell=True, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["loads"]
+
+
+def test_loading_page_lists_every_encoding():
+    rows = {line: line.split("|")[1].strip().split(", ") for line in LOADING.splitlines() if line.startswith("|")}
+    for encoding in ENCODINGS:
+        (row,) = [row for row, names in rows.items() if encoding.name in names]
+        assert ("rounded" in row) != encoding.is_native
+        assert all(dtype in row or "the same" in row for dtype in encoding.weight_dtypes)
+
+
 def test_make_targets_exist():
     targets = {target for line in re.findall(r"^make ([^#\n]+)", README, re.MULTILINE) for target in line.split()}
     assert {"demo", "test"} <= targets
@@ -41,7 +67,7 @@ def test_make_targets_exist():
 
 
 def test_named_files_exist():
-    for path in re.findall(r"`((?:kernels|loading|indexer|benchmarks|tests)/[\w/.]*)`", README):
+    for path in re.findall(r"`((?:kernels|loading|indexer|benchmarks|tests)/[\w/.]*)`", README + LOADING):
         assert (ROOT / path).exists(), path
 
 
