@@ -19,15 +19,15 @@ test: test-host test-interpreter
 
 test-host: .venv/.installed-dev
 	@echo "== Host logic, command line and packaging"
-	@$(BIN)/python -m pytest -q -n 2 tests --ignore tests/interpreter --ignore tests/compile_only
+	@$(BIN)/pytest -q -n 2 tests --ignore tests/interpreter --ignore tests/compile_only
 
 test-interpreter: .venv/.installed-dev
 	@echo "== Kernels in Triton's interpreter, against fp64"
-	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/interpreter
+	@TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 tests/interpreter
 
 test-compile: .venv/.installed-dev
 	@echo "== Kernels compiled for sm_80, sm_90, sm_100, sm_120, gfx942 and gfx950"
-	@$(BIN)/python -m pytest -q -n 2 tests/compile_only
+	@$(BIN)/pytest -q -n 2 tests/compile_only
 
 lint: .venv/.installed-dev
 	@echo "== ruff"
@@ -44,7 +44,7 @@ types: .venv/.installed-dev
 
 benchmark: .venv/.installed-dev
 	@$(BIN)/python -m pip install -qq -e '.[bench]'
-	@$(BIN)/python -m pytest -q benchmarks
+	@$(BIN)/pytest -q benchmarks
 
 clean:
 	rm -rf .venv build dist *.egg-info

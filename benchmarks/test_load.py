@@ -125,6 +125,15 @@ def report(checkpoint):
     Console(stderr=True, width=120).print(table)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """As engines do, which run one process per GPU."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("name", CONTENDERS)
 def test_load(benchmark, checkpoint, report, name):
     if name == "vllm":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..kernels.matrix import ProjectionWeights
 from .headers import Header
 from .layer import Pair, plan_pair
-from .names import GATE, WK, IndexerTensor, parse
+from .names import FUSED, GATE, WK, IndexerTensor, parse
 from .plan import DEFAULT_HEAD_DIM
 from .problems import CheckpointError, Problem
 
@@ -22,10 +22,16 @@ class _Layer:
     """What one load has seen of a layer. The tensors are dropped once they are bound; the headers stay."""
 
     stem: str
-    headers: dict[str, dict[str, Header]] = field(default_factory=dict)
+    headers: dict[str, dict[str, Header]] = field(default_factory=lambda: defaultdict(dict))
     tensors: dict[str, Tensor] = field(default_factory=dict)
     is_bound: bool = False
     weights: ProjectionWeights | None = None  # None, though bound, where the values are at fault
+
+    @property
+    def has_weights(self) -> bool:
+        """True if it may be complete: without both weights it is not worth a closer look."""
+        have = [matrix for matrix, roles in self.headers.items() if "weight" in roles]
+        return FUSED in have or (WK in have and GATE in have)
 
     def bind(self, pair: Pair) -> list[Problem]:
         self.weights, problems = pair.bind(self.tensors)
@@ -146,15 +152,16 @@ class Assembly:
             expected = f"all of layer {parsed.number} under {layer.stem}"
             self._problems.append(Problem(header.name, header.file, expected, str(header)))
             return
-        first = layer.headers.setdefault(parsed.matrix, {}).setdefault(parsed.role, header)
+        first = layer.headers[parsed.matrix].setdefault(parsed.role, header)
         if first is not header:
             expected = f"one tensor in the role of {first.name}"
             self._problems.append(Problem(header.name, header.file, expected, f"a second one, {header}"))
         elif not layer.is_bound:  # otherwise the headers show, in the end, if this one is too much
             layer.tensors[header.name] = _own(tensor, self._device)
-            pair = self._plan(layer)
-            if not pair.problems and not pair.is_open:
-                self._problems += layer.bind(pair)
+            if layer.has_weights:
+                pair = self._plan(layer)
+                if not pair.problems and not pair.is_open:
+                    self._problems += layer.bind(pair)
 
     def _plan(self, layer: _Layer) -> Pair:
         return plan_pair(layer.stem, layer.headers, self._index_head_dim)

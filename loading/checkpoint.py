@@ -48,6 +48,7 @@ class Checkpoint:
         if path.name == INDEX:
             path = path.parent
         self.headers: dict[str, Header] = {}
+        self._shards: dict[str, Any] = {}  # opened once, so that headers and data are of the same file
         self.neighbours: list[str] = []
         self.tensors = 0
         self.unread: list[str] = []
@@ -68,14 +69,15 @@ class Checkpoint:
         try:
             if (self.path / file).exists() and not (self.path / file).is_file():
                 raise OSError("not a file")
-            with safe_open(self.path / file, framework="pt") as shard:
-                names = shard.keys()
-                for tensor in filter(None, map(parse, names)):
-                    if tensor.matrix is None:
-                        self.neighbours.append(tensor.name)
-                    else:
-                        data = shard.get_slice(tensor.name)
-                        self._add(Header(tensor.name, data.get_dtype(), tuple(data.get_shape()), file))
+            shard: Any = safe_open(self.path / file, framework="pt")
+            names = shard.keys()
+            for tensor in filter(None, map(parse, names)):
+                if tensor.matrix is None:
+                    self.neighbours.append(tensor.name)
+                else:
+                    data = shard.get_slice(tensor.name)
+                    self._add(Header(tensor.name, data.get_dtype(), tuple(data.get_shape()), file))
+                    self._shards[file] = shard
         except (SafetensorError, OSError) as error:
             if promised == []:
                 self.unread.append(file)
@@ -110,21 +112,9 @@ class Checkpoint:
         """Yields (name, tensor), shard by shard; nothing else is read.
 
         A tensor is a view of the mapped file, to be copied by who keeps it.
-
-        Raises:
-            CheckpointError: a file has changed since its header was read.
         """
-        by_file: defaultdict[str, list[str]] = defaultdict(list)
-        for name in names:
-            by_file[self.headers[name].file].append(name)
-        for file in sorted(by_file):
-            try:
-                with safe_open(self.path / file, framework="pt") as shard:
-                    for name in by_file[file]:
-                        yield name, shard.get_tensor(name)
-            except (SafetensorError, OSError) as error:
-                problem = Problem(file, "", "the file whose header was read", str(error), "has it been replaced?")
-                raise CheckpointError([problem]) from error
+        for name in sorted(names, key=lambda name: self.headers[name].file):
+            yield name, self._shards[self.headers[name].file].get_tensor(name)
 
 
 def _promised(path: Path) -> dict[str, list[str] | None]:

@@ -106,7 +106,8 @@ class Fp8Block(Encoding):
     """e4m3 codes and one scale per 128x128 block, counting ragged ones; value = code * scale. Codes are kept.
 
     Source: DeepSeek-V3's `inference/kernel.py` (`weight_dequant`) for fp32 scales, compressed-tensors' FP8_BLOCK for
-    bf16 ones, DeepSeek's `scale_fmt` "ue8m0" for E8M0 ones, also as uint8. All are kept in fp32, which is exact.
+    bf16 ones, DeepSeek's `scale_fmt` "ue8m0" for E8M0 ones, also as uint8; ModelOpt's FP8_PB_WO has the grid in four
+    dimensions. All are kept in fp32, which is exact.
     """
 
     name = "FP8 128x128"
@@ -114,10 +115,12 @@ class Fp8Block(Encoding):
     scale_name = "weight_scale_inv"
 
     def scales(self, n: int, k: int) -> dict[str, Spec]:
-        return {"scale": Spec((*FLOAT, *E8M0), (scale_shape((n, k)),))}
+        rows, columns = scale_shape((n, k))
+        return {"scale": Spec((*FLOAT, *E8M0), ((rows, columns), (rows, 1, columns, 1)))}
 
     def bind(self, tensors: Mapping[str, Tensor]) -> Fp8Matrix:
-        return Fp8Matrix(tensors["weight"], _fp32(tensors["scale"]))
+        codes = tensors["weight"]
+        return Fp8Matrix(codes, _fp32(tensors["scale"]).view(scale_shape(tuple(codes.shape))))
 
 
 class Fp8Row(Encoding):
@@ -375,6 +378,8 @@ def _closest(
 ) -> tuple[Encoding | None, list[Problem]]:
     attempts = [_Attempt.of(encoding, weight, headers) for encoding in candidates]
     best = min(attempts, key=lambda attempt: attempt.distance)
+    if not best.misfits and headers.keys() <= best.known:
+        return best.encoding, []
     problems = []
     for role in best.misfits:
         # What would have been right: any scale, or whatever completes an encoding that is as close.

@@ -1,7 +1,12 @@
+import sys
 import zlib
 
 import pytest
 import torch
+
+# `python -m pytest` puts the root of the repository on sys.path, where transformers would take the folder `kernels` for
+# the package of that name, import it, and so define this project's operations once more.
+sys.modules.setdefault("kernels", None)
 
 
 @pytest.fixture(autouse=True)

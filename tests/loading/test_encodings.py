@@ -125,7 +125,7 @@ U8, E4M3, E8M0 = torch.uint8, torch.float8_e4m3fn, torch.float8_e8m0fnu
 @pytest.mark.parametrize(
     ("make", "drop", "change", "leaf", "expected", "found"),
     [
-        (fp8_block, ["weight_scale_inv"], {}, "weight_scale_inv", "[1, 2] (FP8 128x128)", "no such tensor"),
+        (fp8_block, ["weight_scale_inv"], {}, "weight_scale_inv", "(FP8 128x128)", "no such tensor"),
         (fp8_block, ["weight"], {}, "weight", "a weight", "only weight_scale_inv (F32 [1, 2])"),
         (fp8_block, [], {"weight_scale_inv": torch.ones(1, 3)}, "weight_scale_inv", "MXFP8", "F32 [1, 3]"),
         (fp8_block, [], {"weight_scale_inv": torch.ones(2, 1)}, "weight_scale_inv", "per row", "F32 [2, 1]"),
@@ -259,7 +259,7 @@ def test_what_is_missing_is_named_with_what_would_do(tmp_path):
     problem = only(problems_of(write_checkpoint(tmp_path, changed(fp8_block(128, 256), ["weight_scale_inv"]))))
     assert problem.subject == SCALE
     for option in (
-        "weight_scale_inv F32/BF16/F16/F8_E8M0/U8 [1, 2] (FP8 128x128)",
+        "weight_scale_inv F32/BF16/F16/F8_E8M0/U8 [1, 2]/[1, 1, 2, 1] (FP8 128x128)",
         "weight_scale F32/BF16/F16 [128, 1]/[128] (FP8 per row)",
         "weight_scale F32/BF16/F16 []/[1]/[1, 1] (FP8 per tensor)",
         "weight_scale F8_E8M0/U8 [128, 8] (MXFP8)",

@@ -1,0 +1,431 @@
+"""What compressed-tensors, ModelOpt and torchao write loads as what they themselves read in it.
+
+Every checkpoint is made by the library named in the test's id, and the values it should load to are the library's own:
+its unpacking and its dequantization, handed fp64 scales where it takes them, so that no product is rounded.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import modelopt.torch.quantization as mtq
+import pytest
+import torch
+from compressed_tensors.compressors import ModelCompressor, compress_module, decompress_module
+from compressed_tensors.compressors.mx_utils import decompress_mx_scale
+from compressed_tensors.compressors.nvfp4 import unpack_fp4_from_uint8
+from compressed_tensors.compressors.pack_quantized import pack_to_int32, unpack_from_int32
+from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config, preset_name_to_scheme
+from compressed_tensors.quantization.lifecycle import initialize_module_for_quantization
+from compressed_tensors.quantization.lifecycle.forward import dequantize
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam, maybe_pad_tensor_for_block_quant
+from modelopt.torch.export import export_hf_checkpoint
+from modelopt.torch.export.quant_utils import postprocess_state_dict
+from modelopt.torch.export.unified_export_hf import _export_quantized_weight
+from modelopt.torch.quantization.qtensor import FP8QTensor, MXFP4QTensor, MXFP8QTensor, NVFP4QTensor
+from safetensors.torch import load_file
+from torch import Tensor
+from torchao.prototype.mx_formats.mx_tensor import MXTensor, to_dtype, to_mx
+from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
+from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+from transformers import GlmMoeDsaConfig, GlmMoeDsaForCausalLM
+
+from indexproj.loading import Checkpoint, CheckpointError, Plan, load
+from support import DEEPSEEK, INDEXER, write_checkpoint
+
+WK, GATE = (INDEXER.format(0) + matrix for matrix in ("wk.", "weights_proj."))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """More of them do not help with matrices this small, and hold each other up where the cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def uneven(n, k, width, dtype=torch.bfloat16):
+    """A weight whose groups of so many columns in a row, and whose blocks of 128 rows, differ in size by up to 2**14.
+
+    A row and the end of another are 0.
+    """
+    count = math.ceil(k / width)
+    sizes = torch.randint(-3, 4, (n, count)) - 2 * (torch.arange(count) % 4) - 2 * (torch.arange(n) // 128)[:, None]
+    weight = torch.randn(n, k) * torch.exp2(sizes).repeat_interleave(width, 1)[:, :k]
+    weight[1] = 0
+    weight[2, -32:] = 0
+    return weight.to(dtype)
+
+
+def dense(n, k):
+    return {"weight": uneven(n, k, 16)}
+
+
+def linear(weight):
+    module = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+    module.weight.data = weight.clone()
+    return module
+
+
+# compressed-tensors.
+
+
+def scheme_of(preset, changes):
+    scheme = preset_name_to_scheme(preset, ["Linear"])
+    scheme.weights = scheme.weights.model_copy(update=changes)
+    return scheme
+
+
+def calibrate(module):
+    """Fills in scales and zero points from minima and maxima, as the min-max observer of llm-compressor does."""
+    weight, args = module.weight.data, module.quantization_scheme.weights
+    if args.strategy == "block":
+        height, width = args.block_structure
+        padded = maybe_pad_tensor_for_block_quant(weight, (height, width))
+        groups, dims = padded.unflatten(1, (-1, width)).unflatten(0, (-1, height)), (1, 3)
+    elif args.group_size:
+        groups, dims = weight.unflatten(1, (-1, args.group_size)), (2,)
+    else:
+        groups, dims = weight, (0, 1) if args.strategy == "tensor" else (1,)
+    shape = module.weight_scale.shape
+    low, high = groups.amin(dims).view(shape), groups.amax(dims).view(shape)
+    divisor = None
+    if args.strategy == "tensor_group":
+        divisor = generate_gparam(*weight.float().aminmax())
+        module.weight_global_scale.data.copy_(divisor)
+    scale, zero_point = calculate_qparams(low, high, args, global_scale=divisor)
+    module.weight_scale.data.copy_(scale)
+    module.weight_zero_point.data.copy_(zero_point)
+    for name, parameter in module.named_parameters():
+        if name in ("input_scale", "input_global_scale"):
+            parameter.data.fill_(0.5)
+
+
+def compressed_linear(weight, preset, **changes):
+    module = linear(weight)
+    initialize_module_for_quantization(module, scheme_of(preset, changes))
+    calibrate(module)
+    compress_module(module)
+    return module
+
+
+def compress(weight, preset, **changes):
+    return dict(compressed_linear(weight, preset, **changes).state_dict())
+
+
+def decode(tensors, preset, **changes):
+    """The library's unpacking and `dequantize`, in fp64."""
+    args = scheme_of(preset, changes).weights
+    scale, zero_point = tensors["weight_scale"], tensors.get("weight_zero_point")
+    if args.type == "int":
+        codes = unpack_from_int32(tensors["weight_packed"], args.num_bits, tensors["weight_shape"])
+        if zero_point is not None:
+            zero_point = unpack_from_int32(zero_point, args.num_bits, scale.shape, packed_dim=0)
+    elif args.num_bits == 4:
+        n, half = tensors["weight_packed"].shape
+        codes = unpack_fp4_from_uint8(tensors["weight_packed"], n, 2 * half, dtype=torch.float64)
+    else:
+        codes = tensors["weight"]
+    if args.scale_dtype == torch.uint8:
+        scale = decompress_mx_scale(scale)
+    divisor = tensors["weight_global_scale"].double() if "weight_global_scale" in tensors else None
+    return dequantize(codes, scale.double(), zero_point, args, global_scale=divisor)
+
+
+# ModelOpt.
+
+
+def export(weight, config):
+    """Calibration and the steps of `export_hf_checkpoint` that concern one Linear."""
+    model = torch.nn.Sequential(linear(weight))
+    mtq.quantize(model, config, lambda model: model(torch.randn(8, weight.shape[1], dtype=weight.dtype)))
+    _export_quantized_weight(model[0], torch.bfloat16)
+    tensors = postprocess_state_dict(model.state_dict(), 0, None)
+    return {name.removeprefix("0."): tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def qtensor(kind, tensors, k_per_element=1, **keywords):
+    """`dequantize` of a ModelOpt QTensor, in fp64."""
+    codes = tensors["weight"]
+    shape = torch.Size((codes.shape[0], k_per_element * codes.shape[1]))
+    return kind(shape, torch.bfloat16, codes).dequantize(dtype=torch.float64, **keywords)
+
+
+def modelopt_nvfp4(tensors):
+    scale, factor = tensors["weight_scale"].double(), tensors["weight_scale_2"].double()
+    return qtensor(NVFP4QTensor, tensors, 2, scale=scale, double_scale=factor, block_sizes={-1: 16})
+
+
+def modelopt_fp8(tensors):
+    return qtensor(FP8QTensor, tensors, scale=tensors["weight_scale"])
+
+
+def modelopt_fp8_row(tensors):
+    return qtensor(FP8QTensor, tensors, scale=tensors["weight_scale"][:, None])
+
+
+def modelopt_fp8_block(tensors):
+    sizes = {-1: 128, -2: 128}
+    return qtensor(FP8QTensor, tensors, scale=tensors["weight_scale"][:, 0, :, 0], block_sizes=sizes)
+
+
+def modelopt_mxfp8(tensors):
+    return qtensor(MXFP8QTensor, tensors, scale=tensors["weight_scale"])
+
+
+def modelopt_mxfp4(tensors):
+    return qtensor(MXFP4QTensor, tensors, 2, scale=tensors["weight_scale"], block_sizes={-1: 32})
+
+
+# torchao, in the names that the others give such tensors.
+
+
+def torchao_mx(weight, dtype):
+    scale, codes = to_mx(weight, dtype, 32)
+    return {"weight": codes, "weight_scale": scale}
+
+
+def torchao_mx_decode(tensors, dtype):
+    return to_dtype(tensors["weight"], tensors["weight_scale"], dtype, 32, torch.float64)
+
+
+def torchao_file(weight):
+    """What torchao itself saves a tensor as; the layout of its scales stands in the metadata of the file."""
+    tensors, _ = flatten_tensor_state_dict({"wk.weight": MXTensor.to_mx(weight, torch.float8_e4m3fn, 32)})
+    return {name.removeprefix("wk."): tensor for name, tensor in tensors.items()}
+
+
+def torchao_nvfp4(weight):
+    quantized = NVFP4Tensor.to_nvfp4(weight, per_tensor_scale=per_tensor_amax_to_scale(weight.abs().max()))
+    return {"weight": quantized.qdata, "weight_scale": quantized.scale, "weight_scale_2": quantized.per_tensor_scale}
+
+
+def torchao_nvfp4_decode(tensors):
+    codes, scale, factor = (tensors[leaf] for leaf in ("weight", "weight_scale", "weight_scale_2"))
+    return NVFP4Tensor(codes, scale, 16, torch.bfloat16, factor).dequantize(torch.float64)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of a library.
+
+    Attributes:
+        produce: weight -> last part of a name -> tensor.
+        decode: the library's reading of those tensors, in fp64.
+        encoding: name of the encoding it should be taken for.
+        width: how many columns share a scale.
+        k: a K that it allows, and that 128 divides only where it must.
+        rtol: by how much the values may differ.
+    """
+
+    produce: Callable[[Tensor], dict[str, Tensor]]
+    decode: Callable[[dict[str, Tensor]], Tensor]
+    encoding: str
+    width: int
+    k: int
+    rtol: float = 0
+
+
+def _compressed(encoding, width, k, preset, rtol=0, **changes):
+    produce, read = (partial(function, preset=preset, **changes) for function in (compress, decode))
+    return Format(produce, read, encoding, width, k, rtol)
+
+
+def _exported(encoding, width, k, config, read):
+    return Format(partial(export, config=config), read, encoding, width, k)
+
+
+def _mx(encoding, dtype):
+    return Format(partial(torchao_mx, dtype=dtype), partial(torchao_mx_decode, dtype=dtype), encoding, 32, 416)
+
+
+# The reciprocal of the divisor is rounded to fp32, which is within 2**-24; the library's quotient in fp64 adds 2**-53.
+DIVISOR = 2**-24 + 2**-50
+WHOLE = 1 << 20  # wider than any row
+ROWS = {"strategy": "channel", "group_size": None}
+
+COMPRESSED = {
+    "NVFP4A16": _compressed("NVFP4 (divisor)", 16, 400, "NVFP4A16", DIVISOR),
+    "NVFP4": _compressed("NVFP4 (divisor)", 16, 400, "NVFP4", DIVISOR),
+    "FP8": _compressed("FP8 per tensor", WHOLE, 420, "FP8"),
+    "FP8_DYNAMIC": _compressed("FP8 per row", WHOLE, 420, "FP8_DYNAMIC"),
+    "FP8_BLOCK": _compressed("FP8 128x128", 128, 420, "FP8_BLOCK"),
+    "MXFP4A16": _compressed("MXFP4", 32, 416, "MXFP4A16"),
+    "MXFP8A16": _compressed("MXFP8", 32, 416, "MXFP8A16"),
+    "W4A16": _compressed("INT4", 128, 384, "W4A16"),
+    "W4A16_ASYM": _compressed("INT4", 128, 384, "W4A16_ASYM"),
+    "W4A16 by 32": _compressed("INT4", 32, 416, "W4A16", group_size=32),
+    "W4A16_ASYM by 32": _compressed("INT4", 32, 416, "W4A16_ASYM", group_size=32),
+    "W4A16 by row": _compressed("INT4", WHOLE, 424, "W4A16", **ROWS),
+    "W4A16_ASYM by row": _compressed("INT4", WHOLE, 424, "W4A16_ASYM", **ROWS),
+}
+MODELOPT = {
+    "NVFP4": _exported("NVFP4", 16, 400, mtq.NVFP4_DEFAULT_CFG, modelopt_nvfp4),
+    "W4A16_NVFP4": _exported("NVFP4", 16, 400, mtq.W4A16_NVFP4_CFG, modelopt_nvfp4),
+    "FP8": _exported("FP8 per tensor", WHOLE, 420, mtq.FP8_DEFAULT_CFG, modelopt_fp8),
+    "FP8_PC_PT": _exported("FP8 per row", WHOLE, 420, mtq.FP8_PER_CHANNEL_PER_TOKEN_CFG, modelopt_fp8_row),
+    "FP8_PB_WO": _exported("FP8 128x128", 128, 420, mtq.FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG, modelopt_fp8_block),
+    "MXFP8": _exported("MXFP8", 32, 416, mtq.MXFP8_DEFAULT_CFG, modelopt_mxfp8),
+    "MXFP4": _exported("MXFP4", 32, 416, mtq.MXFP4_DEFAULT_CFG, modelopt_mxfp4),
+}
+TORCHAO = {
+    "MXFP8": _mx("MXFP8", torch.float8_e4m3fn),
+    "MXFP4": _mx("MXFP4", torch.float4_e2m1fn_x2),
+    # It multiplies the two scales, and the code by that, in fp32: each rounds by up to 2**-24.
+    "NVFP4": Format(torchao_nvfp4, torchao_nvfp4_decode, "NVFP4", 16, 400, 2**-23),
+}
+FORMATS = {
+    f"{library} {name}": form
+    for library, forms in (("compressed-tensors", COMPRESSED), ("ModelOpt", MODELOPT), ("torchao", TORCHAO))
+    for name, form in forms.items()
+}
+CASES = [
+    *(pytest.param(form, (128, 32, 256), id=f"{name}-small") for name, form in FORMATS.items()),
+    *(pytest.param(form, (192, 20, form.k), id=f"{name}-unaligned") for name, form in FORMATS.items()),
+    pytest.param(COMPRESSED["NVFP4A16"], DEEPSEEK, id="compressed-tensors NVFP4A16-full"),
+    pytest.param(MODELOPT["NVFP4"], DEEPSEEK, id="ModelOpt NVFP4-full"),
+]
+
+
+def write(path, wk, gate):
+    tensors = {f"{stem}{leaf}": tensor for stem, leaves in ((WK, wk), (GATE, gate)) for leaf, tensor in leaves.items()}
+    return write_checkpoint(path, {name: tensor.contiguous() for name, tensor in tensors.items()})
+
+
+def check(plan, matrix, expected, form):
+    """Native matrices hold the library's values; the others hold them rounded to bf16."""
+    assert plan.encoding.name == form.encoding
+    assert plan.encoding.is_native == (form.encoding != "INT4")
+    assert matrix.shape == expected.shape
+    assert expected.isfinite().all()
+    assert expected.count_nonzero() > expected.numel() / 2
+    values = expected if plan.encoding.is_native else expected.bfloat16().double()
+    torch.testing.assert_close(matrix.dequantize(torch.float64), values, rtol=form.rtol, atol=0)
+
+
+@pytest.mark.parametrize(("form", "shape"), CASES)
+@pytest.mark.parametrize("is_gate_too", [False, True], ids=["wk", "both"])
+def test_a_format(tmp_path, form, shape, is_gate_too):
+    d, h, k = shape
+    wk = form.produce(uneven(d, k, form.width))
+    gate = form.produce(uneven(h, k, form.width)) if is_gate_too else dense(h, k)
+    path = write(tmp_path, wk, gate)
+    plan, weights = Plan.of(Checkpoint(path)).layers[0], load(path)[0]
+    check(plan.wk, weights.wk, form.decode(wk), form)
+    if is_gate_too:
+        check(plan.gate, weights.gate, form.decode(gate), form)
+    else:
+        assert plan.gate.encoding.name == "BF16"
+        assert torch.equal(weights.gate.weight, gate["weight"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["FP8", "FP8_DYNAMIC", "FP8_BLOCK", "W4A16", "W4A16_ASYM"])
+def test_scales_in_the_dtype_of_the_model(tmp_path, name, dtype):
+    form = COMPRESSED[name]
+    tensors = form.produce(uneven(128, 256, form.width, dtype))
+    assert tensors["weight_scale"].dtype == dtype
+    path = write(tmp_path, tensors, dense(32, 256))
+    check(Plan.of(Checkpoint(path)).layers[0].wk, load(path)[0].wk, form.decode(tensors), form)
+
+
+@pytest.mark.parametrize("name", COMPRESSED)
+def test_it_is_what_compressed_tensors_decompresses(tmp_path, name):
+    """In bf16, to which it decompresses a bf16 model."""
+    form = COMPRESSED[name]
+    module = compressed_linear(uneven(192, form.k, form.width), **form.produce.keywords)
+    path = write(tmp_path, module.state_dict(), dense(20, form.k))
+    decompress_module(module)
+    assert module.weight.dtype == torch.bfloat16
+    # Without a divisor, there as here one product is rounded. With it, two fp32 values that differ by 2**-23 may be
+    # rounded to neighbours in bf16, which are up to 2**-7 apart.
+    loaded, rtol = load(path)[0].wk.dequantize(torch.bfloat16), 2**-7 if form.rtol else 0
+    torch.testing.assert_close(loaded.double(), module.weight.data.double(), rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("preset", ["W4A16", "W4A16_ASYM"])
+def test_columns_grouped_by_activation_order(tmp_path, preset):
+    """The library no longer writes `weight_g_idx` itself: here it quantizes and decodes columns sorted by it."""
+    k = 384
+    numbers = (torch.arange(k) // 128)[torch.randperm(k)]
+    order = numbers.argsort(stable=True)
+    back = order.argsort()
+    tensors = compress(uneven(128, k, 128), preset)  # as if these were the columns in that order
+    expected = decode(tensors, preset)[:, back]
+    codes = unpack_from_int32(tensors["weight_packed"], 4, tensors["weight_shape"])
+    tensors["weight_packed"] = pack_to_int32(codes[:, back], 4)
+    tensors["weight_g_idx"] = numbers.int()
+    path = write(tmp_path, tensors, dense(32, k))
+    check(Plan.of(Checkpoint(path)).layers[0].wk, load(path)[0].wk, expected, COMPRESSED[preset])
+
+
+REFUSED = {
+    # Their words look like twice, or half, as many 4-bit integers in groups of 256, or 64; only the shape tells.
+    "compressed-tensors W8A16": (partial(compress, preset="W8A16"), "weight_shape"),
+    "compressed-tensors W2A16": (partial(compress, preset="W2A16"), "weight_shape"),
+    "compressed-tensors W8A8": (partial(compress, preset="W8A8"), "weight"),
+    "compressed-tensors MXFP6A16": (partial(compress, preset="MXFP6A16"), "weight_scale"),
+    "ModelOpt W4A8_NVFP4_FP8": (partial(export, config=mtq.W4A8_NVFP4_FP8_CFG), "weight_scale"),
+    "ModelOpt INT4_AWQ": (partial(export, config=mtq.INT4_AWQ_CFG), "weight_scale"),
+    "torchao MXTensor": (torchao_file, "_weight_qdata"),
+}
+
+
+@pytest.mark.parametrize(("produce", "leaf"), REFUSED.values(), ids=REFUSED)
+def test_formats_beyond_the_list_are_refused(tmp_path, produce, leaf):
+    """None of them is mistaken for one that loads."""
+    path = write(tmp_path, produce(uneven(128, 256, 128)), produce(uneven(32, 256, 128)))
+    with pytest.raises(CheckpointError) as caught:
+        load(path)
+    assert {WK + leaf, GATE + leaf} <= {problem.subject for problem in caught.value.problems}
+
+
+def glm(width):
+    """A GLM-5 of two layers, as transformers builds it."""
+    config = GlmMoeDsaConfig(
+        architectures=["GlmMoeDsaForCausalLM"], vocab_size=128, hidden_size=256, intermediate_size=128,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, q_lora_rank=128, kv_lora_rank=128,
+        qk_rope_head_dim=32, qk_nope_head_dim=32, v_head_dim=32, first_k_dense_replace=2,
+        index_topk=16, index_head_dim=128, index_n_heads=32,
+    )  # fmt: skip
+    model = GlmMoeDsaForCausalLM(config).bfloat16().eval()
+    for layer in model.model.layers:
+        layer.self_attn.indexer.wk.weight.data = uneven(128, 256, width)
+        layer.self_attn.indexer.weights_proj.weight.data = uneven(32, 256, width)
+    return model
+
+
+def check_model(path, form):
+    """Holds all layers of a checkpoint against the library's reading of its tensors."""
+    stored, plans, layers = load_file(path / "model.safetensors"), Plan.of(Checkpoint(path)).layers, load(path)
+    assert list(layers) == [0, 1]
+    for number, weights in layers.items():
+        for matrix, plan, loaded in (
+            ("wk.", plans[number].wk, weights.wk), ("weights_proj.", plans[number].gate, weights.gate),
+        ):  # fmt: skip
+            stem = INDEXER.format(number) + matrix
+            leaves = {name.removeprefix(stem): tensor for name, tensor in stored.items() if name.startswith(stem)}
+            check(plan, loaded, form.decode(leaves), form)
+
+
+@pytest.mark.parametrize("name", ["NVFP4A16", "W4A16_ASYM"])
+def test_a_model_saved_through_compressed_tensors(tmp_path, name):
+    model = glm(COMPRESSED[name].width)
+    apply_quantization_config(model, QuantizationConfig(config_groups={name: ["Linear"]}, ignore=["lm_head"]))
+    for module in model.modules():
+        if hasattr(module, "weight_scale"):
+            calibrate(module)
+    ModelCompressor.from_pretrained_model(model).compress_model(model)
+    model.save_pretrained(tmp_path)
+    check_model(tmp_path, COMPRESSED[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "config"), [("NVFP4", mtq.NVFP4_DEFAULT_CFG), ("FP8_PB_WO", mtq.FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG)]
+)
+def test_a_model_exported_by_modelopt(tmp_path, name, config):
+    model = mtq.quantize(glm(MODELOPT[name].width), config, lambda model: model(torch.arange(64)[None]))
+    export_hf_checkpoint(model, dtype=torch.bfloat16, export_dir=tmp_path)
+    check_model(tmp_path, MODELOPT[name])
