@@ -24,7 +24,14 @@ def audit(path: Path) -> dict[str, Any]:
     return {
         **report,
         "loads": not plan.problems,
-        "layers": [{**describe(layer), "runs": plan.runs(layer.layer)} for layer in plan.layers.values()],
+        "layers": [
+            {
+                **describe(layer),
+                "runs": plan.runs(layer.layer),
+                "loads": not layer.problems and not plan.file_problems,
+            }
+            for layer in plan.layers.values()
+        ],
         "counts": {
             "projection_tensors": len(checkpoint.headers),
             "other_indexer_tensors": len(checkpoint.neighbours),

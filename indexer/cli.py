@@ -65,8 +65,8 @@ def audit(
     """Say what a checkpoint holds and whether it loads.
 
     Only headers are read; values are checked when they are loaded. An encoding without a note stays as it is in memory;
-    "to BF16" means that it is decoded and rounded when it is loaded. A layer that does not run its indexer shares the
-    choice of an earlier one.
+    "to BF16" means that it is decoded and rounded when it is loaded. A layer that does not run its indexer reuses the
+    tokens that an earlier one picked.
     """
     from ..loading import CheckpointError, Problem
     from .audit import audit as run

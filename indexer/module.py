@@ -32,6 +32,8 @@ class IndexerProjection(nn.Module):
         gate_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(weights, ProjectionWeights):
+            raise TypeError(f"IndexerProjection: weights must be those of one layer, got {type(weights).__name__}")
         self.weights = weights
         self.k_dtype = k_dtype
         self.gate_dtype = gate_dtype

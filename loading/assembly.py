@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..kernels.matrix import ProjectionWeights
 from .headers import Header
-from .layer import Pair, plan_pair
-from .names import FUSED, GATE, WK, IndexerTensor, parse
+from .layer import Pair, plan_pair, unlike_most
+from .names import FUSED, GATE, WK, IndexerTensor, integer, parse
 from .plan import DEFAULT_HEAD_DIM
 from .problems import CheckpointError, Problem
 
@@ -67,7 +67,7 @@ class Assembly:
             num_hidden_layers: index of the first of the `mtp_layers`; needed where there are tensors of such names.
         """
         self.passed_over: Counter[int] = Counter()
-        self._wanted = frozenset(layers)
+        self._wanted = frozenset(map(integer, layers))
         self._device = torch.device(device)
         self._index_head_dim = index_head_dim
         self._num_hidden_layers = num_hidden_layers
@@ -135,6 +135,10 @@ class Assembly:
                 problems += pair.problems
             elif not layer.is_bound:
                 problems += layer.bind(pair)
+        shapes = {number: layer.weights.shape for number, layer in layers.items() if layer.weights}
+        for number, usual in unlike_most(shapes).items():
+            expected = f"(D, H, K) = {usual}, as in most layers"
+            problems.append(Problem(f"layer {number}", "", expected, f"{shapes[number]}"))
         if problems:
             raise CheckpointError(problems)
         for number in sorted(self._wanted):

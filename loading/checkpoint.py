@@ -124,7 +124,12 @@ def _promised(path: Path) -> dict[str, list[str] | None]:
     if not os.path.lexists(path / INDEX):
         if (path / SINGLE).is_file():
             return {SINGLE: None}
-        kinds = ((path.is_dir(), "a directory with neither"), (path.exists(), "another kind of file"))
+        shards = len(list(path.glob("*.safetensors")))
+        kinds = (
+            (shards, f"{shards} .safetensors files without their index"),
+            (path.is_dir(), "a directory with neither"),
+            (path.exists(), "another kind of file"),
+        )
         found = next((kind for holds, kind in kinds if holds), "no such file or directory")
         advice = "give the directory of a downloaded checkpoint, or one .safetensors file"
         raise CheckpointError([Problem(str(path), "", f"{INDEX} or {SINGLE}", found, advice)])

@@ -9,6 +9,8 @@ from typing import Any
 from .problems import Problem
 
 CONFIG = "config.json"
+# Where nothing is said of them, all hidden layers of these models run an indexer.
+_ALL_RUN = ("deepseek_v32", "glm_moe_dsa")
 _SIZES = ("num_hidden_layers", "num_nextn_predict_layers", "hidden_size", "index_head_dim", "index_n_heads")
 
 
@@ -54,7 +56,7 @@ class Config:
 def _size(key: str, value: Any, problems: list[Problem]) -> int | None:
     if type(value) is int and 0 <= value < 1_000_000:
         return value
-    problems.append(Problem(CONFIG, "", f"{key} to be a number", f"{value!r:.80}"))
+    problems.append(Problem(CONFIG, "", f"{key} to be an integer", f"{value!r:.80}"))
     return None
 
 
@@ -81,6 +83,8 @@ def _schedules(values: Mapping[str, Any], layers: int | None, problems: list[Pro
         else:
             schedules[key] = [words[str(word)] for word in value[:layers]]
     freq, offset = values.get("index_topk_freq"), values.get("index_skip_topk_offset")
+    if not schedules and freq is None and values.get("model_type") in _ALL_RUN:
+        schedules[f"the default of {values['model_type']}"] = [True] * layers
     default = "" if offset is not None else ", the default"
     offset = 2 if offset is None else offset
     if freq is not None:

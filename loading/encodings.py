@@ -6,6 +6,7 @@ is a class with the tensors it consists of and a `bind`; ENCODINGS lists them al
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -64,8 +65,8 @@ class Encoding(ABC):
         """role -> what may come beside it and that scale, and is used then."""
         return {}
 
-    def faults(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-        """role -> which values are expected, for tensors that cannot be bound because theirs are others."""
+    def faults(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:
+        """role -> (which values are expected, what is there), for tensors that cannot be bound because of theirs."""
         return {}
 
     @abstractmethod
@@ -228,9 +229,10 @@ class Nvfp4CompressedTensors(_Nvfp4):
     name = "NVFP4 (divisor)"
     global_role = "global_scale"
 
-    def faults(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    def faults(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:
         # The reciprocal of infinity is 0, which would do as a scale.
-        return {} if tensors["global_scale"].isfinite().all() else {"global_scale": "a finite divisor"}
+        divisor = tensors["global_scale"].item()
+        return {} if math.isfinite(divisor) and divisor else {"global_scale": ("a finite divisor", f"{divisor}")}
 
     def bind(self, tensors: Mapping[str, Tensor]) -> Fp4Matrix:
         return Fp4Matrix(tensors["weight"], tensors["scale"], tensors["global_scale"].view(1).reciprocal())
@@ -279,17 +281,17 @@ class Int4(Encoding):
         groups = scale.shape[1]
         return {"zero_point": Spec(("I32",), ((-(-n // 8), groups),)), "g_idx": Spec(("I32", "I64"), ((k,),))}
 
-    def faults(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    def faults(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:
         n, words = tensors["weight"].shape
         groups = tensors["scale"].shape[1]
         found = {}
         if not (tensors["scale"].float().abs() <= 2.0**96).all():  # times 15, the largest difference of integers
-            found["scale"] = "scales of a size up to 2**96"
-        if tensors["shape"].tolist() != [n, 8 * words]:
-            found["shape"] = f"{[n, 8 * words]}, for 4-bit integers"
+            found["scale"] = "scales of a size up to 2**96", "others"
+        if (shape := tensors["shape"].tolist()) != [n, 8 * words]:
+            found["shape"] = f"{[n, 8 * words]}, for 4-bit integers", f"{shape}"
         index = tensors.get("g_idx")
         if index is not None and not ((index >= 0) & (index < groups)).all():
-            found["g_idx"] = f"numbers of the {groups} groups"
+            found["g_idx"] = f"numbers of the {groups} groups", "others"
         return found
 
     def bind(self, tensors: Mapping[str, Tensor]) -> DenseMatrix:
@@ -400,12 +402,16 @@ _NO_SCALE = "without it the codes have no value: fetch the shard that holds it, 
 
 
 def _strangers(headers: Mapping[str, Header], known: Collection[str]) -> list[Problem]:
-    expected = f"nothing beside {' and '.join(sorted(SPELLINGS[role] for role in known))}"
-    return [
-        Problem(header.name, header.file, expected, str(header))
-        for role, header in headers.items()
-        if role not in known
-    ]
+    problems = []
+    for role, header in headers.items():
+        if role not in ROLES.values():
+            expected = f"no tensor but {', '.join(ROLES)}"
+        elif role not in known:
+            expected = f"nothing beside {_listing(headers[other] for other in headers if other in known)}"
+        else:
+            continue
+        problems.append(Problem(header.name, header.file, expected, str(header)))
+    return problems
 
 
 def _listing(headers: Iterable[Header]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -14,6 +15,8 @@ from .headers import Header
 from .names import FUSED, GATE, WK
 from .problems import Problem
 from .values import unusable
+
+BAD_VALUES = "the file is damaged or its export went wrong"
 
 
 @dataclass(frozen=True)
@@ -139,8 +142,15 @@ def _bind(plan: MatrixPlan, tensors: Mapping[str, Tensor]) -> tuple[Matrix | Non
         matrix = plan.encoding.bind(roles)
         faults = unusable(matrix)
     problems = []
-    for role, expected in faults.items():
+    for role, (expected, found) in faults.items():
         header = plan.headers[role if role in plan.headers else "scale_2"]  # ModelOpt's global scale
-        advice = "the file is damaged or its export went wrong"
-        problems.append(Problem(header.name, header.file, expected, "values beyond that", advice))
+        problems.append(Problem(header.name, header.file, expected, found, BAD_VALUES))
     return (None if faults else matrix), problems
+
+
+def unlike_most(shapes: Mapping[int, tuple[int, int, int]]) -> dict[int, tuple[int, int, int]]:
+    """Layer -> the shape of most layers, for every layer with another one: a model has one shape."""
+    if not shapes:
+        return {}
+    usual = Counter(shapes.values()).most_common(1)[0][0]
+    return {layer: usual for layer, shape in shapes.items() if shape != usual}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from dataclasses import dataclass
 
@@ -31,6 +32,18 @@ _NAME = re.compile(
     rf"(?:(?P<matrix>{WK}|{GATE}|{FUSED})(?:\.(?P<leaf>.*))?|.+)",
     re.ASCII | re.DOTALL,
 )
+
+
+def integer(layer: int) -> int:
+    """A layer's index, also from one of numpy's integers.
+
+    Raises:
+        TypeError: it is none.
+    """
+    try:
+        return operator.index(layer)
+    except TypeError:
+        raise TypeError(f"layers must be integers, got {layer!r}") from None
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import operator
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from .checkpoint import Checkpoint
 from .config import CONFIG, Config
 from .headers import Header
-from .layer import MatrixPlan, Pair, plan_pair
-from .names import IndexerTensor, parse
+from .layer import MatrixPlan, Pair, plan_pair, unlike_most
+from .names import IndexerTensor, integer, parse
 from .problems import CheckpointError, Problem
 
 DEFAULT_HEAD_DIM = 128  # D of every model so far
@@ -114,7 +113,7 @@ class Plan:
             CheckpointError: a problem in any of them, or a layer without an indexer.
             TypeError: a layer that is no integer.
         """
-        wanted = set(self.layers if layers is None else map(_integer, layers))
+        wanted = set(self.layers if layers is None else map(integer, layers))
         problems = list(self.file_problems)
         for layer in sorted(wanted):
             if layer in self.layers:
@@ -125,13 +124,6 @@ class Plan:
         if problems:
             raise CheckpointError(problems)
         return {layer: self.layers[layer] for layer in sorted(wanted)}
-
-
-def _integer(layer: int) -> int:
-    try:
-        return operator.index(layer)  # also of numpy's integers
-    except TypeError:
-        raise TypeError(f"layers must be integers, got {layer!r}") from None
 
 
 def _plan_layer(
@@ -178,16 +170,13 @@ def _check_sizes(pair: Pair, config: Config) -> list[Problem]:
 
 
 def _check_alike(layers: dict[int, LayerPlan]) -> None:
-    """Gives a problem to every layer whose shape is not that of most layers: one model has one shape."""
-    shapes = Counter(plan.shape for plan in layers.values() if not plan.problems)
-    if len(shapes) < 2:
-        return
-    usual = shapes.most_common(1)[0][0]
-    for layer, plan in layers.items():
-        if not plan.problems and plan.shape != usual:
-            header = plan.wk.headers["weight"]
-            expected = f"(D, H, K) = {usual}, as in most layers"
-            layers[layer] = replace(plan, problems=(Problem(header.name, header.file, expected, f"{plan.shape}"),))
+    """Gives a problem to every layer whose shape is not that of most layers."""
+    for layer, usual in unlike_most({layer: plan.shape for layer, plan in layers.items() if not plan.problems}).items():
+        plan = layers[layer]
+        d_or_k_differs = (plan.shape[0], plan.shape[2]) != (usual[0], usual[2])
+        header = (plan.wk if d_or_k_differs else plan.gate).headers["weight"]
+        expected = f"(D, H, K) = {usual}, as in most layers"
+        layers[layer] = replace(plan, problems=(Problem(header.name, header.file, expected, f"{plan.shape}"),))
 
 
 def _check_schedules(config: Config, layers: Mapping[int, LayerPlan]) -> list[Problem]:

@@ -7,6 +7,7 @@ from exports import EXPORTS, Export, bf16, fp8_block, mxfp4, named, nvfp4
 from indexproj.kernels import ProjectionWeights, reference
 from indexproj.loading import Checkpoint, Plan, load
 from indexproj.loading.encodings import ENCODINGS
+from indexproj.loading.layer import BAD_VALUES
 from indexproj.loading.names import ROLES
 from support import DEEPSEEK, GATE, GLM, INDEXER, SCALE, WK, only, problems_of, write_checkpoint
 
@@ -134,10 +135,10 @@ U8, E4M3, E8M0 = torch.uint8, torch.float8_e4m3fn, torch.float8_e8m0fnu
         (fp8_block, [], {"weight_scale_inv": torch.ones(1, 2).int()}, "weight_scale_inv", "F32/BF16", "I32 [1, 2]"),
         (fp8_block, [], {"scale": torch.ones(1, 2)}, "weight_scale_inv", "one tensor in the role of", "F32 [1, 2]"),
         (fp8_block, [], {"weight_scale_2": torch.ones(1)}, "weight_scale_2", "nothing beside", "F32 [1]"),
-        (fp8_block, [], {"bias": torch.zeros(128)}, "bias", "nothing beside", "F32 [128]"),
-        (fp8_block, [], {"quantizer._amax": torch.ones(1)}, "quantizer._amax", "nothing beside", "F32 [1]"),
-        (bf16, [], {"weight_scale_inv": torch.ones(1, 2)}, "weight_scale_inv", "nothing beside weight", "F32 [1, 2]"),
-        (bf16, [], {"input_scale": torch.ones(1)}, "input_scale", "nothing beside weight", "F32 [1]"),
+        (fp8_block, [], {"bias": torch.zeros(128)}, "bias", "no tensor but weight, ", "F32 [128]"),
+        (fp8_block, [], {"quantizer._amax": torch.ones(1)}, "quantizer._amax", "no tensor but weight, ", "F32 [1]"),
+        (bf16, [], {"weight_scale_inv": torch.ones(1, 2)}, "weight_scale_inv", "nothing beside weight (", "F32 [1, 2]"),
+        (bf16, [], {"input_scale": torch.ones(1)}, "input_scale", "nothing beside weight (BF16", "F32 [1]"),
         (bf16, [], {"weight": torch.zeros(128, 256, dtype=torch.float8_e5m2)}, "weight", "a weight in", "F8_E5M2"),
         (bf16, [], {"weight": torch.zeros(128, 256, dtype=torch.bool)}, "weight", "a weight in", "BOOL [128, 256]"),
         (bf16, [], {"weight": torch.zeros(128, 256, dtype=torch.int8)}, "weight", "a weight in BF16", "I8 [128, 256]"),
@@ -231,7 +232,7 @@ def test_values_no_trained_matrix_has(tmp_path, export, leaf, value, is_usable):
         assert load(path)[0].wk.dequantize().isfinite().all()
     else:
         problem = only(problems_of(path))
-        assert (problem.subject, problem.found) == (f"{STEM}wk.{leaf}", "values beyond that")
+        assert (problem.subject, problem.advice) == (f"{STEM}wk.{leaf}", BAD_VALUES)
 
 
 @pytest.mark.parametrize("export", ["mxfp8", "mxfp4", "fp8_block"])
@@ -239,11 +240,27 @@ def test_a_group_of_zeros_may_have_the_least_scale(tmp_path, export):
     """Quantizers take amax for the scale, and its exponent is clamped to 2**-127 where amax is 0."""
     tensors = EXPORTS[export](128, 256).tensors
     weight, scale = tensors.values()
-    weight.view(U8)[:, -128:] = 0
+    weight.view(U8)[:, -128 if export == "fp8_block" else -32 :] = 0
     scale[:, -1:] = torch.tensor(2.0**-127)
     loaded = load(write_checkpoint(tmp_path, changed(Export(tensors, torch.empty(0), ""))))[0].wk.dequantize()
     assert loaded.isfinite().all()
     assert (loaded[:, -32:] == 0).all()
+
+
+@pytest.mark.parametrize("leaf", ["weight", "scale"])
+@pytest.mark.parametrize("export", ["bf16", "f32", "fp8_block", "fp8_row", "fp8_block_fnuz", "nvfp4", "int4"])
+def test_a_hole_in_a_file_is_no_weight(tmp_path, export, leaf):
+    tensors = EXPORTS[export](128, 256).tensors
+    holes = [name for name in tensors if ROLES[name] == leaf]
+    for name in holes:
+        tensors[name].zero_()
+    if export == "int4" and leaf == "weight":  # where 0 stands for -8
+        return
+    path = write_checkpoint(tmp_path, changed(Export(tensors, torch.empty(0), "")))
+    if holes:
+        problem = only(problems_of(path))
+        assert problem.subject == f"{STEM}wk.{holes[0] if export != 'int4' else 'weight_packed'}"
+        assert problem.found.startswith("nothing but 0")
 
 
 def test_problems_of_one_layer_come_together(tmp_path):

@@ -126,6 +126,7 @@ def test_weights_of_layers_that_share_are_legal(tmp_path):
             "weights for the indexers of layers 3-5, 7, which run",
             "an indexer in layers 0-2, 6 only",
         ),
+        ({"model_type": "deepseek_v32"}, "layers 3-5, 7, which run by the default of deepseek_v32", "0-2, 6 only"),
         ({"indexer_types": ["full"] * 4 + ["shared"] * 4}, "layers 3, which run by indexer_types", "0-2, 6 only"),
         (
             {"indexer_types": FULL_AND_SHARED[:8], "index_topk_freq": 4},
@@ -190,4 +191,4 @@ def test_mtp_layers_by_their_own_name_are_counted_behind_the_hidden_ones(tmp_pat
 @pytest.mark.parametrize("value", ["many", True, -1, 1.5, 10**9])
 def test_sizes_are_numbers(tmp_path, value):
     problem = only(problems_of(write_checkpoint(tmp_path, fp8_layer(), config={"num_hidden_layers": value})))
-    assert problem.expected == "num_hidden_layers to be a number"
+    assert problem.expected == "num_hidden_layers to be an integer"

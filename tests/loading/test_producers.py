@@ -36,6 +36,8 @@ from support import DEEPSEEK, INDEXER, write_checkpoint
 
 WK, GATE = (INDEXER.format(0) + matrix for matrix in ("wk.", "weights_proj."))
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # theirs, of zeros and of what newer versions of torch will do
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
