@@ -291,3 +291,24 @@ def test_strided_tensors_are_taken_by_index():
     export.tensors["weight_scale_inv"] = export.tensors["weight_scale_inv"].T.contiguous().T
     offers = [*named(STEM, "wk", export).items(), *named(STEM, "weights_proj", EXPORTS["bf16"](16, 1024)).items()]
     assert torch.equal(assemble(offers)[0].wk.dequantize(torch.float64), export.values)
+
+
+def test_the_file_of_an_offer_is_in_the_message():
+    assembly = Assembly([0])
+    assembly.begin()
+    assembly.offer(f"{STEM}wk.bias", torch.zeros(128), "shard-7")
+    with pytest.raises(CheckpointError) as caught:
+        assembly.finish()
+    assert {problem.file for problem in caught.value.problems if problem.subject.endswith("bias")} == {"shard-7"}
+
+
+def test_parameters_are_taken_without_their_gradients():
+    tensors = [(name, torch.nn.Parameter(tensor)) for name, tensor in projection(bf16_layer())]
+    weights = assemble(tensors)[0]
+    assert not weights.fused_weight.requires_grad
+
+
+def test_a_layer_unlike_the_others():
+    offers = [offer for layer, k in ((0, 256), (1, 256), (2, 384)) for offer in projection(fp8_layer(layer, k=k))]
+    with pytest.raises(CheckpointError, match=r"layer 2: expected \(D, H, K\) = \(128, 16, 256\), as in most layers"):
+        assemble(offers, range(3))
