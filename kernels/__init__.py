@@ -2,7 +2,7 @@
 
 from .dispatch import KernelConfig, choose
 from .matrix import DenseMatrix, Fp4Matrix, Fp8Matrix, Matrix, ProjectionWeights
-from .operation import project
+from .operation import project, project_all
 from .ref import reference
 from .target import TARGETS, Target
 
@@ -17,5 +17,6 @@ __all__ = [
     "Target",
     "choose",
     "project",
+    "project_all",
     "reference",
 ]

@@ -338,16 +338,6 @@ class ProjectionWeights:
         return self.wk.shape[0], self.gate.shape[0], self.wk.shape[1]
 
     @property
-    def operands(self) -> list[Tensor]:
-        """What the operation takes: the operands that each matrix has, one after the other."""
-        return [operand for operand in (*self.wk.operands, *self.gate.operands) if operand is not None]
-
-    @property
-    def kinds(self) -> list[int]:
-        """How it reads them."""
-        return [int(self.wk.kind), int(self.gate.kind)]
-
-    @property
     def device(self) -> torch.device:
         return self.wk.device
 

@@ -3,6 +3,9 @@
 The weights are spread over as many programs as the GPU holds: a program owns BLOCK_N rows of one of the matrices and
 1/SPLIT_K of K, for BLOCK_M rows of x. It cuts its part of K once more into SLICES, which the warps multiply side by
 side as one 3-D dot. The last program to arrive adds up the splits.
+
+With SERIAL, one program computes all splits of its tile and adds them up in the same order: the same bits without the
+workspace, which is how results that do not depend on the size of the batch stay affordable for many rows.
 """
 
 import triton
@@ -13,11 +16,13 @@ from .tile import (
     FP8_BLOCK_FNUZ,
     dot,
     last_to_arrive,
+    launch_dependents,
     load_block_scales,
     load_weights,
     store_tile,
     sum_splits,
     tile_offsets,
+    wait_for_dependencies,
 )
 
 
@@ -56,25 +61,34 @@ def _dot_slices(
 @triton.jit
 def _one_tile(
     x_ptr, w, out_ptr, partial_ptr, arrived_ptr, start_n, M, stride_xm, stride_om,
-    N: tl.constexpr, KIND: tl.constexpr, K: tl.constexpr,
+    N: tl.constexpr, KIND: tl.constexpr, FACTOR: tl.constexpr, K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr,
-    SPLIT_K: tl.constexpr, DOT: tl.constexpr, AMD: tl.constexpr,
+    SPLIT_K: tl.constexpr, SERIAL: tl.constexpr, DOT: tl.constexpr, AMD: tl.constexpr,
 ):  # fmt: skip
     """Columns of one output from start_n on: this program's part of K, and all of it if it is the last to arrive."""
     split, tile_m = tl.program_id(1), tl.program_id(2)
-    tile = tile_m * tl.num_programs(0) + tl.program_id(0)
     rows, cols = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
-    acc = _dot_slices(
+    PRECISION: tl.constexpr = "ieee" if AMD else "tf32"
+    total = _dot_slices(
         x_ptr, w, cols, rows, split, M, stride_xm,
-        N, K, KIND, BLOCK_M, BLOCK_N, BLOCK_K, SLICES, SPLIT_K, DOT, "ieee" if AMD else "tf32",
+        N, K, KIND, BLOCK_M, BLOCK_N, BLOCK_K, SLICES, SPLIT_K, DOT, PRECISION,
     )  # fmt: skip
-    SIZE: tl.constexpr = BLOCK_N * BLOCK_M
-    partial_ptr += tile.to(tl.int64) * (SPLIT_K * SIZE)
-    tl.store(partial_ptr + split * SIZE + tile_offsets(BLOCK_N, BLOCK_M), acc)
-    if last_to_arrive(arrived_ptr + tile, SPLIT_K, AMD):
-        total = sum_splits(partial_ptr, SIZE, SPLIT_K, BLOCK_N, BLOCK_M)
-        store_tile(out_ptr, total, w, cols, rows, M, N, stride_om)
-        tl.store(arrived_ptr + tile, 0)
+    if SERIAL:
+        for later in range(1, SPLIT_K):
+            total += _dot_slices(
+                x_ptr, w, cols, rows, later, M, stride_xm,
+                N, K, KIND, BLOCK_M, BLOCK_N, BLOCK_K, SLICES, SPLIT_K, DOT, PRECISION,
+            )  # fmt: skip
+        store_tile(out_ptr, total, w, cols, rows, M, N, stride_om, FACTOR)
+    else:
+        SIZE: tl.constexpr = BLOCK_N * BLOCK_M
+        tile = tile_m * tl.num_programs(0) + tl.program_id(0)
+        partial_ptr += tile.to(tl.int64) * (SPLIT_K * SIZE)
+        tl.store(partial_ptr + split * SIZE + tile_offsets(BLOCK_N, BLOCK_M), total)
+        if last_to_arrive(arrived_ptr + tile, SPLIT_K, AMD):
+            total = sum_splits(partial_ptr, SIZE, SPLIT_K, BLOCK_N, BLOCK_M)
+            store_tile(out_ptr, total, w, cols, rows, M, N, stride_om, FACTOR)
+            tl.store(arrived_ptr + tile, 0)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -82,14 +96,15 @@ def split_k_kernel(
     x_ptr,  # [M, K] bf16 or fp16
     matrices,  # of each matrix its pointers, see tile.py
     outs,  # of each matrix its output [M, N]
-    partial_ptr,  # [tiles, SPLIT_K, BLOCK_N, BLOCK_M] fp32
-    arrived_ptr,  # [tiles] int32, all zero between launches
+    partial_ptr,  # [tiles, SPLIT_K, BLOCK_N, BLOCK_M] fp32, None where SERIAL
+    arrived_ptr,  # [tiles] int32, all zero between launches, None where SERIAL
     M, stride_xm, strides_om,
-    NS: tl.constexpr, KINDS: tl.constexpr, K: tl.constexpr,
+    NS: tl.constexpr, KINDS: tl.constexpr, FACTORS: tl.constexpr, K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr,
-    SPLIT_K: tl.constexpr, DOT: tl.constexpr, AMD: tl.constexpr,
+    SPLIT_K: tl.constexpr, SERIAL: tl.constexpr, DOT: tl.constexpr, AMD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (sum of cdiv(N, BLOCK_N) over the matrices, SPLIT_K, cdiv(M, BLOCK_M))."""
+    """Grid: (sum of cdiv(N, BLOCK_N) over the matrices, 1 if SERIAL else SPLIT_K, cdiv(M, BLOCK_M))."""
+    wait_for_dependencies(PDL)
     tile_n = tl.program_id(0)
     first = 0  # tile of the matrix
     for i in tl.static_range(len(NS)):
@@ -97,6 +112,8 @@ def split_k_kernel(
         if (tile_n >= first) & (tile_n < first + tiles):
             _one_tile(
                 x_ptr, matrices[i], outs[i], partial_ptr, arrived_ptr, (tile_n - first) * BLOCK_N,
-                M, stride_xm, strides_om[i], NS[i], KINDS[i], K, BLOCK_M, BLOCK_N, BLOCK_K, SLICES, SPLIT_K, DOT, AMD,
+                M, stride_xm, strides_om[i], NS[i], KINDS[i], FACTORS[i], K,
+                BLOCK_M, BLOCK_N, BLOCK_K, SLICES, SPLIT_K, SERIAL, DOT, AMD,
             )  # fmt: skip
         first += tiles
+    launch_dependents(PDL)

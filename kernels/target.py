@@ -26,6 +26,10 @@ class Target:
     arch: int | str
     sm_count: int
 
+    def is_cuda(self, capability: int = 0) -> bool:
+        """Whether it is an NVIDIA GPU of that compute capability (times ten) or a newer one."""
+        return isinstance(self.arch, int) and self.arch >= capability
+
 
 # The GPUs that the compile gates cover, in their largest common variant.
 TARGETS = {

@@ -131,16 +131,32 @@ def tile_offsets(COLS: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def store_tile(out_ptr, tile, w, cols, rows, M, N: tl.constexpr, stride_om):
-    """Sums [columns, rows] fp32, times the scales of rows of the matrix, into out [M, N]."""
+def store_tile(out_ptr, tile, w, cols, rows, M, N: tl.constexpr, stride_om, FACTOR: tl.constexpr):
+    """Sums [columns, rows] fp32, times the scales of rows of the matrix and FACTOR, into out [M, N]."""
     if w[2] is not None:
         tile *= tl.load(w[2] + cols, mask=cols < N, other=0.0)[:, None]
+    if FACTOR != 1:
+        tile *= FACTOR
     if INTERPRETED and out_ptr.dtype.element_ty == tl.bfloat16:
         # The interpreter truncates where GPUs round to nearest even: half a step up makes them agree.
         bits = tile.to(tl.int32, bitcast=True)
         tile = tl.where(tile == tile, (bits + 0x7FFF + (bits >> 16 & 1)).to(tl.float32, bitcast=True), tile)
     out = out_ptr + rows[None, :].to(tl.int64) * stride_om + cols[:, None]
     tl.store(out, tile, mask=(rows < M)[None, :] & (cols < N)[:, None])
+
+
+@triton.jit
+def wait_for_dependencies(PDL: tl.constexpr):
+    """Under programmatic dependent launch, what earlier kernels write (x, the workspace) is there from here on."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def launch_dependents(PDL: tl.constexpr):
+    """Lets the next kernel begin; it has to wait like this one."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit

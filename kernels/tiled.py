@@ -54,7 +54,7 @@ def tiled_kernel(
     partial_ptr,  # [tiles, SPLIT_K, sum of the accumulators' sizes] fp32, None where SPLIT_K is 1
     arrived_ptr,  # [tiles] int32, all zero between launches, None where SPLIT_K is 1
     M, stride_xm, strides_om,
-    NS: tl.constexpr, KINDS: tl.constexpr, K: tl.constexpr,
+    NS: tl.constexpr, KINDS: tl.constexpr, FACTORS: tl.constexpr, K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, SIZE: tl.constexpr,
     DOT: tl.constexpr, AMD: tl.constexpr,
 ):  # fmt: skip
@@ -81,7 +81,7 @@ def tiled_kernel(
 
     if SPLIT_K == 1:
         for i in tl.static_range(len(NS)):
-            store_tile(outs[i], accs[i], matrices[i], _columns(NS[i]), rows, M, NS[i], strides_om[i])
+            store_tile(outs[i], accs[i], matrices[i], _columns(NS[i]), rows, M, NS[i], strides_om[i], FACTORS[i])
     else:
         partials = partial_ptr + tile.to(tl.int64) * (SPLIT_K * SIZE)
         own = partials + split * SIZE
@@ -91,6 +91,6 @@ def tiled_kernel(
         if last_to_arrive(arrived_ptr + tile, SPLIT_K, AMD):
             for i in tl.static_range(len(NS)):
                 total = sum_splits(partials, SIZE, SPLIT_K, accs[i].shape[0], BLOCK_M)
-                store_tile(outs[i], total, matrices[i], _columns(NS[i]), rows, M, NS[i], strides_om[i])
+                store_tile(outs[i], total, matrices[i], _columns(NS[i]), rows, M, NS[i], strides_om[i], FACTORS[i])
                 partials += accs[i].shape[0] * BLOCK_M
             tl.store(arrived_ptr + tile, 0)

@@ -1,13 +1,15 @@
 """Every kernel, compiled for GPUs that are not here: it compiles, nothing spills, shared memory fits."""
 
+import dataclasses
 import functools
+import math
 import re
 
 import pytest
 import torch
 
 from indexproj.kernels import TARGETS, choose
-from indexproj.kernels.compiled import SHARED_MEMORY, compile_for
+from indexproj.kernels.compiled import MULTIPROCESSORS, compile_for
 from indexproj.kernels.matrix import Kind
 from indexproj.kernels.target import INTERPRETED
 from support import DEEPSEEK, GLM
@@ -35,67 +37,111 @@ compiled = functools.cache(
 )
 
 
-def binaries(name, pair):
-    """Every config that some M asks for, with its binary."""
+def binaries(name, pair, batch_invariant=False):
+    """Every config that some M asks for, the largest such M, and the binary."""
     shape, kinds, dtypes = PAIRS[pair]
     x_dtype = dtypes.get("x", torch.bfloat16)
-    configs = {choose(2**power, shape, TARGETS[name], x_dtype): None for power in range(17)}
-    for config in configs:
-        yield config, compiled(name, config, shape, kinds, *dtypes.items())
+    configs = {choose(2**p, shape, TARGETS[name], x_dtype, batch_invariant=batch_invariant): 2**p for p in range(17)}
+    for config, m in configs.items():
+        yield config, m, compiled(name, config, shape, kinds, *dtypes.items())
 
 
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("name", TARGETS)
 def test_resources(name, pair):
-    target = TARGETS[name]
-    for config, binary in binaries(name, pair):
+    sm, ns = MULTIPROCESSORS[name], PAIRS[pair][0][:-1]
+    for config, m, binary in binaries(name, pair):
         assert binary.spills == 0, config
         assert binary.scratch == 0, config
-        assert 0 < binary.shared_memory <= SHARED_MEMORY[name], config
-        mma = r"\b[HQ]MMA|\bHGMMA|\bUTC\w*MMA" if target.backend == "cuda" else r"v_mfma"
-        assert binary.count(mma) > 0, config
+        assert 0 < binary.shared_memory <= sm.per_program, config
+        assert bool(binary.mma) == (config.regime != "gemv"), config
+        if config.regime != "tiled":
+            assert math.prod(config.grid(m, *ns)) <= binary.programs(sm) * TARGETS[name].sm_count, (config, "one wave")
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_dense_weights_and_x_are_loaded_16_bytes_at_a_time(name):
+    for config, _, binary in binaries(name, "deepseek-dense-dense"):
+        if config.regime == "gemv":
+            assert set(binary.loads) == {16}, config
+        elif config.regime == "split_k":
+            partials = config.split_k * 2  # of two matrices; the last program of each adds them up
+            assert binary.loads[16] >= 8, config
+            assert sum(binary.loads.values()) - binary.loads[16] <= partials, config
+
+
+@pytest.mark.parametrize("pair", ["deepseek-fp8-dense", "deepseek-nvfp4-nvfp4", "deepseek-fp8-dense-fp16"])
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_batch_invariant_row_meets_the_same_instructions_in_any_batch(name, pair):
+    found = list(binaries(name, pair, batch_invariant=True))
+    assert len({(config.block_k, config.slices, config.split_k) for config, _, _ in found}) == 1
+    assert len({frozenset(binary.mma) for _, _, binary in found}) == 1
+    assert len(found[0][2].mma) == 1
+    for config, _, binary in found:
+        assert (binary.spills, binary.scratch) == (0, 0), config
+        assert binary.shared_memory <= MULTIPROCESSORS[name].per_program, config
 
 
 @pytest.mark.parametrize("name", [name for name in TARGETS if TARGETS[name].backend == "hip"])
 def test_amd_waits_for_its_stores_before_it_counts_itself_in(name):
-    for config, binary in binaries(name, "deepseek-fp8-dense"):
-        if config.workspace(1, 128, 64) == (0, 0):
-            continue
-        before_counter, atomic, after_counter = binary.assembly.partition("_atomic_add")
-        assert atomic, config
-        after_stores = before_counter.rpartition("_store_dword")[2]
-        waited, barrier, _ = after_stores.partition("s_barrier")
-        assert barrier, config
-        assert "s_waitcnt vmcnt(0)" in waited, config
-        assert "buffer_wbl2 sc1" in before_counter.rpartition("s_barrier")[2], config  # release, device-wide
-        assert "buffer_inv sc1" in after_counter, config  # acquire
+    for config, _, binary in binaries(name, "deepseek-fp8-dense"):
+        before, *arrivals = re.split(r"_atomic_add", binary.assembly)
+        assert len(arrivals) == counters(config), config
+        for after in arrivals:
+            since_last_store = before.rpartition("_store_dword")[2]
+            waited, barrier, _ = since_last_store.partition("s_barrier")
+            assert barrier, config
+            assert "s_waitcnt vmcnt(0)" in waited, config
+            assert "buffer_wbl2 sc1" in before.rpartition("s_barrier")[2], config  # release, device-wide
+            assert "buffer_inv sc1" in after, config  # acquire
+            before = after
 
 
 @pytest.mark.parametrize("name", [name for name in TARGETS if TARGETS[name].backend == "cuda"])
 def test_partials_are_released_and_acquired_device_wide(name):
-    for config, binary in binaries(name, "deepseek-fp8-dense"):
-        if config.workspace(1, 128, 64) == (0, 0):
-            continue
-        before_counter, counter, after_counter = re.split(r"(\bATOMG\S*)", binary.assembly)
-        since_last_store = re.split(r"\bSTG\b", before_counter)[-1]
-        assert "BAR.SYNC" in since_last_store, config
-        assert "MEMBAR.ALL.GPU" in since_last_store.rpartition("BAR.SYNC")[2], config
-        assert counter.endswith("STRONG.GPU"), config
-        assert "CCTL.IVALL" in after_counter.partition("LDG")[0], config
+    for config, _, binary in binaries(name, "deepseek-fp8-dense"):
+        before, *arrivals = re.split(r"(\bATOMG\S*)", binary.assembly)
+        assert len(arrivals) == 2 * counters(config), config
+        for counter, after in zip(arrivals[::2], arrivals[1::2], strict=True):
+            since_last_store = re.split(r"\bSTG\b", before)[-1]
+            assert "BAR.SYNC" in since_last_store, config
+            assert "MEMBAR.ALL.GPU" in since_last_store.rpartition("BAR.SYNC")[2], config
+            assert counter.endswith("STRONG.GPU"), config
+            assert "CCTL.IVALL" in after.partition("LDG")[0], config
+            before = after
+
+
+def counters(config):
+    """Places in a kernel for two matrices where a program counts itself in; it comes to one of them."""
+    return 0 if not config.has_workspace else 2 if config.regime == "split_k" else 1
+
+
+@pytest.mark.parametrize("name", [name for name in TARGETS if TARGETS[name].backend == "cuda"])
+def test_no_float_is_added_atomically(name):
+    for config, _, binary in binaries(name, "deepseek-fp8-dense"):
+        assert binary.count(r"\b(?:RED|ATOM)\b") == 0, config
 
 
 @pytest.mark.parametrize("name", [name for name in TARGETS if TARGETS[name].backend == "cuda"])
 def test_sums_over_k_are_added_outside_the_tensor_core(name):
     """Inside, they would be truncated hundreds of times; see `dot` in kernels/tile.py."""
-    for config, binary in binaries(name, "deepseek-dense-dense"):
+    for config, _, binary in binaries(name, "deepseek-dense-dense"):
         if config.regime == "tiled":
             per_thread = config.block_m * (128 + 64) // (32 * config.num_warps)
             assert binary.count(r"\bFADD") >= per_thread, config
 
 
-@pytest.mark.parametrize("name", [name for name in TARGETS if TARGETS[name].backend == "cuda"])
-def test_one_counter_per_split_k_program_and_no_float_atomics(name):
-    for config, binary in binaries(name, "deepseek-fp8-dense"):
-        expected = 0 if config.workspace(1, 128, 64) == (0, 0) else 1
-        assert binary.count(r"\bATOMG") == expected, config
-        assert binary.count(r"\b(?:RED|ATOM)\b") == 0, config
+@pytest.mark.parametrize("name", ["sm_90", "sm_100", "sm_120"])
+def test_dependent_launch_is_off_unless_asked_for(name):
+    for m in (4, 16):
+        config = choose(m, DEEPSEEK, TARGETS[name])
+        for pdl, count in ((False, 0), (True, 1)):
+            binary = compiled(name, dataclasses.replace(config, pdl=pdl), DEEPSEEK, (FP8, BF16))
+            assert (binary.count("ACQBULK") >= count, binary.count("ACQBULK") > 0) == (True, pdl)
+            assert (binary.count("PREEXIT") > 0) == pdl
+
+
+def test_dependent_launch_is_off_where_there_is_none():
+    for name in ("sm_80", "gfx942"):
+        config = dataclasses.replace(choose(4, DEEPSEEK, TARGETS[name]), pdl=True)
+        assert compiled(name, config, DEEPSEEK, (FP8, BF16)).count("ACQBULK|PREEXIT") == 0

@@ -7,8 +7,17 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from indexproj.kernels import Fp4Matrix, Fp8Matrix, KernelConfig, ProjectionWeights, choose, project, reference
-from indexproj.kernels.operation import launch
+from indexproj.kernels import (
+    Fp4Matrix,
+    Fp8Matrix,
+    KernelConfig,
+    ProjectionWeights,
+    choose,
+    project,
+    project_all,
+    reference,
+)
+from indexproj.kernels.launch import launch
 from indexproj.kernels.target import TARGETS
 from indexproj.kernels.workspace import workspace
 from support import DEEPSEEK, GLM, MATRICES, PAIRS, fp8, weights
@@ -29,16 +38,20 @@ def run(x, w, config=None):
     """fp32 outputs of one launch, with a chosen config."""
     d, h, _ = w.shape
     k, gate = torch.full((len(x), d), torch.nan), torch.full((len(x), h), torch.nan)
-    launch(x, w.operands, w.kinds, [k, gate], config)
+    matrices = w.wk, w.gate
+    kinds = tuple(matrix.kind for matrix in matrices)
+    launch(x, tuple(matrix.operands for matrix in matrices), kinds, (k, gate), (1.0, 1.0), config=config)
     return k, gate
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("m", [1, 17, 64, 100])
-@pytest.mark.parametrize("pair", PAIRS)
+PUBLISHED = [(pair, m, torch.bfloat16) for pair in PAIRS for m in (2, 17, 100)]
+PUBLISHED += [(pair, m, torch.float16) for pair in ("fp8-dense", "nvfp4-nvfp4") for m in (1, 64, 100)]
+
+
+@pytest.mark.parametrize(("pair", "m", "dtype"), PUBLISHED)
 @pytest.mark.usefixtures("poison")
 def test_published_shape(pair, m, dtype):
-    w = weights(pair, DEEPSEEK if m in (1, 100) else GLM)
+    w = weights(pair, DEEPSEEK if m in (2, 64, 100) else GLM)
     x = torch.randn(m, w.shape[2], dtype=dtype)
     assert relative_error(project(x, w, k_dtype=torch.float32), reference(x, w)) <= 2e-6
 
@@ -63,15 +76,45 @@ def test_every_pair_at_ragged_sizes(pair, k, m):
     assert relative_error(project(x, w, k_dtype=torch.float32), reference(x, w)) <= 2e-6
 
 
-@pytest.mark.parametrize("m", [3, 70])
+ROWS = (1, 2, 3, 5, 8, 16, 17, 64, 100, 257)
+
+
+@pytest.mark.parametrize("pair", ["fp8-dense", "nvfp4-nvfp4"])
+@pytest.mark.usefixtures("exact_dot")
+def test_rows_keep_their_bits_in_any_batch(pair):
+    w = weights(pair, (128, 32, 1024))
+    x = torch.randn(max(ROWS), 1024, dtype=torch.bfloat16)
+    alone = project(x[:1], w, k_dtype=torch.float32, batch_invariant=True)
+    whole = project(x, w, k_dtype=torch.float32, batch_invariant=True)
+    assert relative_error(whole, reference(x, w)) <= 2e-6
+    for m in ROWS:
+        picked = torch.randperm(max(ROWS))[:m]
+        outputs = project(x[picked], w, k_dtype=torch.float32, batch_invariant=True)
+        for output, full in zip(outputs, whole, strict=True):
+            assert torch.equal(output, full[picked])
+    assert all(torch.equal(one[0], full[0]) for one, full in zip(alone, whole, strict=True))
+
+
+@pytest.mark.parametrize("m", [3, 20, 70])
+def test_the_gate_is_scaled_in_fp32_before_it_is_rounded(m):
+    w = weights("fp8-fp8", (128, 32, 1000))
+    x = torch.randn(m, 1000, dtype=torch.bfloat16)
+    k, gate = project(x, w, k_dtype=torch.float32)
+    scaled = project(x, w, k_dtype=torch.float32, gate_scale=32**-0.5 * 128**-0.5)
+    factor = torch.tensor(32**-0.5 * 128**-0.5, dtype=torch.float32)
+    assert torch.equal(scaled[0], k)
+    assert torch.equal(scaled[1], gate * factor)
+    rounded = project(x, w, gate_dtype=torch.bfloat16, gate_scale=32**-0.5 * 128**-0.5)[1]
+    assert torch.equal(rounded, scaled[1].bfloat16())
+
+
+@pytest.mark.parametrize("m", [3, 20, 70])
 @pytest.mark.usefixtures("poison")
 def test_three_matrices_are_as_good_as_two(m):
     shape = (128, 32, 1000)
     w, third = weights("nvfp4-dense", shape), fp8(128, 1000)
     x = torch.randn(m, 1000, dtype=torch.bfloat16)
-    operands = [*w.operands, *(operand for operand in third.operands if operand is not None)]
-    kinds = [*w.kinds, third.kind]
-    outputs = torch.ops.indexproj.project(x, operands, kinds, [True] * 3)
+    outputs = project_all(x, (w.wk, w.gate, third), dtypes=[torch.float32] * 3)
     exact = (*reference(x, w), x.double() @ third.dequantize(torch.float64).T)
     assert relative_error(outputs, exact) <= 2e-6
     for output, alone in zip(outputs, project(x, w, k_dtype=torch.float32), strict=False):
@@ -96,10 +139,11 @@ def surrounded(w):
     [
         KernelConfig("split_k", block_m=8, block_k=64, slices=2, split_k=0, num_stages=2),
         KernelConfig("split_k", block_m=16, block_k=128, slices=1, split_k=0, num_stages=2, block_n=32),
+        KernelConfig("split_k", block_m=16, block_k=64, slices=2, split_k=0, num_stages=2, serial=True),
         KernelConfig("tiled", block_m=16, block_k=64, split_k=0, num_stages=3),
         KernelConfig("tiled", block_m=64, block_k=128, split_k=0, num_stages=3),
     ],
-    ids=lambda config: f"{config.regime}-{config.block_m}-{config.block_k}",
+    ids=lambda config: f"{config.regime}{'-serial' * config.serial}-{config.block_m}-{config.block_k}",
 )
 @pytest.mark.parametrize("pair", ["fp8-dense", "nvfp4-mxfp8"])
 @pytest.mark.usefixtures("poison")
@@ -122,33 +166,33 @@ def all_codes(name, n, k):
     return Fp8Matrix(codes.masked_fill(codes & 0x7F == 0x7F, 0).view(torch.float8_e4m3fn), matrix.scale)
 
 
-@pytest.mark.parametrize("regime", ["split_k", "tiled"])
+@pytest.mark.parametrize(("m", "regime"), [(4, "gemv"), (64, "split_k"), (300, "tiled")])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize(
     "name", ["fp8", "fp8_row", "mxfp8", "nvfp4", "mxfp4", "fp8_fnuz", "fp8_row_fnuz", "mxfp8_fnuz"]
 )
-def test_identity_returns_the_decoded_weights(name, dtype, regime):
+def test_identity_returns_the_decoded_weights(name, dtype, m, regime):
     w = ProjectionWeights(all_codes(name, 128, 300), all_codes(name, 160, 300))  # two block rows, the last one ragged
-    eye = torch.eye(300, dtype=dtype)
-    config = choose(64 if regime == "split_k" else 300, w.shape, SM90)
+    picked = torch.arange(0, 300, 27 if regime == "gemv" else 1)  # a program per row takes the interpreter long
+    config = choose(m, w.shape, SM90)
     assert config.regime == regime
-    k, gate = run(eye, w, config)
-    assert torch.equal(k.T, w.wk.dequantize())
-    assert torch.equal(gate.T, w.gate.dequantize())
+    k, gate = run(torch.eye(300, dtype=dtype)[picked], w, config)
+    assert torch.equal(k.T, w.wk.dequantize()[:, picked])
+    assert torch.equal(gate.T, w.gate.dequantize()[:, picked])
 
 
 def test_identity_at_full_k():
     w = weights("fp8-dense", DEEPSEEK)
-    picked = torch.arange(0, 7168, 113)  # 64 of the 7168 unit vectors, some in every split and every scale block
-    eye = torch.zeros(len(picked), 7168, dtype=torch.bfloat16)
-    eye[torch.arange(len(picked)), picked] = 1
-    for config in (choose(64, w.shape, SM90), choose(128, w.shape, SM90)):
-        k, gate = run(eye, w, config)
+    for m, step in ((4, 911), (64, 113), (128, 113)):  # some of the 7168 unit vectors, in every split and scale block
+        picked = torch.arange(0, 7168, step)
+        eye = torch.zeros(len(picked), 7168, dtype=torch.bfloat16)
+        eye[torch.arange(len(picked)), picked] = 1
+        k, gate = run(eye, w, choose(m, w.shape, SM90))
         assert torch.equal(k.T, w.wk.dequantize()[:, picked])
         assert torch.equal(gate.T, w.gate.dequantize()[:, picked])
 
 
-@pytest.mark.parametrize("m", [7, 100])
+@pytest.mark.parametrize("m", [3, 7, 100])
 def test_two_runs_give_the_same_bits(m):
     w = weights("fp8-dense", GLM)
     x = torch.randn(m, GLM[2], dtype=torch.bfloat16)
@@ -168,7 +212,7 @@ def test_output_dtypes_round_the_fp32_sums(x_dtype, k_dtype, gate_dtype):
         assert torch.equal(output, fp32.to(output.dtype))
 
 
-@pytest.mark.parametrize("m", [5, 70])
+@pytest.mark.parametrize("m", [3, 5, 70])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 def test_out_is_one_buffer_and_nothing_beside_it_is_touched(m, dtype):
     d, h, k = shape = (128, 16, 256)
@@ -184,7 +228,7 @@ def test_out_is_one_buffer_and_nothing_beside_it_is_touched(m, dtype):
     assert around.isnan().sum() == around.numel() - out.numel()
 
 
-@pytest.mark.parametrize("m", [5, 70])
+@pytest.mark.parametrize("m", [3, 5, 70])
 def test_row_strided_x_is_read_in_bounds(m):
     w = weights("fp8-dense", (128, 16, 200))
     around = torch.full((m + 8, 301), torch.nan, dtype=torch.bfloat16)
@@ -219,7 +263,7 @@ def test_no_rows(rows):
     assert project(torch.empty(*rows, 128, dtype=torch.bfloat16), w, out=out)[1].shape == (*rows, 16)
 
 
-@pytest.mark.parametrize("m", [5, 70])
+@pytest.mark.parametrize("m", [4, 5, 70])
 def test_a_non_finite_row_stays_in_its_row(m):
     w = weights("fp8-dense", (128, 16, 256))
     x = torch.randn(m, 256, dtype=torch.bfloat16)
@@ -239,7 +283,7 @@ def test_counters_are_zero_again_after_a_launch(m, monkeypatch):
         lent.append(workspace(*arguments))
         return lent[-1]
 
-    monkeypatch.setattr("indexproj.kernels.operation.workspace", spy)
+    monkeypatch.setattr("indexproj.kernels.launch.workspace", spy)
     project(torch.randn(m, 1000, dtype=torch.bfloat16), weights("fp8-dense", (128, 16, 1000)))
     ((partial, arrived),) = lent
     assert arrived.numel() > 0
@@ -261,11 +305,12 @@ def test_threads_do_not_disturb_each_other():
 def test_the_ops_are_sound_for_the_compiler():
     w = weights("fp8-dense", (128, 16, 256))
     x = torch.randn(4, 512, dtype=torch.bfloat16)[:, :256]
-    operands = (x, w.operands, w.kinds)
+    operands = [operand for matrix in (w.wk, w.gate) for operand in matrix.operands if operand is not None]
+    inputs = (x, operands, [int(w.wk.kind), int(w.gate.kind)], [1.0, 0.5], False)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(torch.ops.indexproj.project, (*operands, [False, True]), test_utils=tests)
+    torch.library.opcheck(torch.ops.indexproj.project, (*inputs, [False, True]), test_utils=tests)
     out = torch.empty(4, 144, dtype=torch.bfloat16)
-    torch.library.opcheck(torch.ops.indexproj.project_out, (*operands, out), test_utils=tests)
+    torch.library.opcheck(torch.ops.indexproj.project_out, (*inputs, out), test_utils=tests)
 
 
 def test_compiles_without_graph_breaks():

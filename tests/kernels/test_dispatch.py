@@ -1,5 +1,7 @@
 """Dispatch: a pure function, checked for every GPU that the gates cover."""
 
+import math
+
 import pytest
 import torch
 
@@ -8,17 +10,22 @@ from indexproj.kernels.dispatch import cdiv, next_power_of_2
 from support import DEEPSEEK, GLM
 
 
-@pytest.mark.parametrize("shape", [DEEPSEEK, GLM], ids=str)
+@pytest.mark.parametrize("shape", [DEEPSEEK, GLM, (128, 32, 128, 6144)], ids=str)
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_m_is_covered_and_the_last_split_has_work(name, shape, dtype):
+    target = TARGETS[name]
+    gemv_up_to = 8 if name in ("sm_100", "sm_120") else 4
     for m in range(1, 5000):
-        config = choose(m, shape, TARGETS[name], dtype)
+        config = choose(m, shape, target, dtype)
         step = config.block_k * config.slices
-        steps = cdiv(shape[2], step * config.split_k)
-        assert (config.split_k - 1) * steps * step < shape[2]
-        assert config.regime == ("split_k" if m <= 64 else "tiled")
-        assert config.block_k <= 128  # one scale per dot
+        steps = cdiv(shape[-1], step * config.split_k)
+        assert (config.split_k - 1) * steps * step < shape[-1]
+        assert config.regime == ("gemv" if m <= gemv_up_to else "split_k" if m <= 64 else "tiled")
+        if config.regime != "tiled":
+            assert math.prod(config.grid(m, *shape[:-1])) <= 3 * target.sm_count
+        if config.regime == "gemv":
+            assert config.grid(m, *shape[:-1]) == (sum(shape[:-1]), 1, 1)  # weights are read once
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -26,18 +33,41 @@ def test_few_kernels_serve_all_batch_sizes(name):
     assert len({choose(m, DEEPSEEK, TARGETS[name]) for m in range(1, 65537)}) <= 14
 
 
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_batch_invariant_sum_is_made_up_alike_for_every_m(name):
+    configs = [choose(m, DEEPSEEK, TARGETS[name], batch_invariant=True) for m in range(1, 65537)]
+    assert {(c.regime, c.block_k, c.block_n, c.slices, c.split_k, c.num_warps) for c in configs} == {
+        ("split_k", 64, 16, 8, 14, 8)
+    }
+    assert [c.serial for c in configs] == [m > 64 for m in range(1, 65537)]
+
+
 def test_one_wave_fills_an_h100():
     for m, programs in (
-        (1, 12 * 14),
+        (1, 192),
+        (4, 192),
         (16, 12 * 14),
-        (64, 2 * 12 * 14),
+        (64, 2 * 12 * 7),
         (100, 7 * 16),
         (256, 16 * 8),
         (512, 8 * 16),
         (4096, 64 * 2),
     ):
         grid = choose(m, DEEPSEEK, TARGETS["sm_90"]).grid(m, 128, 64)
-        assert torch.Size(grid).numel() == programs
+        assert math.prod(grid) == programs
+
+
+def test_workspace_is_what_the_programs_write():
+    ns = DEEPSEEK[:-1]
+    for m, expected in (
+        (4, (0, 0)),
+        (16, (12 * 14 * 16 * 16, 12)),
+        (64, (24 * 7 * 16 * 32, 24)),
+        (100, (7 * 16 * 16 * 192, 7)),
+        (65536, (0, 0)),
+    ):
+        assert choose(m, DEEPSEEK, TARGETS["sm_90"]).workspace(m, *ns) == expected
+    assert choose(65536, DEEPSEEK, TARGETS["sm_90"], batch_invariant=True).workspace(65536, *ns) == (0, 0)
 
 
 def test_fp16_takes_half_the_block_for_it_is_multiplied_in_fp32():
@@ -53,7 +83,7 @@ def test_a_block_has_one_scale(block_k):
 
 
 def test_a_small_k_is_not_split_beyond_its_blocks():
-    assert choose(1, (128, 16, 100), TARGETS["sm_90"]).split_k == 1
+    assert choose(10, (128, 16, 100), TARGETS["sm_90"]).split_k == 1
     assert choose(100, (128, 16, 100), TARGETS["sm_90"]).split_k == 2
 
 

@@ -1,0 +1,126 @@
+"""From tensors to one kernel launch: compile-time arguments, compiler options, and the short way to the driver."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from .dispatch import KernelConfig, choose
+from .gemv import gemv_kernel
+from .matrix import Operands
+from .split_k import split_k_kernel
+from .target import INTERPRETED, Target, target_of
+from .tiled import tiled_kernel
+from .workspace import workspace
+
+KERNELS = {"gemv": gemv_kernel, "split_k": split_k_kernel, "tiled": tiled_kernel}
+
+# Triton's interpreter keeps the program it is in in one global; launches on a GPU need no lock.
+_ONE_AT_A_TIME: AbstractContextManager[Any] = threading.Lock() if INTERPRETED else nullcontext()
+
+# By everything that a kernel depends on but the alignment of its arguments: the kernel and its compile-time arguments.
+_compiled: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
+
+
+def launch(
+    x: Tensor,
+    matrices: tuple[Operands, ...],
+    kinds: tuple[int, ...],
+    outs: tuple[Tensor, ...],
+    factors: tuple[float, ...],
+    *,
+    batch_invariant: bool = False,
+    config: KernelConfig | None = None,
+) -> None:
+    """out [M, N] = factor * x [M, K] @ matrix.T of each matrix: one launch, or none where M is 0. Checks nothing.
+
+    Args:
+        matrices: `Matrix.operands` of each.
+        kinds: `Matrix.kind` of each.
+        config: for tests and tuning; left out, `choose` decides.
+    """
+    m, k = x.shape
+    if m == 0:
+        return
+    ns = tuple([out.shape[1] for out in outs])
+    shape, target = (*ns, k), target_of(x.device)
+    config = config or choose(m, shape, target, x.dtype, batch_invariant=batch_invariant)
+    grid = config.grid(m, *ns)
+    with _ONE_AT_A_TIME, torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        lent = () if config.regime == "gemv" else workspace(x.device, *config.workspace(m, *ns))
+        arguments = (x, matrices, outs, *lent, m, x.stride(0), tuple([out.stride(0) for out in outs]))
+        key = None
+        if not INTERPRETED and _is_aligned(x, matrices, outs):
+            key = (x.device, config, shape, kinds, factors, x.dtype, tuple([out.dtype for out in outs]))
+            if key in _compiled:
+                kernel, constexprs = _compiled[key]
+                kernel[grid](*arguments, *constexprs)
+                return
+        constexprs = tuple(constants(config, shape, kinds, factors, x.dtype, target).values())
+        kernel = KERNELS[config.regime][grid](*arguments, *constexprs, **options(config, target))
+        if key is not None:
+            _compiled[key] = kernel, constexprs
+
+
+def _is_aligned(x: Tensor, matrices: tuple[Operands, ...], outs: tuple[Tensor, ...]) -> bool:
+    """Whether every address and stride is a multiple of 16: one compiled kernel serves all of these.
+
+    For any other Triton's own launcher, which looks at each argument, finds or compiles the kernel.
+    """
+    merged = x.data_ptr() | x.stride(0)
+    for out in outs:
+        merged |= out.data_ptr() | out.stride(0)
+    for operands in matrices:
+        for operand in operands:
+            if operand is not None:
+                merged |= operand.data_ptr()
+    return not merged & 15 and max(x.stride(0), *[out.stride(0) for out in outs]) < 2**31
+
+
+def constants(
+    config: KernelConfig,
+    shape: tuple[int, ...],
+    kinds: tuple[int, ...],
+    factors: tuple[float, ...],
+    x_dtype: torch.dtype,
+    target: Target,
+) -> dict[str, Any]:
+    """The compile-time arguments of a launch, in the order in which the kernel takes them."""
+    *ns, k = shape
+    known = {
+        "NS": tuple(ns),
+        "KINDS": kinds,
+        "FACTORS": factors,
+        "K": k,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "SLICES": config.slices,
+        "SPLIT_K": config.split_k,
+        "SERIAL": config.serial,
+        "SIZE": config.size(*ns),
+        # fp16 has 11 significand bits: exact in tf32, not in bf16. And Triton's interpreter computes bf16 wrongly.
+        "DOT": tl.bfloat16 if x_dtype == torch.bfloat16 and not INTERPRETED else tl.float32,
+        "AMD": target.backend == "hip",
+        "PDL": _has_pdl(config, target),
+    }
+    return {name: known[name] for name in KERNELS[config.regime].arg_names if name in known}
+
+
+def options(config: KernelConfig, target: Target) -> dict[str, Any]:
+    """The compiler's options. Triton's default for fp_fusion changes between versions, so it is always given."""
+    chosen = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    if target.backend == "hip":
+        # One shape of matrix instruction for all tiles, as rows must not change with the size of the batch.
+        return chosen | ({"matrix_instr_nonkdim": 16} if config.regime == "split_k" else {})
+    # Left alone, ptxas would rather spill a few registers than run one program less at a time.
+    return chosen | {"maxnreg": 255} | ({"launch_pdl": True} if _has_pdl(config, target) else {})
+
+
+def _has_pdl(config: KernelConfig, target: Target) -> bool:
+    return config.pdl and target.is_cuda(90)
