@@ -44,7 +44,7 @@ class KernelConfig:
     def size(self, *ns: int) -> int:
         """Elements of the accumulators of one program, for matrices of so many rows."""
         if self.regime == "tiled":
-            return self.block_m * sum(next_power_of_2(max(n, 16)) for n in ns)
+            return self.block_m * sum([next_power_of_2(max(n, 16)) for n in ns])
         return self.block_m * (self.block_n if self.regime == "split_k" else 1)
 
     @property
@@ -59,14 +59,14 @@ class KernelConfig:
             return sum(ns), tiles_m, 1
         if self.regime == "tiled":
             return tiles_m, self.split_k, 1
-        return sum(cdiv(n, self.block_n) for n in ns), 1 if self.serial else self.split_k, tiles_m
+        return sum([cdiv(n, self.block_n) for n in ns]), 1 if self.serial else self.split_k, tiles_m
 
-    def workspace(self, m: int, *ns: int) -> tuple[int, int]:
-        """(fp32 partials, int32 arrival counters) that one launch needs."""
+    def workspace(self, grid: tuple[int, ...], *ns: int) -> tuple[int, int]:
+        """(fp32 partials, int32 arrival counters) that a launch on that grid needs."""
         if not self.has_workspace:
             return 0, 0
-        tiles = math.prod(self.grid(m, *ns)) // self.split_k
-        return tiles * self.split_k * self.size(*ns), tiles
+        programs = math.prod(grid)
+        return programs * self.size(*ns), programs // self.split_k
 
 
 def choose(

@@ -10,7 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import KernelConfig, choose
+from .dispatch import KernelConfig, choose, next_power_of_2
 from .gemv import gemv_kernel
 from .matrix import Operands
 from .split_k import split_k_kernel
@@ -20,11 +20,12 @@ from .workspace import workspace
 
 KERNELS = {"gemv": gemv_kernel, "split_k": split_k_kernel, "tiled": tiled_kernel}
 
+_NOTHING: AbstractContextManager[Any] = nullcontext()
 # Triton's interpreter keeps the program it is in in one global; launches on a GPU need no lock.
-_ONE_AT_A_TIME: AbstractContextManager[Any] = threading.Lock() if INTERPRETED else nullcontext()
+_ONE_AT_A_TIME: AbstractContextManager[Any] = threading.Lock() if INTERPRETED else _NOTHING
 
-# By everything that a kernel depends on but the alignment of its arguments: the kernel and its compile-time arguments.
-_compiled: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
+# Compiled kernels with their configs and compile-time arguments, by all that these depend on.
+_ready: dict[Any, tuple[Any, KernelConfig, tuple[Any, ...]]] = {}
 
 
 def launch(
@@ -48,38 +49,40 @@ def launch(
     if m == 0:
         return
     ns = tuple([out.shape[1] for out in outs])
-    shape, target = (*ns, k), target_of(x.device)
-    config = config or choose(m, shape, target, x.dtype, batch_invariant=batch_invariant)
-    grid = config.grid(m, *ns)
-    with _ONE_AT_A_TIME, torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        lent = () if config.regime == "gemv" else workspace(x.device, *config.workspace(m, *ns))
-        arguments = (x, matrices, outs, *lent, m, x.stride(0), tuple([out.stride(0) for out in outs]))
-        key = None
-        if not INTERPRETED and _is_aligned(x, matrices, outs):
-            key = (x.device, config, shape, kinds, factors, x.dtype, tuple([out.dtype for out in outs]))
-            if key in _compiled:
-                kernel, constexprs = _compiled[key]
-                kernel[grid](*arguments, *constexprs)
-                return
-        constexprs = tuple(constants(config, shape, kinds, factors, x.dtype, target).values())
-        kernel = KERNELS[config.regime][grid](*arguments, *constexprs, **options(config, target))
-        if key is not None:
-            _compiled[key] = kernel, constexprs
-
-
-def _is_aligned(x: Tensor, matrices: tuple[Operands, ...], outs: tuple[Tensor, ...]) -> bool:
-    """Whether every address and stride is a multiple of 16: one compiled kernel serves all of these.
-
-    For any other Triton's own launcher, which looks at each argument, finds or compiles the kernel.
-    """
-    merged = x.data_ptr() | x.stride(0)
-    for out in outs:
-        merged |= out.data_ptr() | out.stride(0)
+    dtypes = tuple([out.dtype for out in outs])
+    stride_xm, strides_om = x.stride(0), tuple([out.stride(0) for out in outs])
+    key = x.device, next_power_of_2(m), k, ns, kinds, factors, x.dtype, dtypes, batch_invariant, config
+    # One compiled kernel serves all launches whose addresses and strides are multiples of 16. For the others Triton's
+    # own launcher, which looks at each argument, finds or compiles one.
+    bits = stride_xm | x.data_ptr()
+    for out, stride_om in zip(outs, strides_om, strict=True):
+        bits |= stride_om | out.data_ptr()
     for operands in matrices:
         for operand in operands:
             if operand is not None:
-                merged |= operand.data_ptr()
-    return not merged & 15 and max(x.stride(0), *[out.stride(0) for out in outs]) < 2**31
+                bits |= operand.data_ptr()
+    is_usual = not (bits & 15 or INTERPRETED) and max(stride_xm, *strides_om) < 2**31
+    ready = _ready.get(key) if is_usual else None
+    if ready is None:
+        target = target_of(x.device)
+        config = config or choose(m, (*ns, k), target, x.dtype, batch_invariant=batch_invariant)
+        constexprs = tuple(constants(config, (*ns, k), kinds, factors, x.dtype, target).values())
+        kernel, chosen = KERNELS[config.regime], options(config, target)
+    else:
+        (kernel, config, constexprs), chosen = ready, {}
+    grid = config.grid(m, *ns)
+    with _ONE_AT_A_TIME, _on(x.device):
+        lent = () if config.regime == "gemv" else workspace(x.device, *config.workspace(grid, *ns))
+        compiled = kernel[grid](x, matrices, outs, *lent, m, stride_xm, strides_om, *constexprs, **chosen)
+    if is_usual and ready is None:
+        _ready[key] = compiled, config, constexprs
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes the device current, which Triton launches on, where it is not."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(device)
 
 
 def constants(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,119 +122,123 @@ torch.library.define("indexproj::project", f"({_INPUTS}, bool[] fp32) -> Tensor[
 torch.library.define("indexproj::project_out", f"({_INPUTS}, Tensor(a!) out) -> ()")
 
 
-def _allocate(
-    x: Tensor, operands: list[Tensor], kinds: list[int], factors: list[float], batch_invariant: bool, fp32: list[bool]
-) -> list[Tensor]:
-    """Outputs in x.dtype or, where fp32 says so, in fp32."""
-    ns = _check_inputs(x, operands, kinds, factors)
-    if len(fp32) != len(ns):
-        raise ValueError(f"project: {len(ns)} matrices, but dtypes of {len(fp32)} outputs")
-    dtypes = [torch.float32 if wide else x.dtype for wide in fp32]
-    return [x.new_empty((*x.shape[:-1], n), dtype=dtype) for n, dtype in zip(ns, dtypes, strict=True)]
+# Python refuses what requires grad; here autograd would only cost time.
+_library = torch.library.Library("indexproj", "FRAGMENT")
+for _operation in ("project", "project_out"):
+    for _key in ("Autograd", "ADInplaceOrView"):
+        _library.impl(_operation, torch.library.fallthrough_kernel, _key)
 
 
 @torch.library.impl("indexproj::project", ("CPU", "CUDA"))
 def _project(
     x: Tensor, operands: list[Tensor], kinds: list[int], factors: list[float], batch_invariant: bool, fp32: list[bool]
 ) -> list[Tensor]:
-    outs = _allocate(x, operands, kinds, factors, batch_invariant, fp32)
-    _launch(x, operands, kinds, factors, batch_invariant, tuple([_rows(out) for out in outs]))
+    ns, matrices = _check_inputs(x, operands, kinds, factors)
+    outs = _allocate(x, ns, fp32)
+    rows = tuple([_rows(out) for out in outs])
+    launch(_rows(x), matrices, tuple(kinds), rows, tuple(factors), batch_invariant=batch_invariant)
     return outs
 
 
-def _check_project_out(
-    x: Tensor, operands: list[Tensor], kinds: list[int], factors: list[float], batch_invariant: bool, out: Tensor
-) -> list[int]:
-    ns = _check_inputs(x, operands, kinds, factors)
-    _check_out(out, x, sum(ns))
-    return ns
+@torch.library.register_fake("indexproj::project")
+def _fake_project(
+    x: Tensor, operands: list[Tensor], kinds: list[int], factors: list[float], batch_invariant: bool, fp32: list[bool]
+) -> list[Tensor]:
+    return _allocate(x, _check_inputs(x, operands, kinds, factors)[0], fp32)
 
 
 @torch.library.impl("indexproj::project_out", ("CPU", "CUDA"))
 def _project_out(
     x: Tensor, operands: list[Tensor], kinds: list[int], factors: list[float], batch_invariant: bool, out: Tensor
 ) -> None:
-    ns = _check_project_out(x, operands, kinds, factors, batch_invariant, out)
+    ns, matrices = _check_inputs(x, operands, kinds, factors)
+    _check_out(out, x, sum(ns))
     first, end = _extent(out)
-    for name, tensor in (("x", x), *(("the weights", operand) for operand in operands)):
-        if _extent(tensor)[0] < end and first < _extent(tensor)[1]:
+    for name, tensor in (("x", x), *[("the weights", operand) for operand in operands]):
+        start, stop = _extent(tensor)
+        if start < end and first < stop:
             raise ValueError(f"project: out overlaps {name} in memory, which is read while out is written")
-    outs = torch.split(out.view(-1, out.shape[-1]), ns, 1)
-    _launch(x, operands, kinds, factors, batch_invariant, tuple(outs))
+    outs = torch.split(_rows(out), ns, 1)
+    launch(_rows(x), matrices, tuple(kinds), tuple(outs), tuple(factors), batch_invariant=batch_invariant)
 
 
+@torch.library.register_fake("indexproj::project_out")
 def _fake_project_out(
     x: Tensor, operands: list[Tensor], kinds: list[int], factors: list[float], batch_invariant: bool, out: Tensor
 ) -> None:
-    _check_project_out(x, operands, kinds, factors, batch_invariant, out)
+    _check_out(out, x, sum(_check_inputs(x, operands, kinds, factors)[0]))
 
 
-torch.library.register_fake("indexproj::project", _allocate)
-torch.library.register_fake("indexproj::project_out", _fake_project_out)
+def _allocate(x: Tensor, ns: list[int], fp32: list[bool]) -> list[Tensor]:
+    """Outputs in x.dtype or, where fp32 says so, in fp32."""
+    if len(fp32) != len(ns):
+        raise ValueError(f"project: {len(ns)} matrices, but dtypes of {len(fp32)} outputs")
+    leading, narrow = x.shape[:-1], x.dtype
+    return [x.new_empty((*leading, n), dtype=torch.float32 if wide else narrow) for n, wide in zip(ns, fp32, strict=True)]
 
 
-def _launch(
-    x: Tensor,
-    operands: list[Tensor],
-    kinds: list[int],
-    factors: list[float],
-    batch_invariant: bool,
-    outs: tuple[Tensor, ...],
-) -> None:
-    matrices = _matrices(operands, kinds)
-    launch(_rows(x), matrices, tuple(kinds), outs, tuple(factors), batch_invariant=batch_invariant)
-
-
-def _matrices(operands: list[Tensor], kinds: list[int]) -> tuple[Operands, ...]:
-    """The three operands of each matrix, None where its kind has none.
-
-    Raises:
-        ValueError: there are more of them or less, or a kind that does not exist.
-    """
-    if not set(kinds) <= _SLOTS.keys():
-        raise ValueError(f"project: kinds are {sorted(_SLOTS)}, got {kinds}")
-    expected = sum([sum(_SLOTS[kind]) for kind in kinds])
-    if len(operands) != expected:
-        raise ValueError(f"project: {expected} operands expected for kinds {kinds}, got {len(operands)}")
-    rest = iter(operands)
-    return tuple([tuple([next(rest) if has else None for has in _SLOTS[kind]]) for kind in kinds])  # type: ignore[misc]
-
-
-# Which of its three operands a kind has.
-_SLOTS = {int(kind): tuple(spec is not None for spec in operand_specs(kind, 1, 1)) for kind in Kind}
-
-
-def _check_inputs(x: Tensor, operands: list[Tensor], kinds: list[int], factors: list[float]) -> list[int]:
-    """The number of rows of each matrix, all of them being what x and their kinds ask for."""
+def _check_inputs(
+    x: Tensor, operands: list[Tensor], kinds: list[int], factors: list[float]
+) -> tuple[list[int], tuple[Operands, ...]]:
+    """The number of rows and the operands of each matrix, all of them being what x and their kinds ask for."""
     if x.dtype not in ACTIVATION_DTYPES:
         raise TypeError(f"project: x must be torch.bfloat16 or torch.float16, got {x.dtype}")
-    if x.ndim and x.stride(-1) != 1 and x.shape[-1] > 1:
+    if x.ndim == 0:
+        raise ValueError("project: x must be [..., K] to fit the weights, got []")
+    k = x.shape[-1]
+    if x.stride(-1) != 1 and k > 1:
         raise ValueError(
             f"project: x must be contiguous in its last dimension, got strides {x.stride()}; call x.contiguous()"
         )
+    found = [(operand.dtype, operand.shape, operand.device, operand.is_contiguous()) for operand in operands]
+    check = _check_matrices if isinstance(k, int) else _check_matrices.__wrapped__
+    ns, slots = check(k, x.device, tuple(kinds), tuple(factors), *found)
+    padded = [*operands, None]
+    return ns, tuple([(padded[codes], padded[scale], padded[rows]) for codes, scale, rows in slots])  # type: ignore[misc]
+
+
+@functools.lru_cache(maxsize=4096)
+def _check_matrices(
+    k: int, device: torch.device, kinds: tuple[int, ...], factors: tuple[float, ...], *found: Any
+) -> tuple[list[int], list[tuple[int, int, int]]]:
+    """The number of rows of each matrix, and which of the tensors are its three operands, -1 for none.
+
+    Depends on metadata alone, so that it is done once and not in every step of a model.
+    """
     if len(factors) != len(kinds) or not all(map(math.isfinite, factors)):
-        raise ValueError(f"project: expected {len(kinds)} finite factors, one per matrix, got {factors}")
-    ns = []
-    for kind, tensors in zip(kinds, _matrices(operands, kinds), strict=True):
-        codes = tensors[0]
-        # A matrix comes from `operands`, which is right; another caller of the operation may be wrong.
-        if codes.ndim != 2:
-            raise ValueError(f"project: a matrix of kind {kind} begins with two-dimensional codes")
-        n, k = codes.shape[0], codes.shape[1] * (2 if kind in (Kind.NVFP4, Kind.MXFP4) else 1)
-        if x.ndim == 0 or x.shape[-1] != k:
-            raise ValueError(f"project: x must be [..., K={k}] to fit the weights, got {list(x.shape)}")
+        raise ValueError(f"project: expected {len(kinds)} finite factors, one per matrix, got {list(factors)}")
+    if not set(kinds) <= set(Kind):
+        raise ValueError(f"project: kinds are {list(map(int, Kind))}, got {list(kinds)}")
+    ns, slots, place = [], [], 0
+    for kind in kinds:
+        # A matrix comes from `Matrix.operands`, which is right; another caller of the operation may be wrong.
+        shape = found[place][1] if place < len(found) else ()
+        if len(shape) != 2:
+            raise ValueError(f"project: a matrix of kind {kind} begins with two-dimensional codes, got {list(shape)}")
+        n, own_k = shape[0], shape[1] * (2 if kind in (Kind.NVFP4, Kind.MXFP4) else 1)
+        if k != own_k:
+            raise ValueError(f"project: x must be [..., K={own_k}] to fit the weights, got [..., {k}]")
         if n > MAX_ROWS:
             raise ValueError(f"project: a matrix has {n} rows; the kernels hold at most {MAX_ROWS}")
-        for tensor, expected in zip(tensors, operand_specs(kind, n, k), strict=True):
-            if tensor is None or expected is None:
-                continue
-            found = (tensor.dtype, tuple(tensor.shape))
-            if found != expected or not tensor.is_contiguous():
-                raise ValueError(f"project: a matrix of kind {kind} must have {expected}, contiguous, got {found}")
-            if tensor.device != x.device:
-                raise ValueError(f"project: x is on {x.device}, the weights are on {tensor.device}")
         ns.append(n)
-    return ns
+        places = [-1, -1, -1]
+        for role, spec in enumerate(operand_specs(kind, n, k)):
+            if spec is None:
+                continue
+            dtype, shape, where, is_contiguous = found[place] if place < len(found) else (None, (), device, True)
+            if (dtype, tuple(shape)) != spec or not is_contiguous:
+                raise ValueError(
+                    f"project: operand {place}, of a matrix of kind {kind}, must be {spec[0]} {list(spec[1])}, "
+                    f"contiguous, got {dtype} {list(shape)}"
+                )
+            if where != device:
+                raise ValueError(f"project: x is on {device}, the weights are on {where}")
+            places[role] = place
+            place += 1
+        slots.append((places[0], places[1], places[2]))
+    if place != len(found):
+        raise ValueError(f"project: {place} operands expected for kinds {list(kinds)}, got {len(found)}")
+    return ns, slots
 
 
 def _check_dtype(name: str, dtype: torch.dtype, x_dtype: torch.dtype) -> None:
@@ -264,4 +270,4 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
+    return tensor if tensor.ndim == 2 else tensor.reshape(-1, tensor.shape[-1])

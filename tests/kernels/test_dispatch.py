@@ -66,8 +66,10 @@ def test_workspace_is_what_the_programs_write():
         (100, (7 * 16 * 16 * 192, 7)),
         (65536, (0, 0)),
     ):
-        assert choose(m, DEEPSEEK, TARGETS["sm_90"]).workspace(m, *ns) == expected
-    assert choose(65536, DEEPSEEK, TARGETS["sm_90"], batch_invariant=True).workspace(65536, *ns) == (0, 0)
+        config = choose(m, DEEPSEEK, TARGETS["sm_90"])
+        assert config.workspace(config.grid(m, *ns), *ns) == expected
+    serial = choose(65536, DEEPSEEK, TARGETS["sm_90"], batch_invariant=True)
+    assert serial.workspace(serial.grid(65536, *ns), *ns) == (0, 0)
 
 
 def test_fp16_takes_half_the_block_for_it_is_multiplied_in_fp32():

@@ -1,4 +1,4 @@
-"""Who gets which counters, on a GPU that is not here."""
+"""Who gets which memory, on a GPU that is not here."""
 
 import pytest
 import torch
@@ -9,15 +9,20 @@ from indexproj.kernels import workspace as module
 class Cuda:
     """Stands for a CUDA device; tensors are made on the CPU."""
 
-    type = "cuda"
+    type, index = "cuda", 0
+
+
+CUDA = Cuda()
 
 
 @pytest.fixture
 def gpu(monkeypatch):
     state = {"capturing": False, "stream": 7}
-    monkeypatch.setattr(module, "_counters", {})
+    monkeypatch.setattr(module, "_eager", {})
+    monkeypatch.setattr(module, "_reserves", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["capturing"])
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: type("Stream", (), {"cuda_stream": state["stream"]}))
+    active = type("Driver", (), {"get_current_stream": lambda _, index: (index, state["stream"])})()
+    monkeypatch.setattr(module.triton.runtime.driver, "_active", active)
     for name in ("empty", "zeros"):
         make = getattr(torch, name)
         monkeypatch.setattr(torch, name, lambda *size, make=make, device=None, **options: make(*size, **options))
@@ -25,29 +30,56 @@ def gpu(monkeypatch):
 
 
 def counters(count):
-    return module.workspace(Cuda, 1, count)[1]
+    return module.workspace(CUDA, 1, count)[1]
 
 
-def test_a_stream_has_one_buffer_and_another_stream_another(gpu):
-    first = counters(10)
-    assert counters(300).data_ptr() == first.data_ptr()
+def test_a_stream_has_one_pair_of_buffers_and_another_stream_another(gpu):
+    first = module.workspace(CUDA, 100, 10)
+    second = module.workspace(CUDA, 300, 300)
+    assert [a.data_ptr() == b.data_ptr() for a, b in zip(first, second, strict=True)] == [True, True]
     gpu["stream"] = 8
-    assert counters(10).data_ptr() != first.data_ptr()
+    other = module.workspace(CUDA, 100, 10)
+    assert [a.data_ptr() == b.data_ptr() for a, b in zip(first, other, strict=True)] == [False, False]
 
 
-def test_a_larger_launch_gets_a_larger_buffer(gpu):
-    assert counters(10).numel() >= 10
-    assert counters(5000).numel() >= 5000
-    assert not counters(5000).any()
+@pytest.mark.parametrize(("partials", "count"), [(1, 5000), (200_000, 1)])
+def test_a_larger_launch_gets_larger_buffers(gpu, partials, count):
+    counters(10)
+    partial, arrived = module.workspace(CUDA, partials, count)
+    assert partial.numel() >= partials
+    assert arrived.numel() >= count
+    assert not arrived.any()
 
 
-def test_every_captured_launch_has_counters_of_its_own(gpu):
-    eager = counters(10)
+def test_every_captured_launch_has_memory_of_its_own(gpu):
+    eager = module.workspace(CUDA, 100, 10)
     gpu["capturing"] = True
-    captured = counters(10), counters(10)
+    captured = [module.workspace(CUDA, 100, 10) for _ in range(3)]
     gpu["capturing"] = False
-    assert len({tensor.data_ptr() for tensor in (eager, *captured)}) == 3
-    assert counters(10).data_ptr() == eager.data_ptr()
+    for number in (0, 1):
+        spans = sorted((lent[number].data_ptr(), lent[number].nbytes) for lent in (eager, *captured))
+        assert all(start + size <= following for (start, size), (following, _) in zip(spans, spans[1:], strict=False))
+    assert all(arrived.data_ptr() % 16 == 0 and arrived.numel() == 10 for _, arrived in captured)
+    assert counters(10).data_ptr() == eager[1].data_ptr()
+
+
+def test_a_captured_launch_zeroes_nothing_while_the_reserve_lasts(gpu, monkeypatch):
+    monkeypatch.setattr(module, "RESERVE", 32)
+    made = []
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, **options: made.append(size) or zeros(*size, **options))
+    gpu["capturing"] = True
+    assert not counters(10).any()
+    assert made == [(10,)]  # no eager launch yet
+    gpu["capturing"] = False
+    counters(10)
+    gpu["capturing"] = True
+    made.clear()
+    taken = [counters(10), counters(16)]
+    assert made == []
+    assert not counters(10).any()
+    assert made == [(10,)]
+    assert taken[0].data_ptr() + 48 == taken[1].data_ptr()
 
 
 def test_no_split_no_memory():
