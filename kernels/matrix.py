@@ -339,7 +339,8 @@ class ProjectionWeights:
             raise ValueError("ProjectionWeights.copy_: the weights differ in encoding, shape or device")
         for matrix, source in ((self.wk, other.wk), (self.gate, other.gate)):
             for tensor, values in zip(matrix.tensors, source.tensors, strict=True):
-                tensor.copy_(values)
+                with torch.inference_mode():  # in which memory of either kind can be written
+                    tensor.copy_(values)
 
 
 def scale_shape(shape: tuple[int, ...], rows: int = SCALE_BLOCK, columns: int = SCALE_BLOCK) -> tuple[int, int]:
