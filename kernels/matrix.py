@@ -379,7 +379,8 @@ class ProjectionWeights:
             raise ValueError("ProjectionWeights.copy_: the weights differ in encoding, shape or device")
         for matrix, source in ((self.wk, other.wk), (self.gate, other.gate)):
             for tensor, values in zip(matrix.tensors, source.tensors, strict=True):
-                tensor.copy_(values)
+                with torch.inference_mode():  # in which memory of either kind can be written
+                    tensor.copy_(values)
 
 
 def operand_specs(kind: int, n: int, k: int) -> tuple[Spec | None, ...]:

@@ -123,10 +123,10 @@ torch.library.define("indexproj::project_out", f"({_INPUTS}, Tensor(a!) out) -> 
 
 
 # Python refuses what requires grad; here autograd would only cost time.
-_library = torch.library.Library("indexproj", "FRAGMENT")
+_library = torch.library.Library("indexproj", "FRAGMENT")  # type: ignore[no-untyped-call]
 for _operation in ("project", "project_out"):
     for _key in ("Autograd", "ADInplaceOrView"):
-        _library.impl(_operation, torch.library.fallthrough_kernel, _key)
+        _library.impl(_operation, torch.library.fallthrough_kernel, _key)  # type: ignore[no-untyped-call]
 
 
 @torch.library.impl("indexproj::project", ("CPU", "CUDA"))
@@ -140,7 +140,6 @@ def _project(
     return outs
 
 
-@torch.library.register_fake("indexproj::project")
 def _fake_project(
     x: Tensor, operands: list[Tensor], kinds: list[int], factors: list[float], batch_invariant: bool, fp32: list[bool]
 ) -> list[Tensor]:
@@ -162,11 +161,14 @@ def _project_out(
     launch(_rows(x), matrices, tuple(kinds), tuple(outs), tuple(factors), batch_invariant=batch_invariant)
 
 
-@torch.library.register_fake("indexproj::project_out")
 def _fake_project_out(
     x: Tensor, operands: list[Tensor], kinds: list[int], factors: list[float], batch_invariant: bool, out: Tensor
 ) -> None:
     _check_out(out, x, sum(_check_inputs(x, operands, kinds, factors)[0]))
+
+
+torch.library.register_fake("indexproj::project", _fake_project)
+torch.library.register_fake("indexproj::project_out", _fake_project_out)
 
 
 def _allocate(x: Tensor, ns: list[int], fp32: list[bool]) -> list[Tensor]:
@@ -174,7 +176,9 @@ def _allocate(x: Tensor, ns: list[int], fp32: list[bool]) -> list[Tensor]:
     if len(fp32) != len(ns):
         raise ValueError(f"project: {len(ns)} matrices, but dtypes of {len(fp32)} outputs")
     leading, narrow = x.shape[:-1], x.dtype
-    return [x.new_empty((*leading, n), dtype=torch.float32 if wide else narrow) for n, wide in zip(ns, fp32, strict=True)]
+    return [
+        x.new_empty((*leading, n), dtype=torch.float32 if wide else narrow) for n, wide in zip(ns, fp32, strict=True)
+    ]
 
 
 def _check_inputs(
@@ -212,7 +216,7 @@ def _check_matrices(
     ns, slots, place = [], [], 0
     for kind in kinds:
         # A matrix comes from `Matrix.operands`, which is right; another caller of the operation may be wrong.
-        shape = found[place][1] if place < len(found) else ()
+        shape: tuple[int, ...] = tuple(found[place][1]) if place < len(found) else ()
         if len(shape) != 2:
             raise ValueError(f"project: a matrix of kind {kind} begins with two-dimensional codes, got {list(shape)}")
         n, own_k = shape[0], shape[1] * (2 if kind in (Kind.NVFP4, Kind.MXFP4) else 1)

@@ -45,7 +45,7 @@ class Assembly:
 
     Nothing comes out before finish(), and then everything or an error, in which case the weights of the last load stay
     as they are. What it keeps it copies, so a streamer may reuse its buffers. A layer is bound as soon as it is
-    complete, and only INT4, where optional tensors may follow, at the end.
+    complete, and only INT4, where optional tensors may follow, at the end. One thread at a time may call it.
 
     Attributes:
         passed_over: layer -> number of its projection tensors in this load, for layers that were not asked for.
@@ -156,12 +156,15 @@ class Assembly:
             expected = f"all of layer {parsed.number} under {layer.stem}"
             self._problems.append(Problem(header.name, header.file, expected, str(header)))
             return
+        # What comes to a layer that is bound is too much or of no use, and the headers show which in the end. The copy
+        # comes first: nothing is noted of a tensor for which memory ran out.
+        own = _own(tensor, self._device) if header.is_plain and not layer.is_bound else None
         first = layer.headers[parsed.matrix].setdefault(parsed.role, header)
         if first is not header:
             expected = f"one tensor in the role of {first.name}"
             self._problems.append(Problem(header.name, header.file, expected, f"a second one, {header}"))
-        elif not layer.is_bound:  # otherwise the headers show, in the end, if this one is too much
-            layer.tensors[header.name] = _own(tensor, self._device)
+        elif own is not None:
+            layer.tensors[header.name] = own
             if layer.has_weights:
                 pair = self._plan(layer)
                 if not pair.problems and not pair.is_open:

@@ -164,6 +164,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         return dict(pairs)
 
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("not a file")
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError([Problem(path.name, "", "readable JSON", str(error))]) from error

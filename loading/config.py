@@ -56,7 +56,7 @@ class Config:
 def _size(key: str, value: Any, problems: list[Problem]) -> int | None:
     if type(value) is int and 0 <= value < 1_000_000:
         return value
-    problems.append(Problem(CONFIG, "", f"{key} to be an integer", f"{value!r:.80}"))
+    problems.append(Problem(CONFIG, "", f"{key} to be an integer from 0 to 999999", f"{value!r:.80}"))
     return None
 
 
@@ -65,6 +65,7 @@ def _schedules(values: Mapping[str, Any], layers: int | None, problems: list[Pro
     if layers is None or ("linear_attn_config" in values and "layer_types" not in values):
         return {}  # without layer_types nobody can say which layers have an indexer at all
     schedules: dict[str, list[bool]] = {}
+    is_listed = False  # if only by a list that is at fault, nothing else speaks in its place
     for key, runs in (
         ("indexer_types", {"full": True, "shared": False}),
         ("index_topk_pattern", {"F": True, "S": False}),
@@ -72,6 +73,7 @@ def _schedules(values: Mapping[str, Any], layers: int | None, problems: list[Pro
         value = values.get(key)
         if value is None:
             continue
+        is_listed = True
         words = {**runs, "full": True, "shared": False}
         if (
             not isinstance(value, list | str)
@@ -83,7 +85,7 @@ def _schedules(values: Mapping[str, Any], layers: int | None, problems: list[Pro
         else:
             schedules[key] = [words[str(word)] for word in value[:layers]]
     freq, offset = values.get("index_topk_freq"), values.get("index_skip_topk_offset")
-    if not schedules and freq is None and values.get("model_type") in _ALL_RUN:
+    if not is_listed and freq is None and values.get("model_type") in _ALL_RUN:
         schedules[f"the default of {values['model_type']}"] = [True] * layers
     default = "" if offset is not None else ", the default"
     offset = 2 if offset is None else offset
@@ -91,7 +93,7 @@ def _schedules(values: Mapping[str, Any], layers: int | None, problems: list[Pro
         if type(freq) is not int or freq < 1 or type(offset) is not int:
             expected = "index_topk_freq and index_skip_topk_offset to be integers, the first one positive"
             problems.append(Problem(CONFIG, "", expected, f"{freq!r} and {offset!r}"))
-        elif freq > 1 or not schedules:  # 1 is also the default, which the other two override
+        elif freq > 1 or not is_listed:  # 1 is also the default, which the other two override
             source = f"index_topk_freq = {freq} (index_skip_topk_offset = {offset}{default})"
             schedules[source] = [max(layer - offset + 1, 0) % freq == 0 for layer in range(layers)]
     kinds = values.get("layer_types")

@@ -49,8 +49,15 @@ class Header:
 
     @classmethod
     def of(cls, name: str, tensor: Tensor, file: str) -> Header:
-        """The header that a tensor in memory would have."""
-        return cls(name, DTYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), file)
+        """The header that a tensor in memory would have; that of one without plain data has no dtype of the format."""
+        dtype = DTYPES.get(tensor.dtype, str(tensor.dtype))
+        kind = _kind(tensor)
+        return cls(name, f"{kind} of {dtype}" if kind else dtype, tuple(tensor.shape), file)
+
+    @property
+    def is_plain(self) -> bool:
+        """True if torch has plain tensors of that dtype."""
+        return self.dtype in _TORCH
 
     def meta(self) -> Tensor:
         """A tensor of that dtype and shape without content.
@@ -62,3 +69,13 @@ class Header:
 
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}"
+
+
+def _kind(tensor: Tensor) -> str:
+    """What a tensor is, other than its elements in memory: "DTensor", "meta", "sparse_coo"; "" for a plain one."""
+    inner = tensor.detach()  # of a Parameter, its tensor
+    if type(inner) is not Tensor:
+        return type(inner).__name__
+    if inner.is_meta:
+        return "meta"
+    return "" if inner.layout is torch.strided else str(inner.layout).removeprefix("torch.")

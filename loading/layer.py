@@ -6,15 +6,18 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from torch import Tensor
 
 from ..kernels.matrix import MAX_ROWS, Matrix, ProjectionWeights
 from .encodings import Encoding, recognise
 from .headers import Header
-from .names import FUSED, GATE, WK
+from .names import FUSED, GATE, UNUSED, WK
 from .problems import Problem
 from .values import unusable
+
+T = TypeVar("T")
 
 BAD_VALUES = "the file is damaged or its export went wrong"
 
@@ -112,7 +115,7 @@ def plan_pair(stem: str, headers: Mapping[str, Mapping[str, Header]], index_head
 
 def _plan(name: str, headers: Mapping[str, Header]) -> tuple[MatrixPlan, list[Problem]]:
     encoding, problems = recognise(name, headers)
-    used = {role: header for role, header in headers.items() if role != "input_scale"}  # of whatever dtype
+    used = {role: header for role, header in headers.items() if role != UNUSED}  # which may be of any dtype
     layout = encoding.bind({role: header.meta() for role, header in used.items()}) if encoding else None
     return MatrixPlan(name, encoding, headers, layout), problems
 
@@ -122,7 +125,7 @@ def _split(both: MatrixPlan, d: int) -> tuple[MatrixPlan, MatrixPlan, list[Probl
         return both, both, []
     n = both.layout.shape[0]
     block, _ = getattr(both.layout, "group", (1, 1))
-    if d >= n or d % block:
+    if not 0 < d < n or d % block:
         expected = f"{d} rows of wk (index_head_dim), in whole blocks of scales, and then those of weights_proj"
         uncut = replace(both, layout=None)
         return uncut, uncut, [_wrong_shape(both, expected)]
@@ -136,7 +139,7 @@ def _wrong_shape(plan: MatrixPlan, expected: str) -> Problem:
 
 def _bind(plan: MatrixPlan, tensors: Mapping[str, Tensor]) -> tuple[Matrix | None, list[Problem]]:
     assert plan.encoding is not None
-    roles = {role: tensors[header.name] for role, header in plan.headers.items()}
+    roles = {role: tensors[header.name] for role, header in plan.headers.items() if role != UNUSED}
     faults, matrix = plan.encoding.faults(roles), None
     if not faults:
         matrix = plan.encoding.bind(roles)
@@ -148,9 +151,9 @@ def _bind(plan: MatrixPlan, tensors: Mapping[str, Tensor]) -> tuple[Matrix | Non
     return (None if faults else matrix), problems
 
 
-def unlike_most(shapes: Mapping[int, tuple[int, int, int]]) -> dict[int, tuple[int, int, int]]:
-    """Layer -> the shape of most layers, for every layer with another one: a model has one shape."""
-    if not shapes:
+def unlike_most(layers: Mapping[int, T]) -> dict[int, T]:
+    """Layer -> what most layers have, a shape for instance, for every layer that has another: a model has one."""
+    if not layers:
         return {}
-    usual = Counter(shapes.values()).most_common(1)[0][0]
-    return {layer: usual for layer, shape in shapes.items() if shape != usual}
+    usual = Counter(layers.values()).most_common(1)[0][0]
+    return {layer: usual for layer, value in layers.items() if value != usual}

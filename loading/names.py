@@ -25,6 +25,8 @@ ROLES = {
     "input_global_scale": "input_scale",
 }
 
+UNUSED = "input_scale"  # the role that has no part in the values
+
 SPELLINGS = {role: spelling for spelling, role in reversed(ROLES.items())}  # the first one of each
 
 _NAME = re.compile(

@@ -10,7 +10,7 @@ from .checkpoint import Checkpoint
 from .config import CONFIG, Config
 from .headers import Header
 from .layer import MatrixPlan, Pair, plan_pair, unlike_most
-from .names import IndexerTensor, integer, parse
+from .names import UNUSED, IndexerTensor, integer, parse
 from .problems import CheckpointError, Problem
 
 DEFAULT_HEAD_DIM = 128  # D of every model so far
@@ -148,7 +148,8 @@ def _plan_layer(
     problems += [fault for fault in pair.problems if _part(fault.subject) not in missing]
     problems += _check_sizes(pair, config)
     is_mtp = config.num_hidden_layers is not None and layer >= config.num_hidden_layers
-    return LayerPlan(layer, is_mtp, tuple(tensor.name for tensor in present), pair.wk, pair.gate, tuple(problems))
+    names = tuple(tensor.name for tensor in present if tensor.role != UNUSED)
+    return LayerPlan(layer, is_mtp, names, pair.wk, pair.gate, tuple(problems))
 
 
 def _part(name: str) -> tuple[str | None, str] | None:
@@ -170,13 +171,22 @@ def _check_sizes(pair: Pair, config: Config) -> list[Problem]:
 
 
 def _check_alike(layers: dict[int, LayerPlan]) -> None:
-    """Gives a problem to every layer whose shape is not that of most layers."""
-    for layer, usual in unlike_most({layer: plan.shape for layer, plan in layers.items() if not plan.problems}).items():
+    """Gives a problem to every layer whose shape, or prefix if it is a hidden one, is not that of most layers."""
+    sound = {layer: plan for layer, plan in layers.items() if not plan.problems}
+    hidden = {layer: plan.wk.name.rpartition("layers.")[0] for layer, plan in sound.items() if not plan.is_mtp}
+    for layer, prefix in unlike_most(hidden).items():
+        plan = layers[layer]
+        header = plan.wk.headers["weight"]
+        expected = f"hidden layers under {prefix}layers, as most are"
+        advice = "an MTP layer is numbered from num_hidden_layers on, or called mtp_layers"
+        layers[layer] = replace(plan, problems=(Problem(header.name, header.file, expected, str(header), advice),))
+    for layer, usual in unlike_most({layer: plan.shape for layer, plan in sound.items()}).items():
         plan = layers[layer]
         d_or_k_differs = (plan.shape[0], plan.shape[2]) != (usual[0], usual[2])
         header = (plan.wk if d_or_k_differs else plan.gate).headers["weight"]
         expected = f"(D, H, K) = {usual}, as in most layers"
-        layers[layer] = replace(plan, problems=(Problem(header.name, header.file, expected, f"{plan.shape}"),))
+        problem = Problem(header.name, header.file, expected, f"{plan.shape}")
+        layers[layer] = replace(plan, problems=(*plan.problems, problem))
 
 
 def _check_schedules(config: Config, layers: Mapping[int, LayerPlan]) -> list[Problem]:

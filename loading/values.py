@@ -27,7 +27,7 @@ def unusable(matrix: Matrix) -> dict[str, tuple[str, str]]:
     assert isinstance(matrix, Fp8Matrix | Fp4Matrix)
     if isinstance(matrix, Fp8Matrix) and _has_nan(matrix.codes):
         found["weight"] = "finite values", _summary(matrix.codes)
-    elif not _scales_fit(matrix):
+    if not _scales_fit(matrix):
         found["scale"] = _SCALES, _summary(matrix.scale)
     if isinstance(matrix, Fp4Matrix) and matrix.global_scale is not None and not _fits(matrix.global_scale).all():
         found["global_scale"] = _SCALES, _summary(matrix.global_scale)
@@ -64,8 +64,8 @@ def _scales_fit(matrix: Fp8Matrix | Fp4Matrix) -> bool:
     fits = _fits(matrix.scale)
     if fits.all():
         return True
-    # A group of zeros may have any finite scale: quantizers give it the least one there is.
-    if not matrix.scale.float().isfinite().all():
+    # A group of zeros may have any small scale: quantizers give it the least one there is.
+    if not (matrix.scale.float().abs() <= _LARGEST).all():
         return False
     elsewhere = spread(fits, matrix.group, matrix.shape)
     return bool((elsewhere | (matrix.dequantize() == 0)).all())

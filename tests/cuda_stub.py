@@ -1,4 +1,4 @@
-"""Triton's real CUDA launcher on a driver that runs nothing, so that host code can be tested and timed without a GPU."""
+"""Triton's real CUDA launcher on a driver that runs nothing: host code, tested and timed without a GPU."""
 
 import contextlib
 import ctypes
@@ -29,7 +29,7 @@ def stub_driver(directory):
     before = triton.runtime.driver._active
     with (
         mock.patch.dict(os.environ, {"TRITON_LIBCUDA_PATH": str(directory), "TRITON_CACHE_DIR": f"{directory}/cache"}),
-        mock.patch.object(launch, "target_of", lambda _: TARGETS["sm_90"]),
+        mock.patch.object(launch, "target_of", return_value=TARGETS["sm_90"]),
     ):
         nvidia.library_dirs.cache_clear()
         driver = nvidia.CudaDriver()

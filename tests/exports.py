@@ -206,8 +206,8 @@ def int4_zero_point(n, k):
     return int4(n, k, zero_point=True)
 
 
-def int4_g_idx(n, k):
-    return int4(n, k, zero_point=True, g_idx=True)
+def int4_g_idx(n, k, groups=None):
+    return int4(n, k, groups, zero_point=True, g_idx=True)
 
 
 EXPORTS = {

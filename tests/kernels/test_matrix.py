@@ -76,6 +76,7 @@ def test_quantizing_loses_no_more_than_half_a_step(shape, power_of_two):
             "and none with an e8m0fnu one",
         ),
         (lambda: Fp4Matrix(FP4, torch.ones(8, 3).to(E4M3), torch.ones(1, 1)), ValueError, r"expected \[8, 1\], got"),
+        (lambda: Fp4Matrix(FP4, torch.ones(8, 2).to(E8M0).to("meta")), ValueError, "tensors are on cpu and meta"),
         (lambda: ProjectionWeights(dense(8, 4), dense(8, 5)), ValueError, "differ in K"),
         (lambda: ProjectionWeights.pack(dense(8, 4), dense(8, 5)), ValueError, "differ in K"),
         (
@@ -126,6 +127,7 @@ def test_what_every_kind_can(kind):
     assert torch.equal(matrix.rows(128, 200).dequantize(torch.float64), values[128:200])
     assert matrix.rows(128, 200).tensors[0].data_ptr() == matrix.tensors[0][128:].data_ptr()
     assert matrix.matches(copy)
+    assert not matrix.matches(matrix.map(lambda tensor: tensor.to("meta")))
     assert not matrix.matches(matrix.rows(0, 128))
     assert sum(matrix.matches(make(256, 96)) for make in MATRICES.values()) == 1
     if kind != "fp8":
@@ -145,6 +147,7 @@ def test_fnuz_codes_have_the_same_values(kind):
     assert fnuz.codes.dtype == torch.float8_e4m3fnuz
     assert torch.equal(fnuz.dequantize(torch.float64), matrix.dequantize(torch.float64))
     assert fnuz.to_fnuz() is fnuz
+    assert not fnuz.matches(matrix)
 
 
 def test_weights_that_match_are_copied_into_the_memory_at_hand():
@@ -155,8 +158,9 @@ def test_weights_that_match_are_copied_into_the_memory_at_hand():
         assert same(live.wk, new.wk)
         assert same(live.gate, new.gate)
         assert [tensor.data_ptr() for matrix in (live.wk, live.gate) for tensor in matrix.tensors] == pointers
-    with pytest.raises(ValueError, match="the weights differ in encoding, shape or device"):
-        live.copy_(weights("dense-dense", (128, 16, 256)))
+    for pair in ("dense-dense", "fp8-fp8"):
+        with pytest.raises(ValueError, match="the weights differ in encoding, shape or device"):
+            live.copy_(weights(pair, (128, 16, 256)))
 
 
 def test_two_dense_matrices_share_one_buffer():
@@ -174,8 +178,12 @@ def test_two_dense_matrices_share_one_buffer():
 
 
 def test_views_that_do_not_follow_each_other_are_not_fused():
-    buffer = dense(200, 64).weight
-    for wk, gate in ((buffer[:128], buffer[130:146]), (buffer[16:144], buffer[:16])):
+    buffer, other = dense(200, 64).weight, dense(200, 64).weight
+    for wk, gate in (
+        (buffer[:128], buffer[130:146]),
+        (buffer[16:144], buffer[:16]),
+        (buffer[:128], other[128:144]),
+    ):
         assert ProjectionWeights(DenseMatrix(wk), DenseMatrix(gate)).fused_weight is None
 
 

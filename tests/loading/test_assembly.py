@@ -81,6 +81,17 @@ def test_any_encodings_in_any_order_over_any_calls_load_right_or_name_what_is_mi
         assert any(f"layers.{layer}." in p.subject or p.subject == f"layer {layer}" for p in caught.value.problems)
 
 
+@pytest.mark.parametrize("matrix", ["wk", "weights_proj", "wk_weights_proj"])
+def test_optional_tensors_may_come_last(matrix):
+    int4, other = EXPORTS["int4_zero_point"](144, 256), "wk" if matrix == "weights_proj" else "weights_proj"
+    offers = {} if matrix.startswith("wk_") else named(STEM, other, EXPORTS["bf16"](16, 256))
+    offers |= named(STEM, matrix, int4)
+    assert list(offers)[-1].endswith("zero_point")
+    weights = assemble(offers.items())[0]
+    whole = torch.cat((weights.wk.dequantize(torch.float64), weights.gate.dequantize(torch.float64)))
+    assert torch.equal(whole[-144:] if matrix == "weights_proj" else whole[:144], int4.loaded)
+
+
 def test_what_is_kept_is_copied():
     tensors = fp8_layer()
     wk, gate = matrices({name: tensor.clone() for name, tensor in tensors.items()})
@@ -141,6 +152,18 @@ def test_a_layer_under_two_prefixes():
     with pytest.raises(CheckpointError) as caught:
         assemble([*one, *two])
     assert [problem.subject for problem in caught.value.problems] == [name for name, _ in two]
+    with pytest.raises(CheckpointError) as caught:
+        assemble([*one[:1], *two[1:]])  # which are one whole
+    assert {name for name, _ in two[1:]} < {problem.subject for problem in caught.value.problems}
+
+
+@pytest.mark.parametrize("head_dim", [-16, 0, 144])
+def test_a_fused_matrix_has_rows_of_both(head_dim):
+    assembly = Assembly([0], index_head_dim=head_dim)
+    assembly.begin()
+    assembly.offer(f"{STEM}wk_weights_proj.weight", torch.ones(144, 256).bfloat16())
+    with pytest.raises(CheckpointError, match=f"expected {head_dim} rows of wk"):
+        assembly.finish()
 
 
 def test_matrices_that_differ_in_k():
@@ -194,7 +217,7 @@ def test_a_reload_keeps_the_memory_and_changes_the_values(layer):
         assembly.begin()
         for name, tensor in offers:
             assembly.offer(name, tensor)
-        return assembly.finish()[0]
+        return assembly.finish().pop(0)  # from a dict that is the caller's
 
     weights = load(projection(first))
     before, values = pointers(weights), weights.map(torch.clone)
@@ -208,6 +231,22 @@ def test_a_reload_keeps_the_memory_and_changes_the_values(layer):
     assert pointers(weights) == before
     assert torch.equal(weights.gate.weight, second[f"{STEM}weights_proj.weight"])
     assert same(weights.wk, assemble(projection(second))[0].wk)
+
+
+@pytest.mark.parametrize("modes", [(True, False), (False, True)])
+def test_a_reload_in_another_mode_of_torch(modes):
+    """Memory that was allocated in inference mode can be written outside of it, and the other way round."""
+    assembly = Assembly([0])
+    loaded = []
+    for mode in modes:
+        tensors = fp8_layer()
+        with torch.inference_mode(mode):
+            assembly.begin()
+            for name, tensor in projection(tensors):
+                assembly.offer(name, tensor)
+            loaded.append(assembly.finish()[0])
+    assert loaded[0] is loaded[1]
+    assert same(loaded[0].wk, matrices(tensors)[0])
 
 
 def test_a_load_is_taken_for_all_layers_or_for_none():
@@ -248,6 +287,58 @@ def test_layers_of_others_are_counted():
         assert dict(assembly.passed_over) == {7: 3, 78: 3}
 
 
+def test_an_offer_that_fails_is_as_if_it_had_not_been(monkeypatch):
+    """Memory may run out in a copy; the caller may free some and offer the tensor again, or give up."""
+
+    def no_memory(*_):
+        raise torch.OutOfMemoryError
+
+    offers = projection(fp8_layer())
+    for again in (True, False):
+        assembly = Assembly([0])
+        assembly.begin()
+        for number, (name, tensor) in enumerate(offers):
+            if number == 1:
+                with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+                    patch.setattr("indexproj.loading.assembly._own", no_memory)
+                    assembly.offer(name, tensor)
+            if again or number != 1:
+                assembly.offer(name, tensor)
+        if again:
+            assert same(assembly.finish()[0].wk, matrices(dict(offers))[0])
+        else:
+            with pytest.raises(CheckpointError) as caught:
+                assembly.finish()
+            assert [problem.subject for problem in caught.value.problems] == [offers[1][0]]
+
+
+class Wrapped(torch.Tensor):
+    """As DTensor and torchao's tensors are: of a dtype and a shape, but other data."""
+
+
+@pytest.mark.parametrize(
+    ("wrap", "found"),
+    [
+        (lambda tensor: tensor.as_subclass(Wrapped), "Wrapped of "),
+        (lambda tensor: tensor.to("meta"), "meta of "),
+        (lambda tensor: tensor.bfloat16().to_sparse(), "sparse_coo of "),
+    ],
+)
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_what_is_no_plain_tensor_is_refused(wrap, found, position):
+    offers = projection(fp8_layer())
+    name, tensor = offers[position]
+    offers[position] = name, wrap(tensor)
+    problem = fails(offers)
+    assert problem.subject == name
+    assert problem.found.startswith(found)
+
+
+def test_scales_of_activations_may_be_anything():
+    offers = [(f"{STEM}wk.input_scale", torch.ones(1, device="meta")), *projection(fp8_layer())]
+    assert list(assemble(offers)) == [0]
+
+
 def test_mtp_layers_need_the_number_of_hidden_layers():
     tensors = {name.replace("layers.0.", "mtp_layers.0."): tensor for name, tensor in fp8_layer().items()}
     for num_hidden_layers in (78, None):
@@ -276,11 +367,14 @@ def test_bound_layers_hold_no_second_copy():
     assembly = Assembly(range(8))
     assembly.begin()
     for layer in range(8):
-        for leaf, tensor in EXPORTS["f32"](128, 256).tensors.items():
-            assembly.offer(f"{INDEXER.format(layer)}wk.{leaf}", tensor)
-            assembly.offer(f"{INDEXER.format(layer)}weights_proj.{leaf}", tensor[:16])
-            del tensor
-        held = [tensor for tensor in gc.get_objects() if type(tensor) is torch.Tensor and tensor.shape == (128, 256)]
+        stem, tensor = INDEXER.format(layer), EXPORTS["f32"](144, 352).tensors["weight"]
+        if layer % 2:
+            assembly.offer(f"{stem}wk_weights_proj.weight", tensor)
+        else:
+            assembly.offer(f"{stem}wk.weight", tensor[:128])
+            assembly.offer(f"{stem}weights_proj.weight", tensor[128:])
+        del tensor
+        held = [tensor for tensor in gc.get_objects() if type(tensor) is torch.Tensor and tensor.shape[1:] == (352,)]
         assert not [tensor for tensor in held if tensor.dtype == torch.float32]
     assert len(assembly.finish()) == 8
 

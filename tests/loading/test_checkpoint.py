@@ -56,6 +56,17 @@ def test_a_shard_that_is_no_file(tmp_path, make):
     assert {problem.found for problem in problems_of(path)} == {"an unreadable file (not a file)"}
 
 
+@pytest.mark.parametrize("file", [INDEX, "config.json"])
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: path.symlink_to("gone")])
+def test_an_index_or_a_config_that_is_no_file(tmp_path, file, make):
+    """Nor is anything waited for, and a link whose target was not fetched is not the same as nothing."""
+    path = write_checkpoint(tmp_path, fp8_layer(), config={})
+    (path / file).unlink()
+    make(path / file)
+    problem = only(problems_of(path))
+    assert (problem.subject, problem.expected) == (file, "readable JSON")
+
+
 def test_a_single_file_that_is_damaged(tmp_path):
     (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
     assert only(problems_of(tmp_path)).subject == "model.safetensors"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from exports import EXPORTS, Export, bf16, fp8_block, mxfp4, named, nvfp4
+from exports import EXPORTS, Export, bf16, fp8_block, int4, int4_g_idx, mxfp4, named, nvfp4
 from indexproj.kernels import ProjectionWeights, reference
 from indexproj.loading import Checkpoint, Plan, load
 from indexproj.loading.encodings import ENCODINGS
@@ -153,6 +153,7 @@ U8, E4M3, E8M0 = torch.uint8, torch.float8_e4m3fn, torch.float8_e8m0fnu
         (nvfp4, [], {"weight_scale": torch.ones(128, 15).to(E4M3)}, "weight_scale", "[128, 16]", "F8_E4M3 [128, 15]"),
         (nvfp4, [], {"weight_packed": torch.ones(1).to(U8)}, "weight_packed", "one tensor in the role of", "U8 [1]"),
         (mxfp4, [], {"weight_scale": torch.ones(128, 9).to(U8)}, "weight_scale", "[128, 8] (MXFP4)", "U8 [128, 9]"),
+        (mxfp4, ["weight_scale"], {}, "weight_scale", "(NVFP4)", "no such tensor"),
         (mxfp4, [], {"weight_scale_2": torch.ones(1)}, "weight_scale_2", "nothing beside", "F32 [1]"),
         (EXPORTS["int4"], ["weight_shape"], {}, "weight_shape", "I64/I32 [2] (INT4)", "no such tensor"),
         (EXPORTS["int4"], [], {"weight_scale": torch.ones(128, 7)}, "weight_scale", "/[128, 8]", "F32 [128, 7]"),
@@ -186,8 +187,9 @@ def put(tensor, value):
     [
         ("bf16", "weight", torch.nan, False),
         ("bf16", "weight", -torch.inf, False),
-        ("bf16", "weight", 3e38, False),
-        ("bf16", "weight", -3e38, False),
+        ("bf16", "weight", 2.0**100, True),
+        ("bf16", "weight", 2.0**101, False),
+        ("bf16", "weight", -(2.0**101), False),
         ("bf16", "weight", 1e-39, True),
         ("f16", "weight", torch.inf, False),
         ("f32", "weight", 3.4e38, False),
@@ -198,8 +200,10 @@ def put(tensor, value):
         ("fp8_block_fnuz", "weight", 0x7F, True),
         ("fp8_block", "weight_scale_inv", torch.nan, False),
         ("fp8_block", "weight_scale_inv", torch.inf, False),
-        ("fp8_block", "weight_scale_inv", 1e38, False),
-        ("fp8_block", "weight_scale_inv", 1e-40, False),
+        ("fp8_block", "weight_scale_inv", 2.0**100, True),
+        ("fp8_block", "weight_scale_inv", 2.0**101, False),
+        ("fp8_block", "weight_scale_inv", 2.0**-100, True),
+        ("fp8_block", "weight_scale_inv", 2.0**-101, False),
         ("fp8_block", "weight_scale_inv", 0.0, True),
         ("fp8_block_u8", "scale", 255, False),
         ("fp8_row", "weight_scale", torch.nan, False),
@@ -213,8 +217,10 @@ def put(tensor, value):
         ("nvfp4_divisor", "weight_global_scale", 0.0, False),
         ("nvfp4_divisor", "weight_global_scale", torch.nan, False),
         ("nvfp4_divisor", "weight_global_scale", torch.inf, False),
+        ("nvfp4_divisor", "weight_global_scale", -torch.inf, False),
         ("mxfp4", "weight_scale", 255, False),
         ("int4", "weight_scale", torch.inf, False),
+        ("int4", "weight_scale", 2.0**97, False),
         ("int4", "weight_shape", 3, False),
         ("int4_g_idx", "weight_g_idx", -1, False),
         ("int4_g_idx", "weight_g_idx", 8, False),
@@ -233,6 +239,7 @@ def test_values_no_trained_matrix_has(tmp_path, export, leaf, value, is_usable):
     else:
         problem = only(problems_of(path))
         assert (problem.subject, problem.advice) == (f"{STEM}wk.{leaf}", BAD_VALUES)
+        assert problem.file == "model-00001-of-00001.safetensors"
 
 
 @pytest.mark.parametrize("export", ["mxfp8", "mxfp4", "fp8_block"])
@@ -245,6 +252,9 @@ def test_a_group_of_zeros_may_have_the_least_scale(tmp_path, export):
     loaded = load(write_checkpoint(tmp_path, changed(Export(tensors, torch.empty(0), ""))))[0].wk.dequantize()
     assert loaded.isfinite().all()
     assert (loaded[:, -32:] == 0).all()
+    scale[:, -1:] = 254 if scale.dtype == U8 else 2.0**127  # infinity, once doubled in to_fnuz
+    problem = only(problems_of(write_checkpoint(tmp_path, changed(Export(tensors, torch.empty(0), "")))))
+    assert problem.subject.rpartition(".")[2] in list(tensors)[1:]
 
 
 @pytest.mark.parametrize("leaf", ["weight", "scale"])
@@ -261,6 +271,12 @@ def test_a_hole_in_a_file_is_no_weight(tmp_path, export, leaf):
         problem = only(problems_of(path))
         assert problem.subject == f"{STEM}wk.{holes[0] if export != 'int4' else 'weight_packed'}"
         assert problem.found.startswith("nothing but 0")
+
+
+def test_values_at_fault_come_together(tmp_path):
+    tensors = changed(fp8_block(128, 256))
+    damaged = {name: put(tensor, 0x7F if name == WK else torch.inf) for name, tensor in tensors.items()}
+    assert [problem.subject for problem in problems_of(write_checkpoint(tmp_path, damaged))] == [WK, SCALE, GATE]
 
 
 def test_problems_of_one_layer_come_together(tmp_path):
@@ -283,6 +299,23 @@ def test_what_is_missing_is_named_with_what_would_do(tmp_path):
         "weight_scale I32 [128, 1] (FP8 packed UE8M0)",
     ):
         assert option in problem.expected
+    problem = only(problems_of(write_checkpoint(tmp_path, changed(nvfp4(128, 256), ["weight_scale_2"]))))
+    assert "MXFP4" not in problem.expected  # whose scale would be another one
+
+
+@pytest.mark.parametrize("size", [32, 64, 128, 256])
+def test_groups_of_int4(tmp_path, size):
+    """They are of these sizes, and all of one: 800 columns are 25 groups of 32, and not groups of anything larger."""
+    wk, gate = int4_g_idx(128, 768, 768 // size), bf16(16, 768)
+    wk.tensors["weight_g_idx"] = wk.tensors["weight_g_idx"].long()
+    check(checkpoint(tmp_path, wk, gate), wk, gate)
+    wk.tensors |= int4(128, 800, 25).tensors | {"weight_scale": torch.ones(128, 800 // size)}
+    del wk.tensors["weight_g_idx"], wk.tensors["weight_zero_point"]
+    path = checkpoint(tmp_path, wk, bf16(16, 800))
+    if size == 32:
+        assert load(path)[0].shape == (128, 16, 800)
+    else:
+        assert only(problems_of(path)).subject == f"{STEM}wk.weight_scale"
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS, ids=lambda encoding: encoding.name)

@@ -1,15 +1,16 @@
 """From files to weights: what loads, and what is read."""
 
+import json
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from indexproj.kernels import DenseMatrix, Fp8Matrix
-from indexproj.loading import CheckpointError, load
+from indexproj.loading import Checkpoint, CheckpointError, load
 from indexproj.loading.checkpoint import INDEX
 from support import GATE, INDEXER, SCALE, WK, bf16_layer, fp8_layer, only, problems_of, same, write_checkpoint
 
@@ -47,6 +48,7 @@ def test_layers_are_told_apart_and_can_be_picked(tmp_path):
     layers = {number: fp8_layer(number) for number in (0, 2, 11)}
     path = write_checkpoint(tmp_path, *layers.values())
     assert list(load(path)) == [0, 2, 11]
+    assert load(path, []) == {}
     picked = load(path, [11])
     assert list(picked) == [11]
     assert same(picked[11].gate, DenseMatrix(layers[11][INDEXER.format(11) + "weights_proj.weight"]))
@@ -95,6 +97,18 @@ print(list(assembly.finish()), read, touched)
     assert needed < int(touched) < needed + (1 << 20)
 
 
+def test_scales_of_activations_are_not_read(tmp_path):
+    """They may be of a dtype that torch does not have, and that safetensors therefore cannot read."""
+    name = f"{INDEXER.format(0)}wk.input_scale"
+    intact = save({**fp8_layer(), name: torch.zeros(3, dtype=torch.uint8)})
+    end = 8 + int.from_bytes(intact[:8], "little")
+    header = json.loads(intact[8:end])
+    header[name] |= {"dtype": "F6_E2M3", "shape": [4]}
+    text = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + intact[end:])
+    assert list(load(tmp_path)) == [0]
+
+
 def test_layers_are_numbers(tmp_path):
     path = write_checkpoint(tmp_path, fp8_layer())
     with pytest.raises(TypeError, match="layers must be integers, got '0'"):
@@ -121,6 +135,18 @@ def test_tiny_values_are_values(tmp_path):
 
 def test_the_index_stands_for_its_directory(tmp_path):
     assert list(load(write_checkpoint(tmp_path, fp8_layer()) / INDEX)) == [0]
+
+
+def test_a_directory_may_be_called_like_a_file(tmp_path):
+    assert list(load(write_checkpoint(tmp_path / "glm.safetensors", fp8_layer()))) == [0]
+
+
+def test_tensors_are_read_shard_by_shard(tmp_path):
+    checkpoint = Checkpoint(write_checkpoint(tmp_path, fp8_layer(2), fp8_layer(1), fp8_layer(0)))
+    names = sorted(checkpoint.headers, key=lambda name: name[::-1])
+    files = [checkpoint.headers[name].file for name, _ in checkpoint.stream(names)]
+    assert files == sorted(files)
+    assert len(files) == 9
 
 
 def test_one_shard_of_a_checkpoint(tmp_path):

@@ -20,6 +20,7 @@ from indexproj.loading.names import is_projection, parse
         ("weight.packed", ".weight.packed"),
         ("shape", ".shape"),
         ("", "."),
+        ("weight\n", ".weight\n"),
     ],
 )
 def test_parts(prefix, matrix, leaf, role):
@@ -55,6 +56,7 @@ def test_neighbours_in_the_indexer(leaf):
         "model.layers.0.self_attn.wk.weight",
         "model.layers.x.self_attn.indexer.wk.weight",
         "model.layers.٣.self_attn.indexer.wk.weight",
+        "model.layers.1234567.self_attn.indexer.wk.weight",
         "model.layers.0.mlp.indexer.wk.weight",
         "indexer.wk.weight",
     ],
