@@ -44,8 +44,10 @@ def run(x, w, config=None):
     return k, gate
 
 
-PUBLISHED = [(pair, m, torch.bfloat16) for pair in PAIRS for m in (2, 17, 100)]
-PUBLISHED += [(pair, m, torch.float16) for pair in ("fp8-dense", "nvfp4-nvfp4") for m in (1, 64, 100)]
+# The interpreter takes long for gemv and tiled at full K; smaller ones are below, with every pair.
+PUBLISHED = [(pair, 17, torch.bfloat16) for pair in PAIRS]
+PUBLISHED += [(pair, m, torch.bfloat16) for pair in ("fp8-dense", "nvfp4-nvfp4") for m in (2, 100)]
+PUBLISHED += [("fp8-dense", m, torch.float16) for m in (1, 64, 100)]
 
 
 @pytest.mark.parametrize(("pair", "m", "dtype"), PUBLISHED)
