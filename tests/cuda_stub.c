@@ -5,7 +5,7 @@
 typedef struct { unsigned grid[3], block[3], shared; void *stream; void *attributes; unsigned count; } Config;
 
 Config last_config;
-void **last_arguments;
+uint64_t last_pointers[8]; /* the first arguments, which are pointers */
 int launches;
 
 int cuCtxGetCurrent(void **context) { *context = (void *)1; return 0; }
@@ -31,7 +31,7 @@ int cuPointerGetAttribute(void *data, int attribute, uintptr_t pointer) { memcpy
 
 int cuLaunchKernelEx(const Config *config, void *function, void **arguments, void **extra) {
   last_config = *config;
-  last_arguments = arguments; /* valid during the call only */
+  for (int i = 0; i < 8; i++) memcpy(&last_pointers[i], arguments[i], 8);
   launches++;
   return 0;
 }

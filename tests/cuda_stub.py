@@ -15,17 +15,35 @@ from indexproj.kernels import TARGETS, launch
 SOURCE = Path(__file__).with_name("cuda_stub.c")
 
 
+class Stub:
+    """What the driver was last asked for."""
+
+    def __init__(self, library):
+        self._library = library
+
+    @property
+    def launches(self):
+        return ctypes.c_int.in_dll(self._library, "launches").value
+
+    @property
+    def grid(self):
+        return tuple((ctypes.c_uint * 3).in_dll(self._library, "last_config"))
+
+    @property
+    def pointers(self):
+        """The first eight arguments."""
+        return tuple((ctypes.c_uint64 * 8).in_dll(self._library, "last_pointers"))
+
+
 @contextlib.contextmanager
 def stub_driver(directory):
-    """Triton with an H100 that only counts launches; yields the stub, a ctypes library.
+    """Triton with an H100 that runs nothing; yields the Stub.
 
     Tensors stay on the CPU. Triton's launcher, and what it is compiled from, are the real ones.
     """
-    library = Path(directory) / "libcuda.so.1"
-    subprocess.run(
-        ["gcc", "-shared", "-fPIC", "-O1", "-w", "-Wl,-soname,libcuda.so.1", "-o", library, SOURCE], check=True
-    )
-    stub = ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+    path = Path(directory) / "libcuda.so.1"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-w", "-Wl,-soname,libcuda.so.1", "-o", path, SOURCE], check=True)
+    library = ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
     before = triton.runtime.driver._active
     with (
         mock.patch.dict(os.environ, {"TRITON_LIBCUDA_PATH": str(directory), "TRITON_CACHE_DIR": f"{directory}/cache"}),
@@ -38,6 +56,6 @@ def stub_driver(directory):
         driver.get_device_capability = lambda _: (9, 0)
         triton.runtime.driver.set_active(driver)
         try:
-            yield stub
+            yield Stub(library)
         finally:
             triton.runtime.driver._active = before

@@ -1,0 +1,97 @@
+"""What reaches the CUDA driver, with Triton's real launcher on a driver that runs nothing."""
+
+import pytest
+import torch
+
+from cuda_stub import stub_driver
+from indexproj.kernels import TARGETS, choose, project
+from indexproj.kernels import launch as module
+from support import DEEPSEEK, PAIRS, weights
+
+SM90 = TARGETS["sm_90"]
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    with stub_driver(tmp_path_factory.mktemp("stub")) as stub:
+        yield stub
+
+
+@pytest.fixture(autouse=True)
+def _forget(monkeypatch):
+    monkeypatch.setattr(module, "_ready", {})
+
+
+def x_of(m, k=DEEPSEEK[2]):
+    return torch.zeros(m, k, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_projection_is_one_launch(driver, pair):
+    w = weights(pair, (128, 16, 512))
+    for m in (2, 16, 100):
+        for _ in range(2):
+            before = driver.launches
+            project(x_of(m, 512), w)
+            assert driver.launches == before + 1
+            assert driver.grid == choose(m, w.shape, SM90).grid(m, 128, 16)
+
+
+def test_no_rows_no_launch(driver):
+    before = driver.launches
+    project(x_of(0), weights("dense-dense", DEEPSEEK))
+    assert driver.launches == before
+
+
+@pytest.mark.parametrize("m", [16, 64])
+def test_the_short_way_hands_over_what_tritons_launcher_does(driver, m):
+    w = weights("fp8-dense", DEEPSEEK)
+    out = torch.empty(m, 192, dtype=torch.bfloat16)
+    seen = []
+    for x in (x_of(m), x_of(m), x_of(m - 1)):  # compiled, looked up, and another M of the same power of two
+        project(x, w, out=out[: len(x)])
+        assert driver.grid == choose(m, w.shape, SM90).grid(len(x), 128, 64)
+        own = (x, *w.wk.tensors, w.gate.weight, out, out[:, 128:])
+        assert driver.pointers[:6] == tuple(tensor.data_ptr() for tensor in own)
+        seen.append(driver.pointers[6:])
+    assert len(module._ready) == 1
+    assert len(set(seen)) == 1  # one workspace
+
+
+def test_a_kernel_compiled_for_aligned_memory_is_never_given_other_memory(driver):
+    w = weights("fp8-dense", DEEPSEEK)
+    around = torch.zeros(16, DEEPSEEK[2] + 8, dtype=torch.bfloat16)
+    odd = {
+        "stride of x": lambda: project(around[:, :-8][:, : DEEPSEEK[2]], w),
+        "address of x": lambda: project(torch.zeros(16 * 7168 + 1, dtype=torch.bfloat16)[1:].view(16, 7168), w),
+        "stride of out": lambda: project(x_of(16), w, out=torch.empty(16, 193, dtype=torch.bfloat16)[:, :192]),
+        "address of weights": lambda: project(x_of(16), shifted(w)),
+    }
+    project(x_of(16), w)
+    assert len(module._ready) == 1
+    (ready,) = module._ready.values()
+    for name, run in odd.items():
+        before = driver.launches
+        run()
+        assert driver.launches == before + 1, name
+        assert list(module._ready.values()) == [ready], name
+
+
+def shifted(w):
+    """The same weights, every tensor one element off."""
+    return w.map(lambda t: torch.cat((t.view(-1)[:1].view(torch.uint8), t.view(-1).view(torch.uint8))).view(t.dtype)[1:]
+                 .view(t.shape))  # fmt: skip
+
+
+def test_what_a_kernel_depends_on_gets_its_own(driver):
+    w = weights("fp8-dense", DEEPSEEK)
+    project(x_of(16), w)
+    for number, options in enumerate(
+        ({"k_dtype": torch.float32}, {"gate_dtype": torch.bfloat16}, {"gate_scale": 0.5}, {"batch_invariant": True}), 2
+    ):
+        project(x_of(16), w, **options)
+        assert len(module._ready) == number
+    project(x_of(40), w)
+    project(x_of(16).half(), w)
+    project(x_of(16), weights("fp8-fp8", DEEPSEEK))
+    assert len(module._ready) == 8
