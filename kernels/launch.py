@@ -21,8 +21,8 @@ from .workspace import workspace
 KERNELS = {"gemv": gemv_kernel, "split_k": split_k_kernel, "tiled": tiled_kernel}
 
 _NOTHING: AbstractContextManager[Any] = nullcontext()
-# Triton's interpreter keeps the program it is in in one global; launches on a GPU need no lock.
-_ONE_AT_A_TIME: AbstractContextManager[Any] = threading.Lock() if INTERPRETED else _NOTHING
+# Triton's interpreter keeps the program that it runs in one global.
+_TURN: AbstractContextManager[Any] = threading.Lock() if INTERPRETED else _NOTHING
 
 # Compiled kernels with their configs and compile-time arguments, by all that these depend on.
 _ready: dict[Any, tuple[Any, KernelConfig, tuple[Any, ...]]] = {}
@@ -71,18 +71,18 @@ def launch(
     else:
         (kernel, config, constexprs), chosen = ready, {}
     grid = config.grid(m, *ns)
-    with _ONE_AT_A_TIME, _on(x.device):
+    with _turn(x.device):
         lent = () if config.regime == "gemv" else workspace(x.device, *config.workspace(grid, *ns))
         compiled = kernel[grid](x, matrices, outs, *lent, m, stride_xm, strides_om, *constexprs, **chosen)
     if is_usual and ready is None:
         _ready[key] = compiled, config, constexprs
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes the device current, which Triton launches on, where it is not."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return _NOTHING
-    return torch.cuda.device(device)
+def _turn(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes the device current where it is not, as that is where Triton launches."""
+    if device.type != "cuda":
+        return _TURN
+    return _NOTHING if device.index == torch.cuda.current_device() else torch.cuda.device(device)
 
 
 def constants(
@@ -121,8 +121,10 @@ def options(config: KernelConfig, target: Target) -> dict[str, Any]:
     if target.backend == "hip":
         # One shape of matrix instruction for all tiles, as rows must not change with the size of the batch.
         return chosen | ({"matrix_instr_nonkdim": 16} if config.regime == "split_k" else {})
-    # Left alone, ptxas would rather spill a few registers than run one program less at a time.
-    return chosen | {"maxnreg": 255} | ({"launch_pdl": True} if _has_pdl(config, target) else {})
+    # Left alone, ptxas would rather spill a few registers than run one program less at a time; but `choose` counts on
+    # two programs of split_k.
+    chosen["maxnreg"] = 128 if config.regime == "split_k" and not config.serial else 255
+    return chosen | ({"launch_pdl": True} if _has_pdl(config, target) else {})
 
 
 def _has_pdl(config: KernelConfig, target: Target) -> bool:
