@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterable
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from ..kernels.gates import Row
     from .verify import Measurement
 
 app = typer.Typer(
@@ -151,6 +154,82 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command("compile")
+def compile_(
+    target: Annotated[
+        list[str] | None, typer.Option(metavar="GPU", help="sm_90, for instance; may be repeated.")
+    ] = None,
+    all_targets: Annotated[bool, typer.Option("--all", help="All GPUs that there are gates for.")] = False,
+    pair: Annotated[
+        list[str] | None, typer.Option(help='Encodings, such as "NVFP4, BF16"; may be repeated. Default: all.')
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compile the kernels for GPUs that need not be here, and hold the binaries against what dispatch counts on.
+
+    One row for each kernel that dispatch picks, for the shapes and encodings of published models. Ends with 1 if
+    anything is wrong with one.
+    """
+    from dataclasses import asdict
+
+    from ..kernels import TARGETS
+    from ..kernels.gates import PAIRS, rows
+    from .rival import block_scaled_gemm
+
+    names = list(TARGETS) if all_targets else list(dict.fromkeys(target or ()))
+    unknown = [name for name in names if name not in TARGETS]
+    if unknown or not names:
+        _fail(f"compile: --target is one of {', '.join(TARGETS)}, got {', '.join(unknown) or 'none'}")
+    strange = [name for name in pair or () if name not in PAIRS]
+    if strange:
+        _fail(f"compile: --pair is one of {'; '.join(PAIRS)}; got {'; '.join(strange)}")
+    found = []
+    with Console(stderr=True).status("Compiling") as status:
+        for row in rows(names, pair or PAIRS):
+            found.append(row)
+            status.update(f"{row.target}, {row.pair}, {row.kernel}")
+        for name in names:
+            if TARGETS[name].is_cuda(89):  # older ones have no FP8
+                found += block_scaled_gemm(name, (1, 64, 65536))
+    if as_json:
+        print(json.dumps([asdict(row) for row in found], indent=2))
+    else:
+        for title, group in groupby(found, lambda row: f"{row.target}, {row.shape}: {row.pair}"):
+            console.print(_compiled_table(title, group))
+        console.print(
+            "M: the largest one with this kernel. W and x: how often the programs of a launch ask for each\n"
+            "byte; caches answer most. Loads: instructions x bytes per thread. vLLM's GEMM multiplies wk alone.",
+            soft_wrap=True,
+        )
+    faulty = [row for row in found if row.faults]
+    for row in faulty:
+        _complain(f"{row.target}, {row.pair}, {row.kernel}, M = {row.m}: {'; '.join(row.faults)}")
+    if faulty:
+        raise typer.Exit(1)
+
+
+def _compiled_table(title: str, found: Iterable[Row]) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("kernel", no_wrap=True)
+    numbers = ("M", "programs", "per SM", "registers", "shared", "MMA", "W", "x", "loads", "verdict")
+    for column in numbers:
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in found:
+        cells = (
+            row.m,
+            row.programs,
+            row.per_sm,
+            row.registers,
+            row.shared_memory,
+            row.mma,
+            row.weight_reads,
+            row.x_reads,
+        )
+        loads = " ".join(f"{count}x{size}" for size, count in row.loads.items())
+        table.add_row(row.kernel, *map(str, cells), loads, "faulty" if row.faults else "ok")
+    return table
+
+
 def _table(*columns: str) -> Table:
     table = Table()
     for column in ("layer", "wk", "weights_proj"):
@@ -189,8 +268,12 @@ def _measurement_cells(measurement: Measurement) -> tuple[str, ...]:
 
 
 def _fail(message: str) -> None:
-    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(message, style="red")
+    _complain(message)
     raise typer.Exit(2)
+
+
+def _complain(message: str) -> None:
+    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(message, style="red")
 
 
 def main() -> None:

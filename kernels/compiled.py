@@ -56,7 +56,7 @@ MULTIPROCESSORS = {
 }
 
 # Matrix instructions.
-_MMA = r"\b(?:[HQ]MMA|HGMMA|UTC\w*MMA)[\w.]*|\bv_s?mfma\w+"
+_MMA = r"\b(?:[HQ]MMA|[HQ]GMMA|UTC\w*MMA)[\w.]*|\bv_s?mfma\w+"
 # Loads from global memory, and the bytes of each by the end of its name; SASS does not name 4.
 _LOAD = r"\b(?:LDG|LDGSTS)((?:\.\w+)+)|\b(?:global|buffer|flat)_load_(\w+)"
 _LOAD_BYTES = {
@@ -157,9 +157,13 @@ def compile_for(
             known[path] = None
         elif kind != "constexpr" and name != "M":
             aligned[path] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, known, aligned)
+    return compile_source(ASTSource(kernel, signature, known, aligned), target, options(config, target))
+
+
+def compile_source(source: ASTSource, target: Target, chosen: dict[str, Any]) -> Binary:
+    """Compiles any Triton kernel with the given options."""
     gpu = GPUTarget(target.backend, target.arch, 64 if target.backend == "hip" else 32)
-    return _read(triton.compile(source, target=gpu, options=options(config, target)), target)
+    return _read(triton.compile(source, target=gpu, options=chosen), target)
 
 
 def _leaves(signature: Any, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], str]]:

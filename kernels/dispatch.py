@@ -41,6 +41,11 @@ class KernelConfig:
         if self.block_k not in (32, 64, 128):  # whole groups of 32 values in one block of 128
             raise ValueError(f"KernelConfig: block_k must be 32, 64 or 128, got {self.block_k}")
 
+    def __str__(self) -> str:
+        block_n = f"x{self.block_n}" if self.regime == "split_k" else ""
+        split = f", K in {self.split_k}" if self.split_k > 1 else ""
+        return f"{self.regime} {self.block_m}{block_n}x{self.slices * self.block_k}{split}{', serial' * self.serial}"
+
     def size(self, *ns: int) -> int:
         """Elements of the accumulators of one program, for matrices of so many rows."""
         if self.regime == "tiled":
@@ -60,6 +65,10 @@ class KernelConfig:
         if self.regime == "tiled":
             return tiles_m, self.split_k, 1
         return sum([cdiv(n, self.block_n) for n in ns]), 1 if self.serial else self.split_k, tiles_m
+
+    def reads(self, m: int, *ns: int) -> tuple[int, int]:
+        """How often the programs of a launch ask for each byte of the weights, and of x; caches answer most of it."""
+        return cdiv(m, self.block_m), 1 if self.regime == "tiled" else self.grid(m, *ns)[0]
 
     def workspace(self, grid: tuple[int, ...], *ns: int) -> tuple[int, int]:
         """(fp32 partials, int32 arrival counters) that a launch on that grid needs."""

@@ -13,8 +13,11 @@ import jsonschema
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from exports import EXPORTS, named
+from indexproj.indexer.cli import app
+from indexproj.kernels.gates import Row
 from support import INDEXER, fp8_layer, write_checkpoint
 
 
@@ -107,10 +110,10 @@ def test_verify_runs_the_kernels_on_the_encoding_of_the_checkpoint(tmp_path, enc
 
 
 def test_verify_shows_how_much_closer_native_fp8_is(fixture_of):
-    result = indexproj("verify", fixture_of("deepseek-v3.2", "--layers", "2"), "--layer", 1, "--m", 3, "--m", 65)
+    result = indexproj("verify", fixture_of("deepseek-v3.2", "--layers", "2"), "--layer", 1, "--m", 9, "--m", 65)
     assert result.returncode == 0, result.stderr
     table = rows(result.stdout)
-    assert [row[5:7] for row in table] == [["3", "split_k"], ["65", "tiled"]]
+    assert [row[5:7] for row in table] == [["9", "split_k"], ["65", "tiled"]]
     for layer, wk, gate, kept, upcast, _, _, ours, theirs, closer, verdict in table:
         assert (layer, wk, gate, kept, upcast, verdict) == ("1", "FP8 128x128", "BF16", "1.84", "2.75", "ok")
         assert float(ours) <= 2e-6 < 1e-4 < float(theirs)
@@ -201,3 +204,29 @@ def test_help_needs_neither_torch_nor_triton():
     assert result.returncode == 0, result.stderr
     for command in ("fixture", "audit", "verify"):
         assert command in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--target is one of sm_80, sm_90"),
+        (("--target", "sm_70"), "got sm_70"),
+        (("--target", "sm_90", "--pair", "INT4, BF16"), "got INT4, BF16"),
+    ],
+)
+def test_compile_names_what_there_is(arguments, message):
+    result = CliRunner().invoke(app, ["compile", *arguments])
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_compile_ends_with_1_and_says_which_kernel_is_at_fault(monkeypatch):
+    facts = {"target": "sm_90", "shape": "glm-5", "pair": "BF16, BF16", "programs": 1, "weight_reads": 1, "x_reads": 1}
+    numbers = {"registers": 255, "shared_memory": 0, "per_sm": 1, "mma": 0, "loads": {16: 3}}
+    rows = [Row(kernel=kernel, m=4, **facts, **numbers, faults=faults)
+            for kernel, faults in (("gemv", ()), ("tiled", ("2 spills",)))]  # fmt: skip
+    monkeypatch.setattr("indexproj.kernels.gates.rows", lambda *_: rows)
+    result = CliRunner().invoke(app, ["compile", "--target", "sm_90"])
+    assert result.exit_code == 1
+    assert result.stderr.endswith("sm_90, BF16, BF16, tiled, M = 4: 2 spills\n")
+    assert [line.split()[-2] for line in result.stdout.splitlines() if "3x16" in line] == ["ok", "faulty"]

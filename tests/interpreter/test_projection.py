@@ -4,8 +4,10 @@ import dataclasses
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
+from triton.runtime import interpreter
 
 from indexproj.kernels import (
     Fp4Matrix,
@@ -121,6 +123,31 @@ def test_three_matrices_are_as_good_as_two(m):
     assert relative_error(outputs, exact) <= 2e-6
     for output, alone in zip(outputs, project(x, w, k_dtype=torch.float32), strict=False):
         assert torch.equal(output, alone)
+
+
+@pytest.mark.parametrize("m", [3, 20, 100])
+@pytest.mark.parametrize("pair", ["fp8-dense", "nvfp4-mxfp8"])
+def test_bytes_are_asked_for_as_often_as_dispatch_says(pair, m, monkeypatch):
+    """Of weights and x together with all scales, and of nothing beyond them; within a program each byte counts once."""
+    wk, gate = (MATRICES[name](n, 1024) for name, n in zip(pair.split("-"), (128, 32), strict=True))
+    w, x = ProjectionWeights(wk, gate), torch.randn(m, 1024, dtype=torch.bfloat16)
+    asked = {}
+    load = interpreter.InterpreterBuilder.create_masked_load
+
+    def counting(self, pointers, mask, *others):
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        for byte in range(size):
+            asked.setdefault(self.grid_idx, []).append(pointers.data[mask.data] + byte)
+        return load(self, pointers, mask, *others)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", counting)
+    project(x, w)
+    every = np.concatenate([np.unique(np.concatenate(pieces)) for pieces in asked.values()])
+    weight_reads, x_reads = choose(m, w.shape, SM90).reads(m, 128, 32)
+    for times, tensors in ((x_reads, [x]), (weight_reads, [wk.tensors[0], gate.tensors[0]])):
+        for tensor in tensors:
+            inside = (every >= tensor.data_ptr()) & (every < tensor.data_ptr() + tensor.nbytes)
+            assert inside.sum() == times * tensor.nbytes
 
 
 def surrounded(w):

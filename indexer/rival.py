@@ -1,0 +1,68 @@
+"""vLLM's own Triton GEMM for block-scaled FP8, compiled by the same compiler, to stand beside our kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import FunctionType
+
+import triton
+import triton.language as tl
+from triton.compiler import ASTSource
+
+from ..kernels import TARGETS
+from ..kernels.compiled import compile_source
+from ..kernels.dispatch import cdiv
+from ..kernels.gates import Row
+
+# What vLLM runs where it has no tuned table for a shape, and it has none for N=128: see w8a8_triton_block_scaled_mm.
+_BLOCKS = {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 128, "BLOCK_SIZE_K": 128, "GROUP_SIZE_M": 32}
+_OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+
+
+def block_scaled_gemm(target: str, ms: Iterable[int]) -> list[Row]:
+    """For wk [128, 7168] alone, with contiguous FP8 activations and bf16 output; nothing where vLLM is not installed.
+
+    Raises:
+        RuntimeError: vLLM is there, but not this kernel with these arguments.
+    """
+    try:
+        import vllm  # noqa: F401
+    except ImportError:
+        return []
+    try:
+        from vllm.model_executor.layers.quantization.utils.fp8_utils import _w8a8_triton_block_scaled_mm as found
+    except ImportError as error:
+        raise RuntimeError(f"vLLM's block-scaled GEMM is not where it was: {error}") from error
+    # Where vLLM finds no GPU, it leaves its kernels plain functions that know only stand-ins of Triton.
+    plain = getattr(found, "fn", found)
+    function = FunctionType(plain.__code__, plain.__globals__ | {"tl": tl, "triton": triton}, plain.__name__)
+    function.__annotations__ = dict.fromkeys(_BLOCKS, "tl.constexpr")
+    function.__module__ = plain.__module__
+    kernel = triton.jit(function)
+    pointers = {"A": "*fp8e4nv", "B": "*fp8e4nv", "C": "*bf16", "As": "*fp32", "Bs": "*fp32"}
+    ones = {"stride_ak", "stride_bk", "stride_cn", "stride_As_k", "stride_Bs_k"}
+    aligned = {"N", "K", "group_n", "group_k", "stride_am", "stride_bn", "stride_cm"}
+    known = _BLOCKS | dict.fromkeys(ones, 1)
+    signature = {arg: pointers.get(arg, "constexpr" if arg in known else "i32") for arg in kernel.arg_names}
+    if not pointers.keys() | known.keys() <= signature.keys():
+        raise RuntimeError(f"vLLM's block-scaled GEMM takes other arguments than it did: {kernel.arg_names}")
+    attributes = {
+        (place,): [["tt.divisibility", 16]]
+        for place, arg in enumerate(kernel.arg_names)
+        if arg in pointers or arg in aligned
+    }
+    binary = compile_source(ASTSource(kernel, signature, known, attributes), TARGETS[target], _OPTIONS)
+    return [
+        Row.of(
+            binary,
+            target,
+            shape="deepseek-v3.2",
+            pair="FP8 128x128, none",
+            kernel="vLLM block-scaled GEMM",
+            m=m,
+            programs=cdiv(m, _BLOCKS["BLOCK_SIZE_M"]),
+            weight_reads=cdiv(m, _BLOCKS["BLOCK_SIZE_M"]),
+            x_reads=1,
+        )
+        for m in ms
+    ]

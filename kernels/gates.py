@@ -1,0 +1,134 @@
+"""The compile gates: what a compiled kernel shows without a GPU, and what of it dispatch or the GPU does not allow."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from .compiled import MULTIPROCESSORS, Binary, compile_for
+from .dispatch import KernelConfig, choose
+from .matrix import Kind
+from .target import TARGETS
+
+# (D, H, K) of published models.
+SHAPES = {"deepseek-v3.2": (128, 64, 7168), "glm-5": (128, 32, 6144)}
+# The pairs of encodings that published checkpoints hold.
+PAIRS = {
+    "BF16, BF16": (Kind.BF16, Kind.BF16),
+    "FP8 128x128, BF16": (Kind.FP8_BLOCK, Kind.BF16),
+    "FP8 128x128, FP8 128x128": (Kind.FP8_BLOCK, Kind.FP8_BLOCK),
+    "MXFP8, MXFP8": (Kind.MXFP8, Kind.MXFP8),
+    "NVFP4, BF16": (Kind.NVFP4, Kind.BF16),
+    "NVFP4, NVFP4": (Kind.NVFP4, Kind.NVFP4),
+    "MXFP4, BF16": (Kind.MXFP4, Kind.BF16),
+    "MXFP4, MXFP4": (Kind.MXFP4, Kind.MXFP4),
+}
+# Encodings decide over registers and instructions, K and H over little: one shape has all pairs, the other the usual.
+CASES = [("deepseek-v3.2", pair) for pair in PAIRS] + [("glm-5", "BF16, BF16"), ("glm-5", "FP8 128x128, BF16")]
+LARGEST_M = 65536
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compiled kernel.
+
+    Attributes:
+        kernel: the regime, and what tells the configs of one apart.
+        m: the largest power of two of rows of x for which dispatch picks it.
+        programs: of a launch with so many rows.
+        weight_reads, x_reads: how often the programs of such a launch ask for each byte; None where nobody counted.
+        registers: per thread.
+        shared_memory: bytes per program.
+        per_sm: programs that one SM holds at a time.
+        mma: matrix instructions in the binary.
+        loads: instructions that load from global memory, by bytes per thread.
+        faults: what speaks against it.
+    """
+
+    target: str
+    shape: str
+    pair: str
+    kernel: str
+    m: int
+    programs: int
+    weight_reads: int | None
+    x_reads: int | None
+    registers: int
+    shared_memory: int
+    per_sm: int
+    mma: int
+    loads: dict[int, int]
+    faults: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, binary: Binary, target: str, **facts: Any) -> Row:
+        """A row with what the binary shows."""
+        return cls(
+            target=target,
+            registers=binary.registers,
+            shared_memory=binary.shared_memory,
+            per_sm=binary.programs(MULTIPROCESSORS[target]),
+            mma=sum(binary.mma.values()),
+            loads=dict(sorted(binary.loads.items(), reverse=True)),
+            **facts,
+        )
+
+
+def configs(name: str, shape: tuple[int, ...], **options: Any) -> dict[KernelConfig, int]:
+    """Every config that dispatch picks on that target, and the largest power of two of rows for which it does."""
+    powers = [2**power for power in range(LARGEST_M.bit_length())]
+    return {choose(m, shape, TARGETS[name], **options): m for m in powers}
+
+
+def faults(name: str, shape: tuple[int, ...], m: int, config: KernelConfig, binary: Binary) -> list[str]:
+    """What speaks against a binary, launched with m rows; none if nothing does."""
+    sm, found = MULTIPROCESSORS[name], []
+    if binary.spills or binary.scratch:
+        found.append(f"{binary.spills} spills, {binary.scratch} bytes of local memory")
+    if binary.shared_memory > sm.per_program:
+        found.append(f"{binary.shared_memory} bytes of shared memory, of {sm.per_program}")
+    if bool(binary.mma) != (config.regime != "gemv"):
+        found.append(f"matrix instructions: {dict(binary.mma)}")
+    if binary.loads[16] == 0:
+        found.append("no loads of 16 bytes")
+    if config.regime != "tiled" and not config.serial:
+        programs, resident = math.prod(config.grid(m, *shape[:-1])), binary.programs(sm) * TARGETS[name].sm_count
+        if programs > resident:
+            found.append(f"{programs} programs, and the GPU holds {resident}")
+    return found
+
+
+def rows(names: Iterable[str], pairs: Iterable[str] = PAIRS) -> Iterator[Row]:
+    """Compiles every config of every target and case with one of the pairs, on all cores; in order."""
+    wanted = set(pairs)
+    tasks = [
+        (name, shape, pair, config, m)
+        for name in names
+        for shape, pair in CASES
+        if pair in wanted
+        for config, m in configs(name, SHAPES[shape]).items()
+    ]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        yield from pool.map(_row, *zip(*tasks, strict=True))
+
+
+def _row(name: str, shape: str, pair: str, config: KernelConfig, m: int) -> Row:
+    sizes = SHAPES[shape]
+    binary = compile_for(TARGETS[name], config, sizes, PAIRS[pair])
+    weight_reads, x_reads = config.reads(m, *sizes[:-1])
+    return Row.of(
+        binary,
+        name,
+        shape=shape,
+        pair=pair,
+        kernel=str(config),
+        m=m,
+        programs=math.prod(config.grid(m, *sizes[:-1])),
+        weight_reads=weight_reads,
+        x_reads=x_reads,
+        faults=tuple(faults(name, sizes, m, config, binary)),
+    )
