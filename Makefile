@@ -1,9 +1,11 @@
-# Everything runs in .venv, which is made on first use. PYTHON chooses the interpreter it is made from.
+# Everything runs in .venv, and ttsem in .venv-races; each is made on first use. PYTHON chooses the interpreter they are
+# made from.
 PYTHON ?= python3
 BIN := .venv/bin
+RACES := .venv-races/bin
 FIXTURE := build/demo/deepseek-v3.2
 
-.PHONY: demo test test-host test-interpreter test-compile lint types benchmark clean
+.PHONY: demo test test-host test-interpreter test-compile test-races lint types benchmark clean
 
 demo: .venv/.installed
 	@echo "== 1/3 Writing two layers of a checkpoint laid out like DeepSeek-V3.2 (K=7168, H=64) to $(FIXTURE)"
@@ -19,7 +21,7 @@ test: test-host test-interpreter
 
 test-host: .venv/.installed-dev
 	@echo "== Host logic, command line and packaging"
-	@$(BIN)/pytest -q -n 2 tests --ignore tests/interpreter --ignore tests/compile_only
+	@$(BIN)/pytest -q -n 2 tests --ignore tests/interpreter --ignore tests/compile_only --ignore tests/races
 
 test-interpreter: .venv/.installed-dev
 	@echo "== Kernels in Triton's interpreter, against fp64"
@@ -28,6 +30,11 @@ test-interpreter: .venv/.installed-dev
 test-compile: .venv/.installed-dev
 	@echo "== Kernels compiled for sm_80, sm_90, sm_100, sm_120, gfx942 and gfx950"
 	@$(BIN)/pytest -q -n 2 tests/compile_only
+
+# ttsem runs the programs of a launch in turn: one that waits for a later one hangs until the timeout.
+test-races: .venv-races/.installed
+	@echo "== Kernels' IR on the CPU: races, and accesses out of bounds"
+	@$(RACES)/pytest -q -n 2 --timeout 120 tests/races
 
 lint: .venv/.installed-dev
 	@echo "== ruff"
@@ -47,7 +54,7 @@ benchmark: .venv/.installed-dev
 	@$(BIN)/pytest -q benchmarks
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-races build dist *.egg-info
 
 .venv/.created:
 	@echo "== Making .venv with $(PYTHON) and installing torch 2.13.0"
@@ -65,3 +72,13 @@ clean:
 	@echo "== Installing indexproj and the tools of its tests"
 	@$(BIN)/python -m pip install -qq -e '.[dev]'
 	@touch $@ .venv/.installed
+
+# ttsem 0.1.0 asks for a newer Python and torch than it needs. It runs the IR of triton 3.8, which is not the triton that
+# torch's CUDA builds pin, so it comes last.
+.venv-races/.installed: pyproject.toml
+	@echo "== Making .venv-races with $(PYTHON) and installing torch 2.13.0, triton 3.8.0 and ttsem 0.1.0"
+	@$(PYTHON) -m venv .venv-races
+	@$(RACES)/python -m pip install -qq --upgrade pip
+	@$(RACES)/python -m pip install -qq torch==2.13.0 pytest pytest-timeout pytest-xdist -e .
+	@$(RACES)/python -m pip install -qq --no-deps --ignore-requires-python triton==3.8.0 ttsem==0.1.0
+	@touch $@

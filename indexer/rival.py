@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib import import_module
+from importlib.util import find_spec
 from types import FunctionType
 
 import triton
@@ -14,6 +16,7 @@ from ..kernels.compiled import compile_source
 from ..kernels.dispatch import cdiv
 from ..kernels.gates import Row
 
+_MODULE, _NAME = "vllm.model_executor.layers.quantization.utils.fp8_utils", "_w8a8_triton_block_scaled_mm"
 # What vLLM runs where it has no tuned table for a shape, and it has none for N=128: see w8a8_triton_block_scaled_mm.
 _BLOCKS = {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 128, "BLOCK_SIZE_K": 128, "GROUP_SIZE_M": 32}
 _OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
@@ -25,13 +28,11 @@ def block_scaled_gemm(target: str, ms: Iterable[int]) -> list[Row]:
     Raises:
         RuntimeError: vLLM is there, but not this kernel with these arguments.
     """
-    try:
-        import vllm  # noqa: F401
-    except ImportError:
+    if find_spec("vllm") is None:
         return []
     try:
-        from vllm.model_executor.layers.quantization.utils.fp8_utils import _w8a8_triton_block_scaled_mm as found
-    except ImportError as error:
+        found = getattr(import_module(_MODULE), _NAME)
+    except (ImportError, AttributeError) as error:
         raise RuntimeError(f"vLLM's block-scaled GEMM is not where it was: {error}") from error
     # Where vLLM finds no GPU, it leaves its kernels plain functions that know only stand-ins of Triton.
     plain = getattr(found, "fn", found)
