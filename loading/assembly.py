@@ -109,6 +109,12 @@ class Assembly:
             self._take(layer, parsed, header, tensor)
         return True
 
+    @property
+    def is_complete(self) -> bool:
+        """True if a load is open that has every tensor of every layer asked for, so that none can follow."""
+        layers = self._layers or {}
+        return all(number in layers and layers[number].is_bound for number in self._wanted)
+
     def finish(self) -> dict[int, ProjectionWeights]:
         """Closes the load.
 
