@@ -6,7 +6,6 @@ Imports vLLM, and is imported only when a model with an indexer is created.
 from __future__ import annotations
 
 import importlib.metadata
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
@@ -21,9 +20,7 @@ from ..loading import Assembly, CheckpointError, Problem
 from ..loading.headers import Header
 from ..loading.names import GATE, WK, parse
 from ..loading.plan import ranges
-from .vllm_plugin import LOGGER
-
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+from .vllm_plugin import LOGGER, layer_of
 
 
 class IndexerMethod(LinearMethodBase):  # type: ignore[misc]
@@ -36,6 +33,7 @@ class IndexerMethod(LinearMethodBase):  # type: ignore[misc]
 
     Attributes:
         name: of the module in its model.
+        number: index of its layer, MTP layers behind the hidden ones.
         layer: the module.
         shape: (D, H, K).
         weights: the matrices, where they are not `layer.weight`.
@@ -49,6 +47,7 @@ class IndexerMethod(LinearMethodBase):  # type: ignore[misc]
     def __init__(self, name: str, layer: Any, model: IndexerModel) -> None:
         d, h = layer.output_sizes
         self.name = name
+        self.number = layer_of(name)
         self.shape: tuple[int, int, int] = (d, h, layer.input_size)
         self.weights: ProjectionWeights | None = None
         self.is_ready = self.is_fresh = False
@@ -58,11 +57,6 @@ class IndexerMethod(LinearMethodBase):  # type: ignore[misc]
         self._device = layer.weight.device
         self._dense.data.fill_(torch.nan)
         self.abandon()
-
-    @property
-    def number(self) -> int:
-        """Index of the layer, MTP layers behind the hidden ones."""
-        return int(_LAYER.findall(self.name)[-1])
 
     @property
     def is_reloading(self) -> bool:

@@ -15,6 +15,7 @@ import importlib.util
 import inspect
 import logging
 import os
+import re
 import textwrap
 from typing import Any
 
@@ -43,6 +44,7 @@ MODEL_FILES = (
     "vllm.models.glm5next.common.multimodal",
     "vllm.models.glm5next.common.mtp",
 )
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 PACKED = {"wk_weights_proj": ["wk", "weights_proj"]}
 
 
@@ -246,9 +248,18 @@ def kind_of(module: Any) -> str | None:
     return next((name for name in names if name in INDEXERS), None)
 
 
+def layer_of(name: str) -> int:
+    """Index of the layer that a module or tensor belongs to, by its name."""
+    return int(_LAYER.findall(name)[-1])
+
+
 def _check(model: Any, indexers: dict[str, Any]) -> None:
     from vllm.model_executor.layers.linear import MergedColumnParallelLinear, UnquantizedLinearMethod
 
+    if not callable(getattr(model, "load_weights", None)):
+        raise UnexpectedError(f"{type(model).__name__}: expected a load_weights")
+    if len({layer_of(name) for name in indexers if _LAYER.search(name)}) < len(indexers):
+        raise UnexpectedError(f"expected one indexer in a layer, found {', '.join(indexers)}")
     for name, indexer in indexers.items():
         layer: Any = getattr(indexer, "wk_weights_proj", None)
         if type(layer) is not MergedColumnParallelLinear:
@@ -261,8 +272,6 @@ def _check(model: Any, indexers: dict[str, Any]) -> None:
                 f"{name}.wk_weights_proj: expected {expected} without quantization, "
                 f"found {found} with {type(layer.quant_method).__name__}"
             )
-    if not callable(getattr(model, "load_weights", None)):
-        raise UnexpectedError(f"{type(model).__name__}: expected a load_weights")
 
 
 def _unsupported(model: Any, indexers: dict[str, Any]) -> str | None:

@@ -7,6 +7,7 @@ backend serves), `indexer_op` (a recorder), and the query's quantization, a Trit
 import contextlib
 import json
 import os
+import sys
 import tempfile
 import zlib
 from pathlib import Path
@@ -17,7 +18,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 from safetensors.torch import save_file
-from vllm.config import set_current_vllm_config
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import get_model_loader, reload
@@ -160,10 +161,10 @@ def cpu_worker(rank=0, world_size=1, file=None, tensor_parallel=1, pipeline_para
     """What vLLM's worker for CPUs does before it loads a model, with the sparse backend that is missing there."""
     original = CpuPlatform.get_attn_backend_cls.__func__
 
-    def choose(cls, backend, selector, num_heads=None):
-        if selector.use_sparse:
+    def choose(cls, selected_backend, attn_selector_config, num_heads=None):
+        if attn_selector_config.use_sparse:
             return AttentionBackendEnum.CPU_MLA.get_path()
-        return original(cls, backend, selector, num_heads)
+        return original(cls, selected_backend, attn_selector_config, num_heads)
 
     _set_torch_accelerator_to_noop()
     with (
@@ -171,7 +172,8 @@ def cpu_worker(rank=0, world_size=1, file=None, tensor_parallel=1, pipeline_para
         tempfile.TemporaryDirectory() as d,
     ):
         init_distributed_environment(world_size, rank, f"file://{file or d + '/rendezvous'}", rank, "gloo")
-        initialize_model_parallel(tensor_parallel, pipeline_parallel)
+        with set_current_vllm_config(VllmConfig()):
+            initialize_model_parallel(tensor_parallel, pipeline_parallel)
         yield
 
 
@@ -215,3 +217,32 @@ def projections(model):
     """Layer index -> vLLM's module wk_weights_proj."""
     found = {name: module for name, module in model.named_modules() if name.endswith("indexer.wk_weights_proj")}
     return {vllm_plugin.layer_of(name): module for name, module in found.items()}
+
+
+class Recorder(torch.nn.Module):
+    """In place of an indexer_op: keeps what it is given (q, k, weights)."""
+
+    def forward(self, hidden_states, q, k, weights, **kwargs):
+        self.inputs = q, k, weights
+        return q
+
+
+def per_token_group_quant_fp8(x, group_size, column_major_scales=False, use_ue8m0=True):
+    """e4m3 codes and a scale per group, the least power of two by which the group fits."""
+    assert x.shape[-1] == group_size and use_ue8m0 and not column_major_scales
+    amax = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-10)
+    scale = torch.exp2((amax / 448).log2().ceil())
+    return (x.float() / scale).to(torch.float8_e4m3fn), scale
+
+
+def indexer_inputs(attention, x, qr, positions):
+    """What Indexer.forward hands to indexer_op: q, k, weights."""
+    indexer, file = attention.indexer, sys.modules[type(attention.indexer).forward.__module__]
+    recorder = Recorder()
+    with (
+        mock.patch.object(file, "per_token_group_quant_fp8", per_token_group_quant_fp8),
+        mock.patch.dict(indexer._modules, {"indexer_op": recorder}),
+        torch.no_grad(),
+    ):
+        indexer(x, qr, positions, attention.indexer_rope_emb)
+    return recorder.inputs
