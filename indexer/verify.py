@@ -45,7 +45,6 @@ def verify(
 
     Raises:
         CheckpointError: a layer does not load; raised before anything is run.
-        NotImplementedError: no kernel reads its encoding yet.
     """
     loaded = load(checkpoint, plans, device)
     for layer, plan in plans.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from .dispatch import KernelConfig
+from .matrix import operand_specs
 from .operation import KERNELS, constants, options
 from .target import INTERPRETED, Target
 
@@ -28,12 +30,7 @@ SHARED_MEMORY = {
     "gfx950": 160 * 1024,
 }
 
-_POINTER = {
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.float32: "*fp32",
-    torch.float8_e4m3fn: "*u8",
-}
+_POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8"}
 
 
 @dataclass(frozen=True)
@@ -62,19 +59,18 @@ class Binary:
 def compile_for(
     target: Target,
     config: KernelConfig,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
+    kinds: tuple[int, ...],
     *,
-    wk: torch.dtype = torch.bfloat16,
-    gate: torch.dtype = torch.bfloat16,
     x: torch.dtype = torch.bfloat16,
-    k_out: torch.dtype = torch.bfloat16,
-    gate_out: torch.dtype = torch.float32,
+    outs: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32),
 ) -> Binary:
     """Compiles what `launch` would, for contiguous x and outputs. Needs no GPU.
 
     Args:
-        shape: (D, H, K).
-        wk, gate: torch.bfloat16 or torch.float8_e4m3fn.
+        shape: rows of each matrix, and K.
+        kinds: of each matrix.
+        outs: dtype of each output.
 
     Raises:
         RuntimeError: in Triton's interpreter, which compiles nothing.
@@ -82,29 +78,41 @@ def compile_for(
     if INTERPRETED:
         raise RuntimeError("compile_for: nothing is compiled under TRITON_INTERPRET=1; unset it")
     kernel = KERNELS[config.regime]
-    known: dict[str, Any] = constants(config, shape, x, target)
-    pointers = {
+    *ns, k = shape
+    has_workspace = any(config.workspace(1, *ns))
+    signature: dict[str, Any] = {
         "x_ptr": _POINTER[x],
-        "wk_ptr": _POINTER[wk],
-        "wg_ptr": _POINTER[gate],
-        "k_ptr": _POINTER[k_out],
-        "gate_ptr": _POINTER[gate_out],
+        "matrices": tuple(
+            tuple("constexpr" if spec is None else _POINTER[spec[0]] for spec in operand_specs(kind, n, k))
+            for kind, n in zip(kinds, ns, strict=True)
+        ),
+        "outs": tuple(_POINTER[dtype] for dtype in outs),
+        "partial_ptr": "*fp32" if has_workspace else "constexpr",
+        "arrived_ptr": "*i32" if has_workspace else "constexpr",
+        "M": "i32",
+        "stride_xm": "i32",
+        "strides_om": ("i32",) * len(outs),
     }
-    for name, dtype in (("wk_sf_ptr", wk), ("wg_sf_ptr", gate)):
-        if dtype == torch.float8_e4m3fn:
-            pointers[name] = "*fp32"
-    if any(config.workspace(1, *shape[:2])):
-        pointers |= {"partial_ptr": "*fp32", "arrived_ptr": "*i32"}
-    signature, attributes = {}, {}
-    for position, name in enumerate(kernel.arg_names):
-        if name.endswith("_ptr") and name not in pointers:
-            known[name] = None
-        signature[name] = "constexpr" if name in known else pointers.get(name, "i32")
-        if name not in known and name != "M":
-            attributes[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, known, attributes)
+    known: dict[Any, Any] = constants(config, shape, list(kinds), x, target)
+    signature |= dict.fromkeys(known, "constexpr")
+    aligned = {}
+    for path, kind in _leaves({name: signature[name] for name in kernel.arg_names}):
+        if kind == "constexpr" and kernel.arg_names[path[0]] not in known:
+            known[path] = None
+        elif kind != "constexpr" and kernel.arg_names[path[0]] != "M":
+            aligned[path] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, known, aligned)
     gpu = GPUTarget(target.backend, target.arch, 64 if target.backend == "hip" else 32)
     return _read(triton.compile(source, target=gpu, options=options(config, target)), target)
+
+
+def _leaves(signature: Any, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], str]]:
+    """(indices, type) of every argument, also of those in tuples."""
+    if isinstance(signature, str):
+        yield path, signature
+        return
+    for position, part in enumerate(signature.values() if isinstance(signature, dict) else signature):
+        yield from _leaves(part, (*path, position))
 
 
 def _read(kernel: CompiledKernel, target: Target) -> Binary:

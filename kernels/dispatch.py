@@ -31,44 +31,40 @@ class KernelConfig:
     slices: int = 1
 
     def __post_init__(self) -> None:
-        if self.block_k > 128 or 128 % self.block_k:
-            raise ValueError(f"KernelConfig: block_k must divide 128, so that it has one FP8 scale, got {self.block_k}")
+        if self.block_k not in (32, 64, 128):  # whole groups of 32 values in one block of 128
+            raise ValueError(f"KernelConfig: block_k must be 32, 64 or 128, got {self.block_k}")
 
-    @property
-    def constants(self) -> dict[str, int]:
-        """The kernel's own compile-time arguments."""
+    def constants(self, *ns: int) -> dict[str, int]:
+        """The kernel's own compile-time arguments, for matrices of so many rows."""
         constants = {"BLOCK_M": self.block_m, "BLOCK_K": self.block_k, "SPLIT_K": self.split_k}
         if self.regime == "split_k":
-            constants |= {"BLOCK_N": self.block_n, "SLICES": self.slices}
-        return constants
+            return constants | {"BLOCK_N": self.block_n, "SLICES": self.slices}
+        return constants | {"SIZE": self.block_m * sum(next_power_of_2(max(n, 16)) for n in ns)}
 
-    def grid(self, m: int, d: int, h: int) -> tuple[int, ...]:
+    def grid(self, m: int, *ns: int) -> tuple[int, ...]:
         """Programs of one launch."""
         tiles_m = cdiv(m, self.block_m)
         if self.regime == "tiled":
             return tiles_m, self.split_k
-        return cdiv(d, self.block_n) + cdiv(h, self.block_n), self.split_k, tiles_m
+        return sum(cdiv(n, self.block_n) for n in ns), self.split_k, tiles_m
 
-    def workspace(self, m: int, d: int, h: int) -> tuple[int, int]:
+    def workspace(self, m: int, *ns: int) -> tuple[int, int]:
         """(fp32 partials, int32 arrival counters) that one launch needs."""
         tiles_m = cdiv(m, self.block_m)
         if self.regime == "tiled":
-            if self.split_k == 1:
-                return 0, 0
-            size = self.block_m * (next_power_of_2(max(d, 16)) + next_power_of_2(max(h, 16)))
-            return tiles_m * self.split_k * size, tiles_m
-        tiles = tiles_m * (cdiv(d, self.block_n) + cdiv(h, self.block_n))
+            return (0, 0) if self.split_k == 1 else (tiles_m * self.split_k * self.constants(*ns)["SIZE"], tiles_m)
+        tiles = tiles_m * sum(cdiv(n, self.block_n) for n in ns)
         return tiles * self.split_k * self.block_m * self.block_n, tiles
 
 
-def choose(m: int, shape: tuple[int, int, int], target: Target, x_dtype: torch.dtype = torch.bfloat16) -> KernelConfig:
-    """The config for m >= 1 rows of x and matrices of shape (D, H, K).
+def choose(m: int, shape: tuple[int, ...], target: Target, x_dtype: torch.dtype = torch.bfloat16) -> KernelConfig:
+    """The config for m >= 1 rows of x and matrices of shape (D, H, K), or of more before the K.
 
     m counts only up to the next power of two, so that a serving engine compiles a dozen kernels, not thousands.
     The limits come from published timings of neighbouring shapes and from compiled code (registers, shared
     memory); nobody has measured them on a GPU for this operation yet.
     """
-    k = shape[2]
+    k = shape[-1]
     m = next_power_of_2(m)
     if m <= 64:
         # One step over 512 of K: enough programs to fill a GPU, each reading its weights in one go. NVIDIA's tensor

@@ -6,6 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -14,6 +15,24 @@ SCALE_BLOCK = 128
 MX_GROUP = 32
 NVFP4_GROUP = 16
 MAX_ROWS = 256  # of a matrix, D or H: one program of the tiled kernel holds them all
+
+
+class Kind(IntEnum):
+    """How the kernels have to read a matrix; kernels/tile.py describes each."""
+
+    BF16 = 0
+    FP8 = 1
+    FP8_BLOCK = 2
+    MXFP8 = 3
+    NVFP4 = 4
+    MXFP4 = 5
+    FP8_FNUZ = 6
+    FP8_BLOCK_FNUZ = 7
+    MXFP8_FNUZ = 8
+
+
+Operands = tuple[Tensor, Tensor | None, Tensor | None]
+Spec = tuple[torch.dtype, tuple[int, ...]]
 
 # The value of each e2m1 code.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -34,12 +53,13 @@ class Matrix(ABC):
 
     @property
     @abstractmethod
-    def operands(self) -> tuple[Tensor, Tensor | None]:
-        """What the kernels take: values or codes, and a scale.
+    def kind(self) -> Kind:
+        """How the kernels have to read it."""
 
-        Raises:
-            NotImplementedError: no kernel reads this layout.
-        """
+    @property
+    @abstractmethod
+    def operands(self) -> Operands:
+        """What the kernels take: values or codes, scales of groups or blocks, scales of rows; codes as uint8."""
 
     @abstractmethod
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -99,8 +119,12 @@ class DenseMatrix(Matrix):
         return n, k
 
     @property
-    def operands(self) -> tuple[Tensor, None]:
-        return self.weight, None
+    def kind(self) -> Kind:
+        return Kind.BF16
+
+    @property
+    def operands(self) -> Operands:
+        return self.weight, None, None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[N, K] in dtype; exact in fp32 and fp64."""
@@ -160,10 +184,20 @@ class Fp8Matrix(Matrix):
         return self.codes, self.scale
 
     @property
-    def operands(self) -> tuple[Tensor, Tensor]:
-        if self.codes.dtype != torch.float8_e4m3fn or self.group != (SCALE_BLOCK, SCALE_BLOCK):
-            raise _no_kernel(f"{self.codes.dtype} with a scale per {self.group[0]}x{self.group[1]}")
-        return self.codes.view(torch.uint8), self.scale
+    def kind(self) -> Kind:
+        is_fnuz = self.codes.dtype == torch.float8_e4m3fnuz
+        if self.scale.dtype == torch.float8_e8m0fnu:
+            return Kind.MXFP8_FNUZ if is_fnuz else Kind.MXFP8
+        if self.group[0] == 1:
+            return Kind.FP8_FNUZ if is_fnuz else Kind.FP8
+        return Kind.FP8_BLOCK_FNUZ if is_fnuz else Kind.FP8_BLOCK
+
+    @property
+    def operands(self) -> Operands:
+        codes = self.codes.view(torch.uint8)
+        if self.scale.dtype == torch.float8_e8m0fnu:
+            return codes, self.scale.view(torch.uint8), None
+        return (codes, None, self.scale) if self.group[0] == 1 else (codes, self.scale, None)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[N, K] in dtype. fp64 is exact; fp32 rounds each product code * scale once; narrower ones twice."""
@@ -199,7 +233,8 @@ class Fp4Matrix(Matrix):
         scale: contiguous, and one of
             float8_e4m3fn [N, ceil(K/16)], for 16 values along K (NVFP4);
             float8_e8m0fnu [N, ceil(K/32)], for 32 values along K (MXFP4).
-        global_scale: [1] fp32 with an e4m3fn scale; None with an e8m0fnu one.
+        global_scale: [N, 1] fp32 with an e4m3fn scale, one per row so that matrices can be put together; None with an
+            e8m0fnu one.
 
     Raises:
         TypeError: another dtype, or a global_scale where there should be none, or none where there should be one.
@@ -222,9 +257,10 @@ class Fp4Matrix(Matrix):
         if (self.global_scale is None) != (self.scale.dtype == torch.float8_e8m0fnu):
             raise TypeError("Fp4Matrix.global_scale: expected one with an e4m3fn scale, and none with an e8m0fnu one")
         if self.global_scale is not None:
-            _check("Fp4Matrix.global_scale", self.global_scale, torch.float32, ndim=1)
-            if self.global_scale.numel() != 1:
-                raise ValueError(f"Fp4Matrix.global_scale: expected [1], got {list(self.global_scale.shape)}")
+            _check("Fp4Matrix.global_scale", self.global_scale, torch.float32)
+            expected, found = [self.shape[0], 1], list(self.global_scale.shape)
+            if found != expected:
+                raise ValueError(f"Fp4Matrix.global_scale: expected {expected}, got {found}")
         _check_devices("Fp4Matrix", *self.tensors)
 
     @property
@@ -242,8 +278,12 @@ class Fp4Matrix(Matrix):
         return (self.codes, self.scale) if self.global_scale is None else (self.codes, self.scale, self.global_scale)
 
     @property
-    def operands(self) -> tuple[Tensor, Tensor]:
-        raise _no_kernel("FP4")
+    def kind(self) -> Kind:
+        return Kind.MXFP4 if self.global_scale is None else Kind.NVFP4
+
+    @property
+    def operands(self) -> Operands:
+        return self.codes, self.scale.view(torch.uint8), self.global_scale
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[N, K] in dtype. fp64 is exact; fp32 rounds once, and only for the global scale; narrower ones once more."""
@@ -254,7 +294,7 @@ class Fp4Matrix(Matrix):
         return (values if self.global_scale is None else values * self.global_scale.to(wide)).to(dtype)
 
     def rows(self, start: int, stop: int) -> Fp4Matrix:
-        return Fp4Matrix(self.codes[start:stop], self.scale[start:stop], self.global_scale)
+        return Fp4Matrix(*(tensor[start:stop] for tensor in self.tensors))
 
 
 @dataclass(frozen=True, eq=False)
@@ -296,6 +336,16 @@ class ProjectionWeights:
     def shape(self) -> tuple[int, int, int]:
         """(D, H, K)."""
         return self.wk.shape[0], self.gate.shape[0], self.wk.shape[1]
+
+    @property
+    def operands(self) -> list[Tensor]:
+        """What the operation takes: the operands that each matrix has, one after the other."""
+        return [operand for operand in (*self.wk.operands, *self.gate.operands) if operand is not None]
+
+    @property
+    def kinds(self) -> list[int]:
+        """How it reads them."""
+        return [int(self.wk.kind), int(self.gate.kind)]
 
     @property
     def device(self) -> torch.device:
@@ -342,6 +392,22 @@ class ProjectionWeights:
                 tensor.copy_(values)
 
 
+def operand_specs(kind: int, n: int, k: int) -> tuple[Spec | None, ...]:
+    """(dtype, shape) of each of the operands of a matrix [N, K] of that kind; None where there is none."""
+    row = (torch.float32, (n, 1))
+    if kind == Kind.BF16:
+        return (torch.bfloat16, (n, k)), None, None
+    if kind in (Kind.NVFP4, Kind.MXFP4):
+        group, last = (NVFP4_GROUP, row) if kind == Kind.NVFP4 else (MX_GROUP, None)
+        return (torch.uint8, (n, k // 2)), (torch.uint8, scale_shape((n, k), 1, group)), last
+    codes = (torch.uint8, (n, k))
+    if kind in (Kind.FP8, Kind.FP8_FNUZ):
+        return codes, None, row
+    if kind in (Kind.FP8_BLOCK, Kind.FP8_BLOCK_FNUZ):
+        return codes, (torch.float32, scale_shape((n, k))), None
+    return codes, (torch.uint8, scale_shape((n, k), 1, MX_GROUP)), None
+
+
 def scale_shape(shape: tuple[int, ...], rows: int = SCALE_BLOCK, columns: int = SCALE_BLOCK) -> tuple[int, int]:
     """The grid of blocks over a matrix [N, K], counting ragged ones: (ceil(N/rows), ceil(K/columns))."""
     return -(-shape[0] // rows), -(-shape[1] // columns)
@@ -352,17 +418,11 @@ def spread(scale: Tensor, group: tuple[int, int], shape: tuple[int, int]) -> Ten
     return scale.repeat_interleave(group[0], 0)[: shape[0]].repeat_interleave(group[1], 1)[:, : shape[1]]
 
 
-def _no_kernel(layout: str) -> NotImplementedError:
-    return NotImplementedError(
-        f"no kernel reads {layout} yet: use `reference`, or a DenseMatrix of dequantize(torch.bfloat16)"
-    )
-
-
-def _check(name: str, tensor: Tensor, *dtypes: torch.dtype, ndim: int = 2) -> None:
+def _check(name: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
-    if tensor.ndim != ndim or 0 in tensor.shape:
-        raise ValueError(f"{name}: expected a non-empty {ndim}-D tensor, got shape {list(tensor.shape)}")
+    if tensor.ndim != 2 or 0 in tensor.shape:
+        raise ValueError(f"{name}: expected a non-empty 2-D tensor, got shape {list(tensor.shape)}")
     if not tensor.is_contiguous():
         raise ValueError(
             f"{name}: expected a contiguous tensor, got strides {tensor.stride()} for shape {list(tensor.shape)}; "

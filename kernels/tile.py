@@ -1,8 +1,16 @@
-"""The helpers that both kernels share: decode weights, store an output tile, add up the K splits.
+"""What the kernels share: load and decode weights, multiply, store an output tile, add up the K splits.
 
-A matrix reaches a kernel as two pointers. The first holds bf16 values, or e4m3 codes as uint8 (sm_80 and gfx942 have
-no e4m3fn type), K-major. The second holds the fp32 scale of each 128x128 block; it is None for bf16, so that the
-encoding is known at compile time.
+A matrix reaches a kernel as a tuple of three pointers and a kind, all known at compile time but for the addresses:
+
+    kind       codes [N, ...], K-major         scales of groups            scales of rows
+    BF16       bf16 [N, K]                     None                        None
+    FP8        e4m3 as uint8 [N, K]            None                        fp32 [N]
+    FP8_BLOCK  e4m3 as uint8 [N, K]            fp32 [N/128, K/128]         None
+    MXFP8      e4m3 as uint8 [N, K]            e8m0 as uint8 [N, K/32]     None
+    NVFP4      two e2m1 per uint8 [N, K/2]     e4m3 as uint8 [N, K/16]     fp32 [N]
+    MXFP4      two e2m1 per uint8 [N, K/2]     e8m0 as uint8 [N, K/32]     None
+
+The kinds with e4m3 codes are there once more for e4m3fnuz. Codes are bytes, as sm_80 and gfx942 have no e4m3fn type.
 
 Tiles are held transposed, [columns of the output, rows]: the product is w @ x.T. Weights are then the first operand of
 the dot, which tensor cores take from registers, where they have just been decoded.
@@ -11,17 +19,100 @@ the dot, which tensor cores take from registers, where they have just been decod
 import triton
 import triton.language as tl
 
-SCALE_BLOCK = tl.constexpr(128)
+from .matrix import MX_GROUP, NVFP4_GROUP, Kind
+from .matrix import SCALE_BLOCK as _SCALE_BLOCK
+
+BF16, FP8, FP8_BLOCK, MXFP8, NVFP4, MXFP4 = (tl.constexpr(int(kind)) for kind in list(Kind)[:6])
+FP8_FNUZ, FP8_BLOCK_FNUZ, MXFP8_FNUZ = (tl.constexpr(int(kind)) for kind in list(Kind)[6:])
+SCALE_BLOCK = tl.constexpr(_SCALE_BLOCK)
+GROUP_16, GROUP_32 = tl.constexpr(NVFP4_GROUP), tl.constexpr(MX_GROUP)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def decode_e4m3(codes, DOT: tl.constexpr):
-    """e4m3fn codes (uint8, no NaN) to DOT, exactly, subnormals included."""
+def decode_e4m3(codes, IS_FNUZ: tl.constexpr):
+    """e4m3 codes (uint8, no NaN) to fp32, exactly, subnormals included."""
     bits = codes.to(tl.int32)
-    # The exponent biases are 7 and 127: sign, exponent and mantissa, moved to fp32's places, read as value * 2**-120.
+    # The exponent biases are 7 (fnuz: 8) and 127: sign, exponent and mantissa, moved to fp32's places, read as
+    # value * 2**-120 (fnuz: -119).
     value = ((bits & 0x80) << 24 | (bits & 0x7F) << 20).to(tl.float32, bitcast=True)
-    return (value * 1.329227995784916e36).to(DOT)
+    return value * (6.646139978924579e35 if IS_FNUZ else 1.329227995784916e36)
+
+
+@triton.jit
+def decode_e2m1(codes):
+    """e2m1 codes (the low four bits of uint8) to fp32, exactly."""
+    bits = codes.to(tl.int32)
+    # The exponent biases are 1 and 127: value * 2**-126.
+    value = ((bits & 0x8) << 28 | (bits & 0x7) << 22).to(tl.float32, bitcast=True)
+    return value * 8.507059173023462e37
+
+
+@triton.jit
+def decode_e8m0(codes):
+    """e8m0 codes (uint8) to fp32, exactly, but for 2**-127, which becomes 0; such groups hold zeros."""
+    return (codes.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _load_group_scales(
+    sf_ptr, cols, start_k, N: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    IS_E8M0: tl.constexpr,
+):  # fmt: skip
+    """[R, BLOCK_K / GROUP] fp32."""
+    groups = start_k[:, None] // GROUP + tl.arange(0, BLOCK_K // GROUP)[None, :]
+    inside = (cols < N)[:, None] & (groups < tl.cdiv(K, GROUP))
+    codes = tl.load(sf_ptr + cols[:, None] * tl.cdiv(K, GROUP) + groups, mask=inside, other=0)
+    if IS_E8M0:
+        return decode_e8m0(codes)
+    else:
+        return decode_e4m3(codes, False)
+
+
+@triton.jit
+def _scale_groups(values, scales):
+    """[R, C] with each of [R, G] multiplying C / G values in turn."""
+    R: tl.constexpr = values.shape[0]
+    C: tl.constexpr = values.shape[1]
+    G: tl.constexpr = scales.shape[1]
+    return tl.reshape(tl.reshape(values, (R, G, C // G)) * scales[:, :, None], (R, C))
+
+
+@triton.jit
+def load_weights(
+    w, cols, start_k, N: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, KIND: tl.constexpr, DOT: tl.constexpr
+):
+    """[R, BLOCK_K] in DOT, exactly: rows `cols` [R] of a matrix, each from its own start_k [R]; zeros beyond N and K.
+
+    Scales of groups are in it. Scales of blocks and rows, which bf16 does not hold, are left to the sums.
+    """
+    if KIND == NVFP4 or KIND == MXFP4:
+        GROUP: tl.constexpr = GROUP_16 if KIND == NVFP4 else GROUP_32
+        pairs = start_k[:, None] // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
+        inside = (cols < N)[:, None] & (pairs < K // 2)
+        codes = tl.load(w[0] + cols[:, None] * (K // 2) + pairs, mask=inside, other=0)
+        scales = _load_group_scales(w[1], cols, start_k, N, K, BLOCK_K, GROUP, KIND == MXFP4)
+        even = _scale_groups(decode_e2m1(codes & 0xF), scales).to(DOT)
+        odd = _scale_groups(decode_e2m1(codes >> 4), scales).to(DOT)
+        return tl.reshape(tl.join(even, odd), (cols.shape[0], BLOCK_K))
+    else:
+        offs_k = start_k[:, None] + tl.arange(0, BLOCK_K)[None, :]
+        codes = tl.load(w[0] + cols[:, None] * K + offs_k, mask=(cols < N)[:, None] & (offs_k < K), other=0)
+        if KIND == BF16:
+            return codes.to(DOT)
+        else:
+            values = decode_e4m3(codes, KIND >= FP8_FNUZ)
+            if KIND == MXFP8 or KIND == MXFP8_FNUZ:
+                scales = _load_group_scales(w[1], cols, start_k, N, K, BLOCK_K, GROUP_32, True)
+                values = _scale_groups(values, scales)
+            return values.to(DOT)
+
+
+@triton.jit
+def load_block_scales(w, cols, start_k, N: tl.constexpr, K: tl.constexpr):
+    """[R] fp32: of the 128x128 block in which a row has start_k; past K any will do, as the weights are zeros there."""
+    block_k = tl.minimum(start_k, K - 1) // SCALE_BLOCK
+    return tl.load(w[1] + cols // SCALE_BLOCK * tl.cdiv(K, SCALE_BLOCK) + block_k, mask=cols < N, other=0.0)
 
 
 @triton.jit
@@ -40,8 +131,10 @@ def tile_offsets(COLS: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def store_tile(out_ptr, tile, cols, rows, M, N: tl.constexpr, stride_om):
-    """tile [columns, rows] fp32 into out [M, N]."""
+def store_tile(out_ptr, tile, w, cols, rows, M, N: tl.constexpr, stride_om):
+    """Sums [columns, rows] fp32, times the scales of rows of the matrix, into out [M, N]."""
+    if w[2] is not None:
+        tile *= tl.load(w[2] + cols, mask=cols < N, other=0.0)[:, None]
     if INTERPRETED and out_ptr.dtype.element_ty == tl.bfloat16:
         # The interpreter truncates where GPUs round to nearest even: half a step up makes them agree.
         bits = tile.to(tl.int32, bitcast=True)

@@ -1,54 +1,71 @@
 """Prefill: many rows, so the time goes into reading x, which happens exactly once.
 
-A program owns BLOCK_M rows of x and both matrices, in two accumulators. Where the rows alone do not fill the GPU, K is
-divided over SPLIT_K programs, and the last one to arrive adds up the splits.
+A program owns BLOCK_M rows of x and all matrices, in one accumulator each. Where the rows alone do not fill the GPU, K
+is divided over SPLIT_K programs, and the last one to arrive adds up the splits.
 """
 
 import triton
 import triton.language as tl
 
-from .tile import SCALE_BLOCK, decode_e4m3, dot, last_to_arrive, store_tile, sum_splits, tile_offsets
+from .tile import (
+    FP8_BLOCK,
+    FP8_BLOCK_FNUZ,
+    dot,
+    last_to_arrive,
+    load_block_scales,
+    load_weights,
+    store_tile,
+    sum_splits,
+    tile_offsets,
+)
+
+
+@triton.jit
+def _columns(N: tl.constexpr):
+    """Of an output with N columns, as many as its accumulator has: a power of two, 16 at least."""
+    return tl.arange(0, triton.next_power_of_2(N) if N > 16 else 16)
+
+
+@triton.jit
+def _zeros(N: tl.constexpr, BLOCK_M: tl.constexpr):
+    return tl.zeros((triton.next_power_of_2(N) if N > 16 else 16, BLOCK_M), tl.float32)
 
 
 @triton.jit
 def _dot_add(
-    acc, x, w_ptr, sf_ptr, cols, start_k,
-    N: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    acc, x, w, start_k,
+    N: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc + w @ x over BLOCK_K of K, which lies inside one scale block."""
-    offs_k = start_k + tl.arange(0, BLOCK_K)
-    w = tl.load(w_ptr + cols[:, None] * K + offs_k[None, :], mask=(cols < N)[:, None] & (offs_k < K)[None, :], other=0)
-    if sf_ptr is None:
-        return acc + dot(w.to(DOT), x, PRECISION)
-    else:
-        block = cols // SCALE_BLOCK * tl.cdiv(K, SCALE_BLOCK) + start_k // SCALE_BLOCK
-        sf = tl.load(sf_ptr + block, mask=cols < N, other=0.0)
-        return acc + dot(decode_e4m3(w, DOT), x, PRECISION) * sf[:, None]
+    cols = _columns(N)
+    start_k += tl.zeros_like(cols)
+    product = dot(load_weights(w, cols, start_k, N, K, BLOCK_K, KIND, DOT), x, PRECISION)
+    if KIND == FP8_BLOCK or KIND == FP8_BLOCK_FNUZ:
+        product *= load_block_scales(w, cols, start_k, N, K)[:, None]
+    return acc + product
 
 
 @triton.jit(do_not_specialize=["M"])
 def tiled_kernel(
     x_ptr,  # [M, K] bf16 or fp16
-    wk_ptr, wk_sf_ptr,  # [D, K] bf16 and None, or uint8 and fp32 [cdiv(D, 128), cdiv(K, 128)]
-    wg_ptr, wg_sf_ptr,  # [H, K], likewise
-    k_ptr,  # [M, D] out
-    gate_ptr,  # [M, H] out
-    partial_ptr,  # [tiles, SPLIT_K, (BLOCK_D + BLOCK_H) * BLOCK_M] fp32, None where SPLIT_K is 1
+    matrices,  # of each matrix its pointers, see tile.py
+    outs,  # of each matrix its output [M, N]
+    partial_ptr,  # [tiles, SPLIT_K, sum of the accumulators' sizes] fp32, None where SPLIT_K is 1
     arrived_ptr,  # [tiles] int32, all zero between launches, None where SPLIT_K is 1
-    M, stride_xm, stride_km, stride_gm,
-    D: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, DOT: tl.constexpr, AMD: tl.constexpr,
+    M, stride_xm, strides_om,
+    NS: tl.constexpr, KINDS: tl.constexpr, K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, SIZE: tl.constexpr,
+    DOT: tl.constexpr, AMD: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (cdiv(M, BLOCK_M), SPLIT_K)."""
+    """Grid: (cdiv(M, BLOCK_M), SPLIT_K). SIZE: elements of all accumulators."""
     tile, split = tl.program_id(0), tl.program_id(1)
-    BLOCK_D: tl.constexpr = triton.next_power_of_2(D) if D > 16 else 16
-    BLOCK_H: tl.constexpr = triton.next_power_of_2(H) if H > 16 else 16
     LENGTH: tl.constexpr = tl.cdiv(K, SPLIT_K * BLOCK_K) * BLOCK_K  # of K, per split
     PRECISION: tl.constexpr = "ieee" if AMD else "tf32"
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols_k, cols_g = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_H)
-    acc_k = tl.zeros((BLOCK_D, BLOCK_M), tl.float32)
-    acc_g = tl.zeros((BLOCK_H, BLOCK_M), tl.float32)
+    accs = ()
+    for i in tl.static_range(len(NS)):
+        accs = accs + (_zeros(NS[i], BLOCK_M),)
     # An end that is not known at compile time keeps the compiler from unrolling a short loop until it spills.
     for start_k in range(split * LENGTH, tl.minimum((split + 1) * LENGTH, K), BLOCK_K):
         offs_k = start_k + tl.arange(0, BLOCK_K)
@@ -57,22 +74,23 @@ def tiled_kernel(
             mask=(rows < M)[None, :] & (offs_k < K)[:, None],
             other=0.0,
         ).to(DOT)
-        acc_k = _dot_add(acc_k, x, wk_ptr, wk_sf_ptr, cols_k, start_k, D, K, BLOCK_K, DOT, PRECISION)
-        acc_g = _dot_add(acc_g, x, wg_ptr, wg_sf_ptr, cols_g, start_k, H, K, BLOCK_K, DOT, PRECISION)
+        sums = ()
+        for i in tl.static_range(len(NS)):
+            sums = sums + (_dot_add(accs[i], x, matrices[i], start_k, NS[i], K, KINDS[i], BLOCK_K, DOT, PRECISION),)
+        accs = sums
 
     if SPLIT_K == 1:
-        store_tile(k_ptr, acc_k, cols_k, rows, M, D, stride_km)
-        store_tile(gate_ptr, acc_g, cols_g, rows, M, H, stride_gm)
+        for i in tl.static_range(len(NS)):
+            store_tile(outs[i], accs[i], matrices[i], _columns(NS[i]), rows, M, NS[i], strides_om[i])
     else:
-        SIZE_K: tl.constexpr = BLOCK_D * BLOCK_M
-        SIZE: tl.constexpr = SIZE_K + BLOCK_H * BLOCK_M
-        partial_k = partial_ptr + tile.to(tl.int64) * (SPLIT_K * SIZE)
-        partial_g = partial_k + SIZE_K
-        tl.store(partial_k + split * SIZE + tile_offsets(BLOCK_D, BLOCK_M), acc_k)
-        tl.store(partial_g + split * SIZE + tile_offsets(BLOCK_H, BLOCK_M), acc_g)
+        partials = partial_ptr + tile.to(tl.int64) * (SPLIT_K * SIZE)
+        own = partials + split * SIZE
+        for i in tl.static_range(len(NS)):
+            tl.store(own + tile_offsets(accs[i].shape[0], BLOCK_M), accs[i])
+            own += accs[i].shape[0] * BLOCK_M
         if last_to_arrive(arrived_ptr + tile, SPLIT_K, AMD):
-            total_k = sum_splits(partial_k, SIZE, SPLIT_K, BLOCK_D, BLOCK_M)
-            store_tile(k_ptr, total_k, cols_k, rows, M, D, stride_km)
-            total_g = sum_splits(partial_g, SIZE, SPLIT_K, BLOCK_H, BLOCK_M)
-            store_tile(gate_ptr, total_g, cols_g, rows, M, H, stride_gm)
+            for i in tl.static_range(len(NS)):
+                total = sum_splits(partials, SIZE, SPLIT_K, accs[i].shape[0], BLOCK_M)
+                store_tile(outs[i], total, matrices[i], _columns(NS[i]), rows, M, NS[i], strides_om[i])
+                partials += accs[i].shape[0] * BLOCK_M
             tl.store(arrived_ptr + tile, 0)

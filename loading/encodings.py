@@ -206,6 +206,11 @@ class _Nvfp4(Encoding):
             self.global_role: Spec(("F32",), ((), (1,))),
         }
 
+    @staticmethod
+    def with_factor(tensors: Mapping[str, Tensor], factor: Tensor) -> Fp4Matrix:
+        codes = tensors["weight"]
+        return Fp4Matrix(codes, tensors["scale"], factor.view(1, 1).repeat(codes.shape[0], 1))
+
 
 class Nvfp4ModelOpt(_Nvfp4):
     """e2m1 codes, one e4m3 scale per 16 values of a row, one factor for all; value = code * scale * factor. Kept.
@@ -217,7 +222,7 @@ class Nvfp4ModelOpt(_Nvfp4):
     global_role = "scale_2"
 
     def bind(self, tensors: Mapping[str, Tensor]) -> Fp4Matrix:
-        return Fp4Matrix(tensors["weight"], tensors["scale"], tensors["scale_2"].view(1))
+        return self.with_factor(tensors, tensors["scale_2"])
 
 
 class Nvfp4CompressedTensors(_Nvfp4):
@@ -235,7 +240,7 @@ class Nvfp4CompressedTensors(_Nvfp4):
         return {} if math.isfinite(divisor) and divisor else {"global_scale": ("a finite divisor", f"{divisor}")}
 
     def bind(self, tensors: Mapping[str, Tensor]) -> Fp4Matrix:
-        return Fp4Matrix(tensors["weight"], tensors["scale"], tensors["global_scale"].view(1).reciprocal())
+        return self.with_factor(tensors, tensors["global_scale"].reciprocal())
 
 
 class Mxfp4(Encoding):

@@ -42,7 +42,7 @@ def mxfp8(n, k):
 
 def nvfp4(n, k):
     scale = torch.exp2(6 * torch.rand(n, -(-k // 16))).to(torch.float8_e4m3fn)
-    return Fp4Matrix(torch.randint(0, 256, (n, k // 2), dtype=torch.uint8), scale, torch.rand(1) / 448)
+    return Fp4Matrix(torch.randint(0, 256, (n, k // 2), dtype=torch.uint8), scale, torch.rand(n, 1) / 448)
 
 
 def mxfp4(n, k):
@@ -60,8 +60,15 @@ def powers(n, groups):
     return torch.randint(114, 124, (n, groups), dtype=torch.uint8).view(torch.float8_e8m0fnu)
 
 
-MATRICES = {"dense": dense, "fp8": fp8, "fp8-row": fp8_row, "mxfp8": mxfp8, "nvfp4": nvfp4, "mxfp4": mxfp4}
-PAIRS = {"dense-dense": (dense, dense), "fp8-dense": (fp8, dense), "fp8-fp8": (fp8, fp8)}
+MATRICES = {"dense": dense, "fp8": fp8, "fp8_row": fp8_row, "mxfp8": mxfp8, "nvfp4": nvfp4, "mxfp4": mxfp4}
+# The pairs that published checkpoints hold, and FP8 per row, which requantized ones do.
+PAIRS = {
+    f"{wk}-{gate}": (MATRICES[wk], MATRICES[gate])
+    for wk, gate in (
+        ("dense", "dense"), ("fp8", "dense"), ("fp8", "fp8"), ("fp8_row", "dense"), ("mxfp8", "mxfp8"),
+        ("nvfp4", "dense"), ("nvfp4", "nvfp4"), ("mxfp4", "dense"), ("mxfp4", "mxfp4"),
+    )
+}  # fmt: skip
 
 
 def weights(pair, shape):

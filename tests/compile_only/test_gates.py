@@ -8,32 +8,40 @@ import torch
 
 from indexproj.kernels import TARGETS, choose
 from indexproj.kernels.compiled import SHARED_MEMORY, compile_for
+from indexproj.kernels.matrix import Kind
 from indexproj.kernels.target import INTERPRETED
 from support import DEEPSEEK, GLM
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="nothing is compiled under TRITON_INTERPRET=1")
 
-FP8 = torch.float8_e4m3fn
+BF16, FP8, FP16 = Kind.BF16, Kind.FP8_BLOCK, {"x": torch.float16, "outs": (torch.float16, torch.float32)}
 PAIRS = {
-    "deepseek-dense-dense": (DEEPSEEK, {}),
-    "deepseek-fp8-dense": (DEEPSEEK, {"wk": FP8}),
-    "deepseek-fp8-fp8": (DEEPSEEK, {"wk": FP8, "gate": FP8}),
-    "deepseek-fp8-dense-fp16": (DEEPSEEK, {"wk": FP8, "x": torch.float16, "k_out": torch.float16}),
-    "glm-dense-dense": (GLM, {}),
-    "glm-fp8-dense": (GLM, {"wk": FP8}),
+    "deepseek-dense-dense": (DEEPSEEK, (BF16, BF16), {}),
+    "deepseek-fp8-dense": (DEEPSEEK, (FP8, BF16), {}),
+    "deepseek-fp8-fp8": (DEEPSEEK, (FP8, FP8), {}),
+    "deepseek-fp8-dense-fp16": (DEEPSEEK, (FP8, BF16), FP16),
+    "deepseek-fp8_row-dense": (DEEPSEEK, (Kind.FP8, BF16), {}),
+    "deepseek-fp8_fnuz-dense": (DEEPSEEK, (Kind.FP8_BLOCK_FNUZ, BF16), {}),
+    "deepseek-mxfp8-mxfp8": (DEEPSEEK, (Kind.MXFP8, Kind.MXFP8), {}),
+    "deepseek-nvfp4-dense": (DEEPSEEK, (Kind.NVFP4, BF16), {}),
+    "deepseek-nvfp4-nvfp4": (DEEPSEEK, (Kind.NVFP4, Kind.NVFP4), {}),
+    "deepseek-mxfp4-dense": (DEEPSEEK, (Kind.MXFP4, BF16), {}),
+    "deepseek-mxfp4-mxfp4": (DEEPSEEK, (Kind.MXFP4, Kind.MXFP4), {}),
+    "glm-dense-dense": (GLM, (BF16, BF16), {}),
+    "glm-fp8-dense": (GLM, (FP8, BF16), {}),
 }
 compiled = functools.cache(
-    lambda name, config, shape, *dtypes: compile_for(TARGETS[name], config, shape, **dict(dtypes))
+    lambda name, config, shape, kinds, *dtypes: compile_for(TARGETS[name], config, shape, kinds, **dict(dtypes))
 )
 
 
 def binaries(name, pair):
     """Every config that some M asks for, with its binary."""
-    shape, dtypes = PAIRS[pair]
+    shape, kinds, dtypes = PAIRS[pair]
     x_dtype = dtypes.get("x", torch.bfloat16)
     configs = {choose(2**power, shape, TARGETS[name], x_dtype): None for power in range(17)}
     for config in configs:
-        yield config, compiled(name, config, shape, *dtypes.items())
+        yield config, compiled(name, config, shape, kinds, *dtypes.items())
 
 
 @pytest.mark.parametrize("pair", PAIRS)

@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from indexproj.kernels import Fp8Matrix, KernelConfig, ProjectionWeights, choose, project, reference
+from indexproj.kernels import Fp4Matrix, Fp8Matrix, KernelConfig, ProjectionWeights, choose, project, reference
 from indexproj.kernels.operation import launch
 from indexproj.kernels.target import TARGETS
 from indexproj.kernels.workspace import workspace
-from support import DEEPSEEK, GLM, PAIRS, fp8, weights
+from support import DEEPSEEK, GLM, MATRICES, PAIRS, fp8, weights
 
 SM90 = TARGETS["sm_90"]
 
@@ -29,7 +29,7 @@ def run(x, w, config=None):
     """fp32 outputs of one launch, with a chosen config."""
     d, h, _ = w.shape
     k, gate = torch.full((len(x), d), torch.nan), torch.full((len(x), h), torch.nan)
-    launch(x, *w.wk.operands, *w.gate.operands, k, gate, config)
+    launch(x, w.operands, w.kinds, [k, gate], config)
     return k, gate
 
 
@@ -38,7 +38,7 @@ def run(x, w, config=None):
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.usefixtures("poison")
 def test_published_shape(pair, m, dtype):
-    w = weights(pair, DEEPSEEK if m < 64 else GLM)
+    w = weights(pair, DEEPSEEK if m in (1, 100) else GLM)
     x = torch.randn(m, w.shape[2], dtype=dtype)
     assert relative_error(project(x, w, k_dtype=torch.float32), reference(x, w)) <= 2e-6
 
@@ -50,6 +50,32 @@ def test_every_m_and_ragged_k(shape, m):
     w = surrounded(weights("fp8-dense", shape))
     x = torch.randn(m, shape[2], dtype=torch.bfloat16)
     assert relative_error(project(x, w, k_dtype=torch.float32), reference(x, w)) <= 2e-6
+
+
+@pytest.mark.parametrize("m", [1, 31, 100])
+@pytest.mark.parametrize("k", [88, 544, 1000])
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.usefixtures("poison")
+def test_every_pair_at_ragged_sizes(pair, k, m):
+    """Groups of 16 and 32 that K cuts, and nothing but NaN around every tensor."""
+    w = surrounded(weights(pair, (100, 9, k)))
+    x = torch.randn(m, k, dtype=torch.bfloat16)
+    assert relative_error(project(x, w, k_dtype=torch.float32), reference(x, w)) <= 2e-6
+
+
+@pytest.mark.parametrize("m", [3, 70])
+@pytest.mark.usefixtures("poison")
+def test_three_matrices_are_as_good_as_two(m):
+    shape = (128, 32, 1000)
+    w, third = weights("nvfp4-dense", shape), fp8(128, 1000)
+    x = torch.randn(m, 1000, dtype=torch.bfloat16)
+    operands = [*w.operands, *(operand for operand in third.operands if operand is not None)]
+    kinds = [*w.kinds, third.kind]
+    outputs = torch.ops.indexproj.project(x, operands, kinds, [True] * 3)
+    exact = (*reference(x, w), x.double() @ third.dequantize(torch.float64).T)
+    assert relative_error(outputs, exact) <= 2e-6
+    for output, alone in zip(outputs, project(x, w, k_dtype=torch.float32), strict=False):
+        assert torch.equal(output, alone)
 
 
 def surrounded(w):
@@ -75,27 +101,34 @@ def surrounded(w):
     ],
     ids=lambda config: f"{config.regime}-{config.block_m}-{config.block_k}",
 )
-@pytest.mark.parametrize("pair", ["fp8-dense", "fp8-fp8"])
+@pytest.mark.parametrize("pair", ["fp8-dense", "nvfp4-mxfp8"])
 @pytest.mark.usefixtures("poison")
 def test_splits(pair, config, split_k):
-    w = surrounded(weights(pair, (128, 32, 1000)))
+    wk, gate = (MATRICES[name](n, 1000) for name, n in zip(pair.split("-"), (128, 32), strict=True))
+    w = surrounded(ProjectionWeights(wk, gate))
     x = torch.randn(19, 1000, dtype=torch.bfloat16)
     outputs = run(x, w, dataclasses.replace(config, split_k=split_k))
     assert relative_error(outputs, reference(x, w)) <= 2e-6
 
 
-def all_codes(n, k):
-    """Every e4m3fn code but the two NaNs, many times over, and a scale for every block that is no power of two."""
-    codes = torch.arange(n * k).view(n, k) * 37 % 256
-    codes = torch.where(codes & 0x7F == 0x7F, codes - 1, codes).to(torch.uint8).view(torch.float8_e4m3fn)
-    blocks = [-(-n // 128), -(-k // 128)]
-    return Fp8Matrix(codes, torch.rand(blocks) * torch.arange(1, 1 + blocks[0] * blocks[1]).view(blocks))
+def all_codes(name, n, k):
+    """A matrix with every code there is but NaN, many times over."""
+    matrix = MATRICES[name.removesuffix("_fnuz")](n, k)
+    codes = (torch.arange(n * matrix.tensors[0].shape[1]).view(n, -1) * 37 % 256).to(torch.uint8)
+    if isinstance(matrix, Fp4Matrix):
+        return dataclasses.replace(matrix, codes=codes)
+    if name.endswith("_fnuz"):
+        return Fp8Matrix(codes.masked_fill(codes == 0x80, 0).view(torch.float8_e4m3fnuz), matrix.scale)
+    return Fp8Matrix(codes.masked_fill(codes & 0x7F == 0x7F, 0).view(torch.float8_e4m3fn), matrix.scale)
 
 
 @pytest.mark.parametrize("regime", ["split_k", "tiled"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_identity_returns_the_decoded_weights(regime, dtype):
-    w = ProjectionWeights(all_codes(128, 300), all_codes(160, 300))  # two block rows, the last one ragged
+@pytest.mark.parametrize(
+    "name", ["fp8", "fp8_row", "mxfp8", "nvfp4", "mxfp4", "fp8_fnuz", "fp8_row_fnuz", "mxfp8_fnuz"]
+)
+def test_identity_returns_the_decoded_weights(name, dtype, regime):
+    w = ProjectionWeights(all_codes(name, 128, 300), all_codes(name, 160, 300))  # two block rows, the last one ragged
     eye = torch.eye(300, dtype=dtype)
     config = choose(64 if regime == "split_k" else 300, w.shape, SM90)
     assert config.regime == regime
@@ -228,9 +261,9 @@ def test_threads_do_not_disturb_each_other():
 def test_the_ops_are_sound_for_the_compiler():
     w = weights("fp8-dense", (128, 16, 256))
     x = torch.randn(4, 512, dtype=torch.bfloat16)[:, :256]
-    operands = (x, *w.wk.operands, *w.gate.operands)
+    operands = (x, w.operands, w.kinds)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(torch.ops.indexproj.project, (*operands, torch.bfloat16, torch.float32), test_utils=tests)
+    torch.library.opcheck(torch.ops.indexproj.project, (*operands, [False, True]), test_utils=tests)
     out = torch.empty(4, 144, dtype=torch.bfloat16)
     torch.library.opcheck(torch.ops.indexproj.project_out, (*operands, out), test_utils=tests)
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from indexproj.kernels import project
-from support import weights
+from indexproj.kernels.matrix import operand_specs
+from support import PAIRS, weights
 
 SHAPE = (128, 16, 256)
 ALIASED = torch.zeros(4, 512, dtype=torch.bfloat16)
@@ -47,31 +48,56 @@ def test_bad_input_is_named(x, options, error, message):
         project(x, weights("fp8-dense", SHAPE), **options)
 
 
-def raw(**changes):
-    w = weights("fp8-dense", SHAPE)
-    (wk, wk_scale), (gate, gate_scale) = w.wk.operands, w.gate.operands
-    return {"x": x_of(4, 256), "wk": wk, "wk_scale": wk_scale, "gate": gate, "gate_scale": gate_scale, **changes}
+@pytest.mark.parametrize("pair", PAIRS)
+def test_operands_are_what_their_kind_asks_for(pair):
+    w = weights(pair, SHAPE)
+    for matrix in (w.wk, w.gate):
+        found = [None if tensor is None else (tensor.dtype, tuple(tensor.shape)) for tensor in matrix.operands]
+        assert found == list(operand_specs(matrix.kind, *matrix.shape))
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("place", "tensor"),
     [
-        {"wk_scale": None},
-        {"wk_scale": torch.ones(1, 3)},
-        {"wk_scale": torch.ones(1, 2).double()},
-        {"wk": torch.zeros(256, 128, dtype=torch.uint8).T},
-        {"gate": torch.zeros(16, 256)},
-        {"gate": torch.zeros(16, 128, dtype=torch.bfloat16)},
-        {"gate_scale": torch.ones(1, 2)},
-        {"gate": torch.zeros(300, 256, dtype=torch.bfloat16)},
-        {"x": x_of(4, 128)},
+        (0, torch.zeros(256, 128, dtype=torch.uint8).T),
+        (0, torch.zeros(128, 128, dtype=torch.uint8)),
+        (0, torch.zeros(128, dtype=torch.uint8)),
+        (1, torch.ones(1, 3)),
+        (1, torch.ones(1, 2).double()),
+        (1, torch.ones(1, 2, device="meta")),
+        (2, torch.zeros(16, 256)),
+        (2, torch.zeros(16, 128, dtype=torch.bfloat16)),
+        (2, torch.zeros(300, 256, dtype=torch.bfloat16)),
     ],
 )
-def test_the_operation_itself_refuses_operands_that_do_not_fit(changes):
+def test_the_operation_itself_refuses_operands_that_do_not_fit(place, tensor):
+    w = weights("fp8-dense", SHAPE)
+    operands = w.operands
+    operands[place] = tensor
     with pytest.raises(ValueError, match="project: "):
-        torch.ops.indexproj.project(*raw(**changes).values(), torch.bfloat16, torch.float32)
+        torch.ops.indexproj.project(x_of(4, 256), operands, w.kinds, [False, True])
     with pytest.raises(ValueError, match="project: "):
-        torch.ops.indexproj.project_out(*raw(**changes).values(), x_of(4, 144))
+        torch.ops.indexproj.project_out(x_of(4, 256), operands, w.kinds, x_of(4, 144))
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 2), (0, 4), (1, 3)])
+def test_the_operation_itself_refuses_too_few_and_too_many_operands(first, last):
+    w = weights("fp8-dense", SHAPE)
+    operands = [*w.operands, w.operands[-1]][first:last]
+    with pytest.raises(ValueError, match="project: "):
+        torch.ops.indexproj.project(x_of(4, 256), operands, w.kinds, [False, True])
+
+
+def test_the_operation_itself_refuses_too_few_dtypes():
+    w = weights("fp8-dense", SHAPE)
+    with pytest.raises(ValueError, match="2 matrices, but dtypes of 1"):
+        torch.ops.indexproj.project(x_of(4, 256), w.operands, w.kinds, [False])
+
+
+def test_the_operation_itself_refuses_a_kind_that_does_not_exist():
+    w = weights("fp8-dense", SHAPE)
+    with pytest.raises(ValueError, match="kinds are"):
+        torch.ops.indexproj.project(x_of(4, 256), w.operands, [99, 0], [False, True])
 
 
 def test_weights_and_outputs_that_require_grad_are_refused():
@@ -86,7 +112,7 @@ def test_weights_and_outputs_that_require_grad_are_refused():
 def test_out_may_not_lie_in_the_weights():
     w = weights("dense-dense", SHAPE)
     out = w.gate.weight.view(-1)[: 4 * 144].view(4, 144)
-    with pytest.raises(ValueError, match="out overlaps gate in memory"):
+    with pytest.raises(ValueError, match="out overlaps the weights in memory"):
         project(x_of(4, 256), w, out=out)
 
 

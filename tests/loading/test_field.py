@@ -589,7 +589,7 @@ def test_field_l32_nvfp4():
     assert leaves[WK].shape == (128, 3072)
     for matrix, own in sides(bring(leaves), leaves):
         codes, scale, factor, _ = own.values()
-        assert holds(matrix, codes, scale, factor.view(1))
+        assert holds(matrix, codes, scale, factor.expand(len(codes), 1))
         assert means(matrix, times(e2m1(codes), scale, 1, 16) * factor.double())
 
 
@@ -599,7 +599,7 @@ def test_field_l33_roles_of_nvfp4(tmp_path):
     leaves = layer(SMALL, nvfp4)
     for order in itertools.permutations(named(leaves).items()):
         weights = send(Assembly([0]), dict(order))[0]
-        assert holds(weights.wk, leaves[WK], leaves["wk.weight_scale"], leaves["wk.weight_scale_2"].view(1))
+        assert holds(weights.wk, leaves[WK], leaves["wk.weight_scale"], leaves["wk.weight_scale_2"].expand(128, 1))
     plan = plan_of(tmp_path, {0: leaves}, {}).layers[0]
     assert set(plan.wk.headers) == {"weight", "scale", "scale_2", "input_scale"}
     for part in ("wk.weight_scale", "wk.weight_scale_2"):
