@@ -40,6 +40,7 @@ class Kind:
         lost: last parts of names that are missing from the checkpoint.
         calls: names of all tensors -> those of each call of load_weights.
         reuses_buffers: True where a tensor is overwritten once the next one is asked for.
+        is_stray: True where a tensor is there that means nothing.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Kind:
     lost: tuple[str, ...] = ()
     calls: Callable[[list[str]], list[list[str]]] = one_call
     reuses_buffers: bool = False
+    is_stray: bool = False
 
 
 def pair(wk, gate="bf16"):
@@ -78,7 +80,8 @@ KINDS = (
     Kind("FP8 128x128, scales in another call", pair("fp8_block"), calls=scales_later),
     Kind("FP8 128x128, from buffers used again", pair("fp8_block"), reuses_buffers=True),
     Kind("FP8 per row", pair("fp8_row")),
-    Kind("FP8 per tensor", pair("fp8_tensor")),
+    Kind("FP8 per tensor", pair("fp8_tensor_flat")),
+    Kind("FP8 per tensor, `input_scale` beside it", pair("fp8_tensor")),
     Kind("FP8 with packed UE8M0 scales", pair("fp8_packed")),
     Kind("MXFP8", pair("mxfp8")),
     Kind("NVFP4 (ModelOpt)", pair("nvfp4")),
@@ -87,7 +90,7 @@ KINDS = (
     Kind("INT4", pair("int4", "int4")),
     Kind("FP8 128x128, scales lost", pair("fp8_block"), lost=("weight_scale_inv",)),
     Kind("BF16, `weights_proj` lost", pair("bf16"), lost=("weights_proj.weight",)),
-    Kind("BF16 with a scale", {"wk": lambda n, k: with_scale(n, k), "weights_proj": EXPORTS["bf16"]}),
+    Kind("BF16 with a scale", {"wk": lambda n, k: with_scale(n, k), "weights_proj": EXPORTS["bf16"]}, is_stray=True),
 )
 
 

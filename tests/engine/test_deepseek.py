@@ -1,10 +1,15 @@
 """DeepseekV3ForCausalLM, vLLM's own, on checkpoints that its own loader reads: as it is, and with the plugin."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
-from engine.harness import DEEPSEEK, H, K, Q_RANK, build, deepseek, indexer_inputs, is_projection, projections, write
+from engine.harness import D, H, K, Q_RANK, build, deepseek, indexer_inputs, is_projection, projections, write
+from engine.kinds import KINDS, checkpoint, load, outcomes
 
+ROOT = Path(__file__).parent.parent.parent
 M = 5
 
 
@@ -41,3 +46,36 @@ def test_what_the_indexer_hands_on_agrees(bf16):
             assert ours.dtype == theirs.dtype and ours.shape == theirs.shape and ours.stride() == theirs.stride()
             difference = (ours.double() - theirs.double()).abs().max()
             assert difference <= 2**-7 * theirs.double().abs().max()
+
+
+DOCUMENTED = dict(
+    re.findall(r"^\| ([^|]+) \| (\w[^|]* \| [^|]+) \|$", (ROOT / "docs/vllm.md").read_text(), re.MULTILINE)
+)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_kinds_of_checkpoints(tmp_path, kind):
+    """The table in docs/vllm.md is what happens, and the plugin loads right whatever can be."""
+    words = outcomes(kind, tmp_path)
+    assert " | ".join(words) == DOCUMENTED[kind.name]
+    assert words[1].startswith("right, ") or (words[1] == "refused" and (kind.lost or kind.is_stray))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.lost and not kind.is_stray], ids=lambda k: k.name)
+def test_forward_on_every_kind(tmp_path, kind):
+    """vLLM's own forward of the module, against fp64 of the decoded weights."""
+    path, truth = checkpoint(kind, tmp_path)
+    model, process = load(kind, path, "1")
+    process()
+    x, *_ = activations()
+    for layer, module in projections(model).items():
+        output, bias = module(x)
+        assert bias is None
+        assert output.dtype == torch.bfloat16 and output.shape == (M, D + H) and output.is_contiguous()
+        exact = x.double() @ truth[layer].T
+        assert (output.double() - exact).abs().max() <= 2**-8 * exact.abs().max()
+        # `.weight` is there for others to read where it can hold the values.
+        dense = truth[layer].shape[0] * K * 2 == sum(tensor.nbytes for tensor in module.parameters())
+        assert hasattr(module, "weight") == dense
+        if dense:
+            assert torch.equal(module.weight.double(), truth[layer])
