@@ -44,7 +44,7 @@ MODEL_FILES = (
     "vllm.models.glm5next.common.multimodal",
     "vllm.models.glm5next.common.mtp",
 )
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_LAYER = re.compile(r"(?:^|\.)(?:mtp_)?layers\.(\d+)\.")
 PACKED = {"wk_weights_proj": ["wk", "weights_proj"]}
 
 

@@ -72,6 +72,20 @@ DEEPSEEK = {
     "eos_token_id": 1,
 }
 
+HY_V4 = {
+    **{key: value for key, value in DEEPSEEK.items() if not key.startswith(("rope", "first_k"))},
+    "architectures": ["HYV4ForCausalLM"],
+    "model_type": "hy_v4",
+    "mlp_layer_types": ["dense"] * LAYERS,
+    "layer_types": ["deepseek_sparse_attention"] * LAYERS,
+    "indexer_types": ["full"] * LAYERS,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "enable_ihc": False,
+    "gated_mla": False,
+    "learnable_sink": False,
+    "pad_token_id": 0,
+}
+
 
 def value(name, *shape):
     """Values of its own for every name, the same ones in every run; around 1 where there is one dimension."""
@@ -124,6 +138,15 @@ def deepseek(layers=LAYERS, indexers=None):
         "shared_head.norm.weight": (K,),
     }
     return tensors | {f"model.layers.{layers}.{name}": value(name, *shape) for name, shape in mtp.items()}
+
+
+def hy_v4():
+    """The same of HY-V4, whose MTP layer has another name and parts."""
+    last = f"model.layers.{LAYERS}."
+    tensors = {name.replace(last, "model.mtp_layers.0."): tensor for name, tensor in deepseek().items()}
+    lost = ("mtp_layers.0.embed_tokens", "mtp_layers.0.shared_head")
+    tensors = {name: tensor for name, tensor in tensors.items() if not any(part in name for part in lost)}
+    return tensors | {"model.mtp_layers.0.final_layernorm.weight": value("final_layernorm", K)}
 
 
 def with_projection(tensors, matrices):

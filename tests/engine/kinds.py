@@ -13,9 +13,22 @@ from pathlib import Path
 import torch
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
 
-from engine.harness import D, H, K, cpu_worker, create, deepseek, environment, projections, with_projection, write
+from engine.harness import (
+    D,
+    H,
+    K,
+    LAYERS,
+    cpu_worker,
+    create,
+    deepseek,
+    environment,
+    projections,
+    with_projection,
+    write,
+)
 from exports import EXPORTS, Export, named
 from indexproj.indexer.vllm_layer import IndexerModel
+from indexproj.indexer.vllm_plugin import layer_of
 from indexproj.loading import CheckpointError
 
 ROWS = {"wk": D, "weights_proj": H, "wk_weights_proj": D + H}
@@ -100,20 +113,29 @@ def with_scale(n, k):
     return export
 
 
-def checkpoint(kind, directory):
-    """Writes one; layer's stem -> [D + H, K] fp64, what it says."""
-    truth = {}
+def exports_of(makers, truth, lost=()):
+    """What `with_projection` asks for; puts [D + H, K] fp64, what they say, into truth by layer."""
 
     def matrices(stem):
-        exports = {name: make(ROWS[name], K) for name, make in kind.matrices.items()}
-        truth[stem] = torch.cat([export.loaded for export in exports.values()])
+        exports = {name: make(ROWS[name], K) for name, make in makers.items()}
+        truth[checkpoint_layer(stem)] = torch.cat([export.loaded for export in exports.values()])
         tensors = {}
         for name, export in exports.items():
             tensors |= named(stem, name, export)
-        return {name: tensor for name, tensor in tensors.items() if not name.endswith(kind.lost or "-")}
+        return {name: tensor for name, tensor in tensors.items() if not name.endswith(lost or "-")}
 
-    tensors = with_projection(deepseek(), matrices)
-    return write(directory, tensors), {int(stem.split(".")[2]): values for stem, values in truth.items()}
+    return matrices
+
+
+def checkpoint_layer(stem):
+    return layer_of(stem) + (LAYERS if "mtp_layers" in stem else 0)
+
+
+def checkpoint(kind, directory):
+    """Writes one; its path, and layer -> [D + H, K] fp64, what it says."""
+    truth = {}
+    tensors = with_projection(deepseek(), exports_of(kind.matrices, truth, kind.lost))
+    return write(directory, tensors), truth
 
 
 def load(kind, path, switch):
