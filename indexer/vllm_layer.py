@@ -205,7 +205,7 @@ class IndexerModel:
         self.methods: dict[int, IndexerMethod] = {}
         self._kind = type(model).__name__
         self.is_loaded = False
-        self._problems: list[Problem] = []
+        self._problems: dict[int, list[Problem]] = {}
         for name, layer in layers.items():
             method = layer.quant_method = IndexerMethod(name, layer, self)
             self.methods[method.number] = method
@@ -256,10 +256,10 @@ class IndexerModel:
             CheckpointError: every layer that lacks tensors or holds bad ones.
         """
         for method in self.methods.values():
-            with self._problems_kept():
+            with self._problems_kept(method):
                 if method.is_waiting:
                     method.commit()
-                else:
+                elif method.number not in self._problems:
                     method.settle()
         self._raise_problems()
         if not self.is_loaded:
@@ -287,25 +287,25 @@ class IndexerModel:
             # A layer may be another pipeline rank's, another model's (MTP), or without an indexer of its own.
             number = parsed.layer(self.num_hidden_layers)
             if number is not None and number in self.methods and parsed.role != "input_scale":
-                with self._problems_kept():
+                with self._problems_kept(self.methods[number]):
                     self.methods[number].offer(name, tensor)
 
     @contextmanager
-    def _problems_kept(self) -> Iterator[None]:
+    def _problems_kept(self, method: IndexerMethod) -> Iterator[None]:
         """Lets a load go on after an error, so that all of them are told at once."""
         try:
             yield
         except CheckpointError as error:
-            self._problems += error.problems
+            self._problems.setdefault(method.number, []).extend(error.problems)
 
     def _raise_problems(self) -> None:
         if self._problems:
-            problems = self._problems
+            problems = [problem for number in sorted(self._problems) for problem in self._problems[number]]
             self._abandon()
             raise CheckpointError(problems)
 
     def _abandon(self) -> None:
-        self._problems = []
+        self._problems = {}
         for method in self.methods.values():
             method.abandon()
 

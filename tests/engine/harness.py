@@ -23,7 +23,6 @@ from vllm.distributed import init_distributed_environment, initialize_model_para
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import get_model_loader, reload
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
-from vllm.model_executor.model_loader.utils import process_weights_after_loading
 from vllm.platforms.cpu import CpuPlatform
 from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -253,7 +252,9 @@ class Recorder(torch.nn.Module):
 
 def per_token_group_quant_fp8(x, group_size, column_major_scales=False, use_ue8m0=True):
     """e4m3 codes and a scale per group, the least power of two by which the group fits."""
-    assert x.shape[-1] == group_size and use_ue8m0 and not column_major_scales
+    assert x.shape[-1] == group_size
+    assert use_ue8m0
+    assert not column_major_scales
     amax = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-10)
     scale = torch.exp2((amax / 448).log2().ceil())
     return (x.float() / scale).to(torch.float8_e4m3fn), scale

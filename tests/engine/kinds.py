@@ -14,10 +14,10 @@ import torch
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
 
 from engine.harness import (
+    LAYERS,
     D,
     H,
     K,
-    LAYERS,
     cpu_worker,
     create,
     deepseek,

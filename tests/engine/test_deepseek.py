@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.harness import D, H, K, Q_RANK, build, deepseek, indexer_inputs, is_projection, projections, write
+from engine.harness import Q_RANK, D, H, K, build, deepseek, indexer_inputs, is_projection, projections, write
 from engine.kinds import KINDS, checkpoint, load, outcomes
 
 ROOT = Path(__file__).parent.parent.parent
@@ -17,6 +17,10 @@ def activations(seed=0):
     generator = torch.Generator().manual_seed(seed)
     x, qr = (torch.randn(M, n, generator=generator).bfloat16() for n in (K, Q_RANK))
     return x, qr, torch.arange(M)
+
+
+def like(tensor):
+    return tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +47,7 @@ def test_what_the_indexer_hands_on_agrees(bf16):
         stock, swapped = (indexer_inputs(model.model.layers[layer].self_attn, *inputs) for model in bf16)
         assert torch.equal(stock[0].view(torch.uint8), swapped[0].view(torch.uint8))  # the query does not pass through
         for ours, theirs in zip(swapped[1:], stock[1:], strict=True):
-            assert ours.dtype == theirs.dtype and ours.shape == theirs.shape and ours.stride() == theirs.stride()
+            assert like(ours) == like(theirs)
             difference = (ours.double() - theirs.double()).abs().max()
             assert difference <= 2**-7 * theirs.double().abs().max()
 
@@ -71,7 +75,7 @@ def test_forward_on_every_kind(tmp_path, kind):
     for layer, module in projections(model).items():
         output, bias = module(x)
         assert bias is None
-        assert output.dtype == torch.bfloat16 and output.shape == (M, D + H) and output.is_contiguous()
+        assert like(output) == (torch.bfloat16, (M, D + H), (D + H, 1))
         exact = x.double() @ truth[layer].T
         assert (output.double() - exact).abs().max() <= 2**-8 * exact.abs().max()
         # `.weight` is there for others to read where it can hold the values.

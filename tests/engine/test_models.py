@@ -1,4 +1,4 @@
-"""Every other model file with an indexer that vLLM imports on a CPU: loaded by its own load_weights, stock and swapped."""
+"""Every model class with an indexer that vLLM imports on a CPU, loaded by its own load_weights, stock and swapped."""
 
 import importlib
 from unittest import mock
@@ -23,7 +23,7 @@ from engine.harness import (
     write,
 )
 from engine.kinds import exports_of
-from engine.test_deepseek import activations
+from engine.test_deepseek import activations, like
 from exports import EXPORTS
 
 MTP = {"method": "mtp", "num_speculative_tokens": 1}
@@ -74,7 +74,7 @@ def test_bf16_agrees_with_vllm(model):
     x, *_ = activations()
     for layer, module in projections(stock).items():
         expected, found = module(x)[0], projections(swapped)[layer](x)[0]
-        assert found.dtype == expected.dtype and found.shape == expected.shape and found.stride() == expected.stride()
+        assert like(found) == like(expected)
         assert (found.double() - expected.double()).abs().max() <= 2**-7 * expected.double().abs().max()
 
 

@@ -1,0 +1,164 @@
+"""What production does to weights once a model serves: reloads, updates from a trainer, sleep."""
+
+import pytest
+import torch
+from vllm.model_executor.model_loader.reload.inplace import reload_weights
+
+from engine.harness import (
+    INDEXER,
+    build,
+    deepseek,
+    engine_config,
+    environment,
+    plugin,
+    projections,
+    with_projection,
+    write,
+)
+from engine.kinds import exports_of
+from engine.test_loading import FP8, outputs_are_right
+from exports import EXPORTS
+from indexproj.loading import CheckpointError
+
+BF16 = {"wk": EXPORTS["bf16"], "weights_proj": EXPORTS["bf16"]}
+FUSED = {"wk_weights_proj": EXPORTS["bf16"]}
+ENCODINGS = {"bf16": BF16, "fp8": FP8, "nvfp4": {"wk": EXPORTS["nvfp4"], "weights_proj": EXPORTS["bf16"]}}
+
+
+def checkpoint(makers):
+    truth = {}
+    return with_projection(deepseek(), exports_of(makers, truth)), truth
+
+
+class Server:
+    """A model with weights of one encoding, as a worker holds it."""
+
+    def __init__(self, path, makers, switch="1"):
+        tensors, self.truth = checkpoint(makers)
+        self.config = engine_config(write(path, tensors))
+        self.model = build(path, switch)
+        self.pointers = self.addresses()
+
+    def addresses(self):
+        return {name: p.data_ptr() for name, p in self.model.named_parameters() if "wk_weights_proj" in name}
+
+    def reload(self, tensors, is_checkpoint_format=True):
+        """By vLLM's own reload."""
+        with plugin("1"), environment(self.config):
+            reload_weights(self.config, self.model, iter(tensors.items()), None, is_checkpoint_format)
+
+    def check(self, truth):
+        """It computes with these values, in the memory that CUDA graphs would hold on to."""
+        outputs_are_right(self.model, truth)
+        assert self.addresses() == self.pointers
+
+
+@pytest.fixture(params=ENCODINGS)
+def server(request, tmp_path):
+    server = Server(tmp_path, ENCODINGS[request.param])
+    server.makers = ENCODINGS[request.param]
+    return server
+
+
+def test_reload_in_checkpoint_format(server, caplog):
+    for _ in range(2):
+        tensors, truth = checkpoint(server.makers)
+        server.reload(tensors)
+        server.check(truth)
+    assert not [r for r in caplog.records if "Failed to load weights" in r.getMessage() and "Merged" in r.getMessage()]
+
+
+def test_reload_that_lacks_a_tensor_is_refused(server):
+    """The old weights stay, and the next reload is clean."""
+    tensors, truth = checkpoint(server.makers)
+    lost = f"{INDEXER.format(1)}weights_proj.weight"
+    with pytest.raises(CheckpointError, match=lost.replace(".", r"\.")):
+        server.reload({name: tensor for name, tensor in tensors.items() if name != lost})
+    server.check({0: truth[0], 1: server.truth[1]})
+    tensors, truth = checkpoint(server.makers)
+    server.reload(tensors)
+    server.check(truth)
+
+
+def test_reload_without_the_projection_leaves_it(server):
+    tensors, _ = checkpoint(server.makers)
+    server.reload({name: tensor for name, tensor in tensors.items() if ".indexer.w" not in name})
+    server.check(server.truth)
+
+
+def test_update_by_load_weights_alone(server):
+    """As trainers do it, in buckets, without a word before or after."""
+    tensors, truth = checkpoint(server.makers)
+    for name, tensor in reversed(tensors.items()):
+        if ".indexer.w" in name and "wq_b" not in name:
+            server.model.load_weights([(name, tensor)])
+    server.check(truth)
+
+
+def test_half_an_update_changes_nothing_and_says_so(server, caplog):
+    tensors, _ = checkpoint(server.makers)
+    name = f"{INDEXER.format(1)}wk.weight"
+    server.model.load_weights([(name, tensors[name])])
+    assert "layers 1 keep their old weights" in caplog.text
+    server.check(server.truth)
+
+
+def test_update_in_fused_format(tmp_path):
+    """The parameters themselves, by the names that they have in the model."""
+    server = Server(tmp_path, BF16)
+    tensors, truth = checkpoint(FUSED)
+    server.reload(
+        {name: tensor for name, tensor in tensors.items() if "wk_weights_proj" in name and ".2." not in name}, False
+    )
+    server.check(truth)
+
+
+def test_update_in_fused_format_of_quantized_weights(tmp_path):
+    server, other = Server(tmp_path / "a", FP8), Server(tmp_path / "b", FP8)
+    parameters = {name: p.data for name, p in other.model.named_parameters() if "wk_weights_proj" in name}
+    server.reload(parameters, False)
+    server.check(other.truth)
+
+
+def test_reload_of_weights_stored_as_one(tmp_path):
+    server = Server(tmp_path, BF16)
+    tensors, truth = checkpoint(FUSED)
+    server.reload(tensors)
+    server.check(truth)
+
+
+@pytest.mark.parametrize(("first", "second"), [("fp8", "bf16"), ("fp8", "nvfp4")])
+def test_another_encoding_is_refused(tmp_path, first, second):
+    server = Server(tmp_path, ENCODINGS[first])
+    tensors, _ = checkpoint(ENCODINGS[second])
+    with pytest.raises(CheckpointError, match="INDEXPROJ_VLLM=bf16"):
+        server.reload(tensors)
+    server.check(server.truth)
+
+
+@pytest.mark.parametrize(("switch", "first"), [("bf16", "fp8"), ("1", "bf16")])
+def test_weights_in_bf16_take_any_encoding(tmp_path, switch, first):
+    server = Server(tmp_path, ENCODINGS[first], switch)
+    assert projections(server.model)[0].weight.dtype == torch.bfloat16
+    for encoding in ("nvfp4", "bf16", "fp8"):
+        tensors, truth = checkpoint(ENCODINGS[encoding])
+        server.reload(tensors)
+        server.check({layer: values.bfloat16().double() for layer, values in truth.items()})
+
+
+def test_sleep_that_discards_weights(server):
+    """vLLM gives the memory of all parameters away and takes it back with anything in it."""
+    for module in projections(server.model).values():
+        for parameter in module.parameters():
+            parameter.data.view(torch.uint8).fill_(0x7F)
+    tensors, truth = checkpoint(server.makers)
+    server.reload(tensors)
+    server.check(truth)
+
+
+def test_weights_moved_by_offloading(tmp_path):
+    """The parameter gets other memory, and it is that which is computed with."""
+    server = Server(tmp_path, BF16)
+    for module in projections(server.model).values():
+        module.weight.data = module.weight.data.clone()
+    outputs_are_right(server.model, server.truth)
