@@ -4,6 +4,7 @@ What vLLM lacks on a CPU is replaced here, and nothing else: the choice of a bac
 backend serves), `indexer_op` (a recorder), and the query's quantization, a Triton kernel there.
 """
 
+# ruff: noqa: E402
 import contextlib
 import json
 import os
@@ -13,8 +14,10 @@ import zlib
 from pathlib import Path
 from unittest import mock
 
+# Before vLLM and Triton are imported:
 os.environ["VLLM_PLUGINS"] = ""  # the plugin is switched on and off by hand
 os.environ["TRITON_INTERPRET"] = "1"
+sys.modules.setdefault("kernels", None)  # see tests/conftest.py; spawned processes do not read that
 
 import torch
 from safetensors.torch import save_file
@@ -194,7 +197,9 @@ def cpu_worker(rank=0, world_size=1, file=None, tensor_parallel=1, pipeline_para
         mock.patch.object(CpuPlatform, "get_attn_backend_cls", classmethod(choose)),
         tempfile.TemporaryDirectory() as d,
     ):
-        init_distributed_environment(world_size, rank, f"file://{file or d + '/rendezvous'}", rank, "gloo")
+        file = file or f"{d}/rendezvous"
+        os.environ["VLLM_DIST_IDENT"] = file.replace("/", "-")
+        init_distributed_environment(world_size, rank, f"file://{file}", rank, "gloo")
         with set_current_vllm_config(VllmConfig()):
             initialize_model_parallel(tensor_parallel, pipeline_parallel)
         yield
