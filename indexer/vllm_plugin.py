@@ -208,6 +208,7 @@ def patch_glm5next_forward(indexer_class: Any) -> None:
     names: dict[str, Any] = {}
     exec(compile(tree, file, "exec"), original.__globals__, names)
     names["forward"].is_indexproj = True
+    names["forward"].replaced = original
     indexer_class.forward = names["forward"]
 
 
