@@ -41,7 +41,7 @@ MODEL_FILES = (
     "vllm.models.hy_v4.amd.model",
     "vllm.models.hy_v4.nvidia.mtp",
     "vllm.models.glm5next.common.model",
-    "vllm.models.glm5next.common.multimodal",
+    "vllm.model_executor.models.glm4_1v",  # Glm5NextForConditionalGeneration inherits it
     "vllm.models.glm5next.common.mtp",
 )
 _LAYER = re.compile(r"(?:^|\.)(?:mtp_)?layers\.(\d+)\.")
@@ -203,6 +203,8 @@ def patch_glm5next_forward(indexer_class: Any) -> None:
     original = indexer_class.forward
     if hasattr(original, "is_indexproj"):
         return
+    if original.__closure__:
+        raise UnexpectedError(f"{GLM5NEXT}.forward: expected a function without a closure")
     tree = one_launch(textwrap.dedent(inspect.getsource(original)))
     file = f"<{indexer_class.__module__} as changed by indexproj>"
     names: dict[str, Any] = {}
