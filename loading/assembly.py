@@ -112,8 +112,8 @@ class Assembly:
     @property
     def is_complete(self) -> bool:
         """True if a load is open that has every tensor of every layer asked for, so that none can follow."""
-        layers = self._layers or {}
-        return all(number in layers and layers[number].is_bound for number in self._wanted)
+        layers = self._layers
+        return layers is not None and all(n in layers and layers[n].is_bound for n in self._wanted)
 
     def finish(self) -> dict[int, ProjectionWeights]:
         """Closes the load.
