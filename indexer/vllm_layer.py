@@ -190,21 +190,32 @@ class IndexerModel:
         methods: layer index -> method.
         num_hidden_layers: behind which HY-V4's `mtp_layers` count.
         is_loaded: True once a load has ended well.
+        is_loading: True while a load is under way whose end vLLM will tell: the first one, or a reload in its own way.
         to_bf16: True to decode all weights to bf16, so that later loads may bring any encoding.
     """
 
-    def __init__(self, model: Any, layers: Mapping[str, Any], num_hidden_layers: int | None, to_bf16: bool) -> None:
+    def __init__(
+        self,
+        model: Any,
+        layers: Mapping[str, Any],
+        additional_config: dict[str, Any],
+        num_hidden_layers: int | None,
+        to_bf16: bool,
+    ) -> None:
         """Takes over.
 
         Args:
             model: as vLLM has created it.
             layers: name in the model -> its wk_weights_proj.
+            additional_config: vLLM's, by which it tells apart the compiled code that it keeps on disk.
         """
         self.num_hidden_layers = num_hidden_layers
         self.to_bf16 = to_bf16
         self.methods: dict[int, IndexerMethod] = {}
         self._kind = type(model).__name__
         self.is_loaded = False
+        self.is_loading = True
+        self._additional_config = additional_config
         self._problems: dict[int, list[Problem]] = {}
         for name, layer in layers.items():
             method = layer.quant_method = IndexerMethod(name, layer, self)
@@ -225,6 +236,7 @@ class IndexerModel:
             CheckpointError: a projection's tensors are complete and not right. Those that are incomplete wait for more
                 calls, until vLLM processes the weights.
         """
+        self.is_loading = not self.is_loaded or any(method.is_reloading for method in self.methods.values())
         try:
             with self._parameters_hidden():
                 loaded = self._load_weights(self._others(weights), *args, **kwargs)
@@ -244,11 +256,6 @@ class IndexerModel:
             )
         return loaded
 
-    @property
-    def is_loading(self) -> bool:
-        """True while a load is under way whose end vLLM will tell: the first one, or a reload in its own way."""
-        return not self.is_loaded or any(method.is_reloading for method in self.methods.values())
-
     def finish(self) -> None:
         """Ends a load: what is complete comes into use, what is not is refused.
 
@@ -264,11 +271,12 @@ class IndexerModel:
         self._raise_problems()
         if not self.is_loaded:
             self.is_loaded = True
-            layouts = dict.fromkeys(describe(method.operands) for method in self.methods.values())
+            layouts = "; ".join(dict.fromkeys(describe(method.operands) for method in self.methods.values()))
+            version = importlib.metadata.version("indexproj")
+            self._additional_config.setdefault("indexproj", {})[self._kind] = f"{version}: {layouts}"
             LOGGER.info(
-                "indexproj %s runs %d indexer projections of %s: %s",
-                importlib.metadata.version("indexproj"), len(self.methods), self._kind, "; ".join(layouts),
-            )  # fmt: skip
+                "indexproj %s runs %d indexer projections of %s: %s", version, len(self.methods), self._kind, layouts
+            )
 
     def reloaded(self) -> list[Any]:
         """The layers that have new values since the last call."""

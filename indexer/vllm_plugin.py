@@ -80,6 +80,7 @@ def find_patched() -> tuple[Any, Any]:
         UnexpectedError: one of them, or something that the patches use, is not there or takes other arguments.
     """
     try:
+        from vllm.envs import VLLM_BATCH_INVARIANT  # noqa: F401
         from vllm.model_executor.layers.linear import LinearMethodBase, MergedColumnParallelLinear  # noqa: F401
         from vllm.model_executor.model_loader.base_loader import BaseModelLoader
         from vllm.model_executor.model_loader.reload import layerwise
@@ -111,7 +112,7 @@ def patch_model_creation(loader: Any, to_bf16: bool) -> None:
     @functools.wraps(original)
     def create_model(self: Any, vllm_config: Any, model_config: Any, prefix: str = "") -> Any:
         model = original(self, vllm_config, model_config, prefix)
-        swap(model, getattr(model_config.hf_text_config, "num_hidden_layers", None), to_bf16)
+        swap(model, vllm_config, getattr(model_config.hf_text_config, "num_hidden_layers", None), to_bf16)
         return model
 
     create_model.is_indexproj = True  # type: ignore[attr-defined]
@@ -150,11 +151,12 @@ def patch_reload(layerwise: Any) -> None:
     layerwise.finalize_layerwise_processing = finalize_layerwise_processing
 
 
-def swap(model: Any, num_hidden_layers: int | None, to_bf16: bool) -> None:
+def swap(model: Any, vllm_config: Any, num_hidden_layers: int | None, to_bf16: bool) -> None:
     """Swaps all projections of a model, or none, in which case a line in the log says why.
 
     Args:
         model: any; without a known indexer in it nothing happens.
+        vllm_config: what vLLM created it by.
         num_hidden_layers: of the checkpoint.
         to_bf16: decode weights to bf16.
     """
@@ -163,7 +165,7 @@ def swap(model: Any, num_hidden_layers: int | None, to_bf16: bool) -> None:
         return
     try:
         _check(model, indexers)
-        if reason := _unsupported(model, indexers):
+        if reason := _unsupported(model, vllm_config, indexers):
             LOGGER.info("indexer projections are left to vLLM: %s", reason)
             return
         for indexer in indexers.values():
@@ -175,7 +177,7 @@ def swap(model: Any, num_hidden_layers: int | None, to_bf16: bool) -> None:
     from .vllm_layer import IndexerModel
 
     layers = {f"{name}.wk_weights_proj": indexer.wk_weights_proj for name, indexer in indexers.items()}
-    IndexerModel(model, layers, num_hidden_layers, to_bf16)
+    IndexerModel(model, layers, vllm_config.additional_config, num_hidden_layers, to_bf16)
     patch_packed_modules(model)
 
 
@@ -277,10 +279,16 @@ def _check(model: Any, indexers: dict[str, Any]) -> None:
             )
 
 
-def _unsupported(model: Any, indexers: dict[str, Any]) -> str | None:
+def _unsupported(model: Any, vllm_config: Any, indexers: dict[str, Any]) -> str | None:
     """Why the projections of a model as expected cannot be ours; None where they can."""
+    from vllm import envs
+
     from ..kernels.target import target_of
 
+    if envs.VLLM_BATCH_INVARIANT:
+        return "VLLM_BATCH_INVARIANT is set, and the kernels add in an order that depends on the number of rows"
+    if not isinstance(vllm_config.additional_config, dict):
+        return "additional_config is no dict, so vLLM could not tell compiled code with these kernels from code without"
     file = model.load_weights.__module__
     if file not in MODEL_FILES:
         return f"{type(model).__name__} loads its weights by {file}, which is not among {', '.join(MODEL_FILES)}"

@@ -121,6 +121,12 @@ def test_how_weights_are_processed(source):
     assert "quant_method.process_weights_after_loading(module)" in text
 
 
+def test_how_compiled_code_is_told_apart(source):
+    text = text_of(source, "vllm.config.vllm.VllmConfig.compute_hash")
+    assert "json.dumps(additional_config, sort_keys=True)" in text
+    assert "VLLM_BATCH_INVARIANT: bool" in source["vllm/envs.py"]
+
+
 def test_how_a_linear_layer_computes(source):
     linear = "vllm.model_executor.layers.linear"
     assert "self.quant_method.apply(self, input_, bias)" in text_of(source, f"{linear}.ColumnParallelLinear.forward")

@@ -175,3 +175,15 @@ def test_the_log_says_what_runs(fp8, caplog):
     assert record.getMessage().endswith(
         "runs 2 indexer projections of DeepseekV3ForCausalLM: wk in FP8 with a scale per 128x128, weights_proj in BF16"
     )
+
+
+def test_compiled_code_is_told_apart(fp8):
+    """vLLM keeps compiled code on disk under a hash of its config, whatever that code calls."""
+    hashes = set()
+    for switch in ("0", "1", "bf16"):
+        model, config, loader, model_config = create(fp8[0], switch)
+        with environment(config):
+            loader.load_weights(model, model_config)
+            process_weights_after_loading(model, model_config, torch.device("cpu"))
+        hashes.add(config.compute_hash())
+    assert len(hashes) == 3

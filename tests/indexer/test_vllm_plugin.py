@@ -88,6 +88,7 @@ def vllm(monkeypatch):
         pass
 
     made = module("vllm", __version__="9.9")
+    made.envs = module("vllm.envs", VLLM_BATCH_INVARIANT=False)
     for name in ("model_executor", "model_executor.layers", "model_executor.models", "model_executor.model_loader"):
         module(f"vllm.{name}")
     for file in vllm_plugin.MODEL_FILES:
@@ -115,7 +116,8 @@ def vllm(monkeypatch):
 def create(vllm, model=None):
     vllm.model = model or vllm.model
     config = SimpleNamespace(hf_text_config=SimpleNamespace(num_hidden_layers=4))
-    return vllm.loader.BaseModelLoader().create_model(None, config)
+    vllm.config = SimpleNamespace(additional_config={"other": 1})
+    return vllm.loader.BaseModelLoader().create_model(vllm.config, config)
 
 
 def is_swapped(model):
@@ -144,7 +146,7 @@ def test_switched_off(vllm, monkeypatch):
 
 def test_a_switch_that_means_nothing(monkeypatch):
     monkeypatch.setenv("INDEXPROJ_VLLM", "yes")
-    with pytest.raises(ValueError, match="INDEXPROJ_VLLM: expected 0 .*, got 'yes'"):
+    with pytest.raises(ValueError, match=r"INDEXPROJ_VLLM: expected 0 .*, got 'yes'"):
         register()
 
 
@@ -228,6 +230,14 @@ def test_fp16_is_left_alone(vllm, caplog):
     assert "torch.float16" in caplog.text
 
 
+def test_batch_invariance_is_left_to_vllm(vllm, caplog):
+    vllm.envs.VLLM_BATCH_INVARIANT = True
+    register()
+    with caplog.at_level(logging.INFO):
+        assert not is_swapped(create(vllm))
+    assert "VLLM_BATCH_INVARIANT is set" in caplog.text
+
+
 def test_a_device_without_kernels_is_left_alone(vllm, monkeypatch, caplog):
     def target_of(device):
         raise RuntimeError(f"the kernels need a GPU, not a {device}")
@@ -265,6 +275,10 @@ def test_mtp_layers_by_their_own_numbers(vllm):
     model.load_weights(tensors.items())
     model.projection(4).quant_method.process_weights_after_loading(model.projection(4))
     assert model.projection(4).weight.isfinite().all()
+    # By this vLLM tells apart the compiled code that it keeps on disk.
+    assert vllm.config.additional_config == {
+        "other": 1, "indexproj": {"Model": "0.1.0: wk in BF16, weights_proj in BF16"}
+    }  # fmt: skip
 
 
 def test_uninitialised_rows_are_refused(vllm):
