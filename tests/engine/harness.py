@@ -34,7 +34,7 @@ from vllm.v1.worker.cpu_model_runner import _set_torch_accelerator_to_noop
 from indexproj.indexer import vllm_plugin
 from indexproj.indexer.fixture import random_weight
 
-K, D, H = 256, 128, 16
+M, K, D, H = 5, 256, 128, 16
 HEADS, Q_RANK, KV_RANK, NOPE, ROPE, V, INNER, VOCAB = 2, 128, 64, 32, 64, 32, 128, 128
 LAYERS = 2
 INDEXER = "model.layers.{}.self_attn.indexer."
@@ -276,3 +276,22 @@ def indexer_inputs(attention, x, qr, positions):
     ):
         indexer(x, qr, positions, attention.indexer_rope_emb)
     return recorder.inputs
+
+
+def activations(seed=0):
+    """x, the query's latent and the positions of M tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    x, qr = (torch.randn(M, n, generator=generator).bfloat16() for n in (K, Q_RANK))
+    return x, qr, torch.arange(M)
+
+
+def like(tensor):
+    return tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
+def outputs_are_right(model, truth):
+    """Every wk_weights_proj of a model against fp64 of the weights, [D + H, K] by layer."""
+    x, *_ = activations()
+    for layer, module in projections(model).items():
+        exact = x.double() @ truth[layer].T
+        assert (module(x)[0].double() - exact).abs().max() <= 2**-8 * exact.abs().max()

@@ -79,19 +79,20 @@ def renamed(make, **leaves):
     return remake
 
 
+BF16, FP8, FUSED = pair("bf16"), pair("fp8_block"), {"wk_weights_proj": EXPORTS["bf16"]}
 QUARK = {"wk": renamed(EXPORTS["fp8_block"], weight_scale_inv="weight_scale"), "weights_proj": EXPORTS["bf16"]}
 
 KINDS = (
-    Kind("BF16", pair("bf16")),
-    Kind("BF16, stored as one", {"wk_weights_proj": EXPORTS["bf16"]}),
+    Kind("BF16", BF16),
+    Kind("BF16, stored as one", FUSED),
     Kind("F32", pair("f32", "f32")),
-    Kind("FP8 128x128", pair("fp8_block")),
+    Kind("FP8 128x128", FP8),
     Kind("FP8 128x128, names of Quark", QUARK),
     Kind("FP8 128x128, UE8M0 scales", pair("fp8_block_e8m0")),
     Kind("FP8 128x128, `weights_proj` too", pair("fp8_block", "fp8_block")),
     Kind("FP8 128x128, e4m3fnuz", pair("fp8_block_fnuz")),
-    Kind("FP8 128x128, scales in another call", pair("fp8_block"), calls=scales_later),
-    Kind("FP8 128x128, from buffers used again", pair("fp8_block"), reuses_buffers=True),
+    Kind("FP8 128x128, scales in another call", FP8, calls=scales_later),
+    Kind("FP8 128x128, from buffers used again", FP8, reuses_buffers=True),
     Kind("FP8 per row", pair("fp8_row")),
     Kind("FP8 per tensor", pair("fp8_tensor_flat")),
     Kind("FP8 per tensor, `input_scale` beside it", pair("fp8_tensor")),
@@ -101,8 +102,8 @@ KINDS = (
     Kind("NVFP4 (compressed-tensors)", pair("nvfp4_divisor", "nvfp4_divisor")),
     Kind("MXFP4", pair("mxfp4_e8m0", "mxfp4_e8m0")),
     Kind("INT4", pair("int4", "int4")),
-    Kind("FP8 128x128, scales lost", pair("fp8_block"), lost=("weight_scale_inv",)),
-    Kind("BF16, `weights_proj` lost", pair("bf16"), lost=("weights_proj.weight",)),
+    Kind("FP8 128x128, scales lost", FP8, lost=("weight_scale_inv",)),
+    Kind("BF16, `weights_proj` lost", BF16, lost=("weights_proj.weight",)),
     Kind("BF16 with a scale", {"wk": lambda n, k: with_scale(n, k), "weights_proj": EXPORTS["bf16"]}, is_stray=True),
 )
 

@@ -6,21 +6,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.harness import Q_RANK, D, H, K, build, deepseek, indexer_inputs, is_projection, projections, write
+from engine.harness import (
+    D,
+    H,
+    K,
+    M,
+    activations,
+    build,
+    deepseek,
+    indexer_inputs,
+    is_projection,
+    like,
+    projections,
+    write,
+)
 from engine.kinds import KINDS, checkpoint, load, outcomes
 
 ROOT = Path(__file__).parent.parent.parent
-M = 5
-
-
-def activations(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    x, qr = (torch.randn(M, n, generator=generator).bfloat16() for n in (K, Q_RANK))
-    return x, qr, torch.arange(M)
-
-
-def like(tensor):
-    return tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from engine.harness import (
     H,
     K,
     Recorder,
+    activations,
     build,
     deepseek,
     is_projection,
@@ -32,10 +33,7 @@ from engine.harness import (
     with_projection,
     write,
 )
-from engine.kinds import exports_of
-from engine.test_deepseek import activations
-from engine.test_loading import FP8
-from engine.test_reload import BF16
+from engine.kinds import BF16, FP8, exports_of
 
 CONFIG = {
     **{name: setting for name, setting in DEEPSEEK.items() if name != "rope_theta"},

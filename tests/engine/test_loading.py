@@ -11,20 +11,18 @@ from engine.harness import (
     INDEXER,
     LAYERS,
     K,
+    activations,
     build,
     create,
     deepseek,
     environment,
+    outputs_are_right,
     projections,
     with_projection,
     write,
 )
-from engine.kinds import exports_of
-from engine.test_deepseek import activations
-from exports import EXPORTS
+from engine.kinds import FP8, exports_of
 from indexproj.loading import CheckpointError
-
-FP8 = {"wk": EXPORTS["fp8_block"], "weights_proj": EXPORTS["bf16"]}
 
 
 @pytest.fixture
@@ -50,13 +48,6 @@ def empty(fp8):
 
 def error(error):
     return [(problem.subject, problem.found) for problem in error.value.problems]
-
-
-def outputs_are_right(model, truth):
-    x, *_ = activations()
-    for layer, module in projections(model).items():
-        exact = x.double() @ truth[layer].T
-        assert (module(x)[0].double() - exact).abs().max() <= 2**-8 * exact.abs().max()
 
 
 def test_one_tensor_in_each_call(fp8, empty):

@@ -13,17 +13,18 @@ from engine.harness import (
     DEEPSEEK,
     HY_V4,
     LAYERS,
+    activations,
     build,
     deepseek,
     hy_v4,
     indexer_inputs,
     is_projection,
+    like,
     projections,
     with_projection,
     write,
 )
 from engine.kinds import exports_of
-from engine.test_deepseek import activations, like
 from exports import EXPORTS
 
 MTP = {"method": "mtp", "num_speculative_tokens": 1}

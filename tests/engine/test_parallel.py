@@ -8,23 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.harness import build, cpu_worker, deepseek, projections, with_projection, write
-from engine.kinds import exports_of
-from engine.test_loading import FP8, outputs_are_right
+from engine.harness import deepseek, with_projection, write
+from engine.kinds import FP8, exports_of
+from engine.ranks import run_rank
 
 TESTS = Path(__file__).parent.parent
-
-
-def run_rank(rank, path, rendezvous, truth, arguments, layers):
-    """One rank: vLLM gives it its part of the model, and it loads that from the whole checkpoint."""
-    torch.set_num_threads(1)
-    sizes = arguments.get("tensor_parallel_size", 1), arguments.get("pipeline_parallel_size", 1)
-    with cpu_worker(rank, 2, rendezvous, *sizes):
-        for switch in ("0", "1"):
-            model = build(path, switch, **arguments)
-            assert list(projections(model)) == layers[rank]
-        outputs_are_right(model, truth)
-        torch.distributed.barrier()
 
 
 @pytest.mark.parametrize(

@@ -2,55 +2,17 @@
 
 import pytest
 import torch
-from vllm.model_executor.model_loader.reload.inplace import reload_weights
 
 from engine.harness import (
     INDEXER,
-    build,
-    deepseek,
-    engine_config,
-    environment,
-    plugin,
+    outputs_are_right,
     projections,
-    with_projection,
-    write,
 )
-from engine.kinds import exports_of
-from engine.test_loading import FP8, outputs_are_right
-from exports import EXPORTS
+from engine.kinds import BF16, FP8, FUSED, pair
+from engine.server import Server, checkpoint
 from indexproj.loading import CheckpointError
 
-BF16 = {"wk": EXPORTS["bf16"], "weights_proj": EXPORTS["bf16"]}
-FUSED = {"wk_weights_proj": EXPORTS["bf16"]}
-ENCODINGS = {"bf16": BF16, "fp8": FP8, "nvfp4": {"wk": EXPORTS["nvfp4"], "weights_proj": EXPORTS["bf16"]}}
-
-
-def checkpoint(makers):
-    truth = {}
-    return with_projection(deepseek(), exports_of(makers, truth)), truth
-
-
-class Server:
-    """A model with weights of one encoding, as a worker holds it."""
-
-    def __init__(self, path, makers, switch="1"):
-        tensors, self.truth = checkpoint(makers)
-        self.config = engine_config(write(path, tensors))
-        self.model = build(path, switch)
-        self.pointers = self.addresses()
-
-    def addresses(self):
-        return {name: p.data_ptr() for name, p in self.model.named_parameters() if "wk_weights_proj" in name}
-
-    def reload(self, tensors, is_checkpoint_format=True):
-        """By vLLM's own reload."""
-        with plugin("1"), environment(self.config):
-            reload_weights(self.config, self.model, iter(tensors.items()), None, is_checkpoint_format)
-
-    def check(self, truth):
-        """It computes with these values, in the memory that CUDA graphs would hold on to."""
-        outputs_are_right(self.model, truth)
-        assert self.addresses() == self.pointers
+ENCODINGS = {"bf16": BF16, "fp8": FP8, "nvfp4": pair("nvfp4")}
 
 
 @pytest.fixture(params=ENCODINGS)

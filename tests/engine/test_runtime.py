@@ -8,10 +8,9 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.peft_helper import PEFTHelper
 
-from engine.harness import LAYERS, D, H, K, environment, is_projection, projections
-from engine.test_deepseek import activations, like
-from engine.test_loading import FP8
-from engine.test_reload import BF16, Server, checkpoint
+from engine.harness import LAYERS, D, H, K, activations, environment, is_projection, like, projections
+from engine.kinds import BF16, FP8
+from engine.server import Server, checkpoint
 
 RANK = 8
 
