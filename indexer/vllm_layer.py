@@ -103,8 +103,9 @@ class IndexerMethod(LinearMethodBase):  # type: ignore[misc]
         Raises:
             CheckpointError: layers of this model that lack tensors or hold bad ones, all of them at once.
         """
-        self._model.finish()
-        self._model.reloaded()
+        if not self._model.is_finished:
+            self._model.finish()
+            self._model.reloaded()
 
     def offer(self, name: str, tensor: Tensor) -> None:
         """Takes a tensor of the checkpoint; all that have come are put to use as soon as no other can follow.
@@ -191,6 +192,7 @@ class IndexerModel:
         num_hidden_layers: behind which HY-V4's `mtp_layers` count.
         is_loaded: True once a load has ended well.
         is_loading: True while a load is under way whose end vLLM will tell: the first one, or a reload in its own way.
+        is_finished: True from the end of a load to the beginning of the next one.
         to_bf16: True to decode all weights to bf16, so that later loads may bring any encoding.
     """
 
@@ -215,6 +217,7 @@ class IndexerModel:
         self._kind = type(model).__name__
         self.is_loaded = False
         self.is_loading = True
+        self.is_finished = False
         self._additional_config = additional_config
         self._problems: dict[int, list[Problem]] = {}
         for name, layer in layers.items():
@@ -237,6 +240,7 @@ class IndexerModel:
                 calls, until vLLM processes the weights.
         """
         self.is_loading = not self.is_loaded or any(method.is_reloading for method in self.methods.values())
+        self.is_finished = False
         try:
             with self._parameters_hidden():
                 loaded = self._load_weights(self._others(weights), *args, **kwargs)
@@ -269,6 +273,7 @@ class IndexerModel:
                 elif method.number not in self._problems:
                     method.settle()
         self._raise_problems()
+        self.is_finished = True
         if not self.is_loaded:
             self.is_loaded = True
             layouts = "; ".join(dict.fromkeys(describe(method.operands) for method in self.methods.values()))

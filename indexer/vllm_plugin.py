@@ -160,7 +160,8 @@ def swap(model: Any, vllm_config: Any, num_hidden_layers: int | None, to_bf16: b
         num_hidden_layers: of the checkpoint.
         to_bf16: decode weights to bf16.
     """
-    indexers = {name: module for name, module in model.named_modules() if kind_of(module) in INDEXERS}
+    kinds = {cls: kind_of(cls) for cls in {type(module) for module in model.modules()}}
+    indexers = {name: module for name, module in model.named_modules() if kinds[type(module)]}
     if not indexers:
         return
     try:
@@ -169,7 +170,7 @@ def swap(model: Any, vllm_config: Any, num_hidden_layers: int | None, to_bf16: b
             LOGGER.info("indexer projections are left to vLLM: %s", reason)
             return
         for indexer in indexers.values():
-            if kind_of(indexer) == GLM5NEXT:
+            if kinds[type(indexer)] == GLM5NEXT:
                 patch_glm5next_forward(type(indexer))
     except UnexpectedError as error:
         _warn(error)
@@ -247,9 +248,9 @@ def one_launch(source: str) -> ast.Module:
     raise UnexpectedError(f"{GLM5NEXT}.forward: expected the statements {'; '.join(wanted)}")
 
 
-def kind_of(module: Any) -> str | None:
-    """The entry of INDEXERS that a module is an instance of."""
-    names = (f"{base.__module__}.{base.__qualname__}" for base in type(module).__mro__)
+def kind_of(module_class: Any) -> str | None:
+    """The entry of INDEXERS that a class is, or inherits from."""
+    names = (f"{base.__module__}.{base.__qualname__}" for base in module_class.__mro__)
     return next((name for name in names if name in INDEXERS), None)
 
 

@@ -25,6 +25,7 @@ class _Layer:
     headers: dict[str, dict[str, Header]] = field(default_factory=lambda: defaultdict(dict))
     tensors: dict[str, Tensor] = field(default_factory=dict)
     is_bound: bool = False
+    has_more: bool = False  # a tensor has come since it was bound
     weights: ProjectionWeights | None = None  # None, though bound, where the values are at fault
 
     @property
@@ -136,6 +137,8 @@ class Assembly:
                 expected = f"{WK} and {GATE} of its indexer"
                 problems.append(Problem(f"layer {number}", "", expected, "no tensor of them"))
                 continue
+            if layer.is_bound and not layer.has_more:
+                continue
             pair = self._plan(layer)
             if pair.problems:
                 problems += pair.problems
@@ -166,7 +169,9 @@ class Assembly:
         if first is not header:
             expected = f"one tensor in the role of {first.name}"
             self._problems.append(Problem(header.name, header.file, expected, f"a second one, {header}"))
-        elif not layer.is_bound:  # otherwise the headers show, in the end, if this one is too much
+        elif layer.is_bound:  # the headers show, in the end, if this one is too much
+            layer.has_more = True
+        else:
             layer.tensors[header.name] = _own(tensor, self._device)
             if layer.has_weights:
                 pair = self._plan(layer)
