@@ -21,7 +21,7 @@ from engine.harness import (
     with_projection,
     write,
 )
-from engine.kinds import FP8, exports_of
+from engine.kinds import FP8, exports_of, pair
 from indexproj.loading import CheckpointError
 
 
@@ -42,17 +42,19 @@ def empty(fp8):
         with environment(config):
             process_weights_after_loading(model, model_config, torch.device("cpu"))
 
-    with environment(config):
-        yield model, process
+    return model, process
 
 
 def error(error):
     return [(problem.subject, problem.found) for problem in error.value.problems]
 
 
-def test_one_tensor_in_each_call(fp8, empty):
-    (_, tensors, truth), (model, process) = fp8, empty
-    for name, tensor in reversed(tensors.items()):
+@pytest.mark.parametrize("order", [list, reversed])
+@pytest.mark.parametrize("makers", [FP8, pair("nvfp4"), pair("int4")], ids=["fp8", "nvfp4", "int4"])
+def test_one_tensor_in_each_call(empty, makers, order):
+    model, process = empty
+    truth = {}
+    for name, tensor in order(with_projection(deepseek(), exports_of(makers, truth)).items()):
         model.load_weights([(name, tensor)])
     process()
     outputs_are_right(model, truth)

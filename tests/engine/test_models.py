@@ -63,9 +63,10 @@ def model(request, tmp_path):
         yield make, tensors, [LAYERS] if draft else list(range(LAYERS))
 
 
-def test_bf16_agrees_with_vllm(model):
+def test_bf16_agrees_with_vllm(model, caplog):
     make, tensors, layers = model
     stock, swapped = make(tensors, "0"), make(tensors, "1")
+    assert not [record for record in caplog.records if "wk_weights_proj" in record.getMessage()]  # as not loaded
     assert list(projections(swapped)) == layers
     theirs, ours = (dict(each.named_parameters()) for each in (stock, swapped))
     assert [name for name in theirs if not is_projection(name)] == [name for name in ours if not is_projection(name)]
