@@ -226,12 +226,6 @@ class IndexerModel:
         self._load_weights = model.load_weights
         model.load_weights = self.load_weights
 
-    @staticmethod
-    def of(model: Any) -> IndexerModel | None:
-        """What has taken over a model's projections; None where nothing has."""
-        owner = getattr(getattr(model, "load_weights", None), "__self__", None)
-        return owner if isinstance(owner, IndexerModel) else None
-
     def load_weights(self, weights: Iterable[tuple[Any, ...]], *args: Any, **kwargs: Any) -> Any:
         """vLLM's own, for all tensors but those of the projections.
 

@@ -17,6 +17,7 @@ import logging
 import os
 import re
 import textwrap
+from types import MethodType
 from typing import Any
 
 # vLLM gives its handlers to the loggers under its own name.
@@ -134,9 +135,7 @@ def patch_reload(layerwise: Any) -> None:
 
     @functools.wraps(original)
     def finalize_layerwise_processing(model: Any, model_config: Any) -> None:
-        from .vllm_layer import IndexerModel
-
-        swapped = IndexerModel.of(model)
+        swapped = getattr(model, "indexproj", None)  # an IndexerModel
         try:
             if swapped is not None:
                 swapped.finish()
@@ -169,17 +168,18 @@ def swap(model: Any, vllm_config: Any, num_hidden_layers: int | None, to_bf16: b
         if reason := _unsupported(model, vllm_config, indexers):
             LOGGER.info("indexer projections are left to vLLM: %s", reason)
             return
-        for indexer in indexers.values():
-            if kinds[type(indexer)] == GLM5NEXT:
-                patch_glm5next_forward(type(indexer))
+        forwards = {cls: glm5next_forward(cls) for cls, kind in kinds.items() if kind == GLM5NEXT}
     except UnexpectedError as error:
         _warn(error)
         return
     from .vllm_layer import IndexerModel
 
     layers = {f"{name}.wk_weights_proj": indexer.wk_weights_proj for name, indexer in indexers.items()}
-    IndexerModel(model, layers, vllm_config.additional_config, num_hidden_layers, to_bf16)
+    model.indexproj = IndexerModel(model, layers, vllm_config.additional_config, num_hidden_layers, to_bf16)
     patch_packed_modules(model)
+    for indexer in indexers.values():
+        if type(indexer) in forwards:
+            indexer.forward = MethodType(forwards[type(indexer)], indexer)
 
 
 def patch_packed_modules(model: Any) -> None:
@@ -193,8 +193,8 @@ def patch_packed_modules(model: Any) -> None:
         model.packed_modules_mapping = {**PACKED, **mapping}
 
 
-def patch_glm5next_forward(indexer_class: Any) -> None:
-    """Replaces `Indexer.forward` of GLM-5.3-Flash by itself with three statements changed: see `one_launch`.
+def glm5next_forward(indexer_class: Any) -> Any:
+    """What replaces `Indexer.forward` of GLM-5.3-Flash: itself with a few statements changed, see `one_launch`.
 
     Why: it computes the gate again, in fp32 from a copy of the weights that it keeps in `_wp_fp32` and never renews;
     ours comes out in fp32 to begin with. A forward cannot be changed from outside.
@@ -204,17 +204,12 @@ def patch_glm5next_forward(indexer_class: Any) -> None:
         UnexpectedError: it does not contain those statements.
     """
     original = indexer_class.forward
-    if hasattr(original, "is_indexproj"):
-        return
     if original.__closure__:
         raise UnexpectedError(f"{GLM5NEXT}.forward: expected a function without a closure")
     tree = one_launch(textwrap.dedent(inspect.getsource(original)))
-    file = f"<{indexer_class.__module__} as changed by indexproj>"
     names: dict[str, Any] = {}
-    exec(compile(tree, file, "exec"), original.__globals__, names)
-    names["forward"].is_indexproj = True
-    names["forward"].replaced = original
-    indexer_class.forward = names["forward"]
+    exec(compile(tree, f"<{GLM5NEXT}, changed by indexproj>", "exec"), original.__globals__, names)
+    return names["forward"]
 
 
 _TWO_GEMMS = """

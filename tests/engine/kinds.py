@@ -27,7 +27,6 @@ from engine.harness import (
     write,
 )
 from exports import EXPORTS, Export, named
-from indexproj.indexer.vllm_layer import IndexerModel
 from indexproj.indexer.vllm_plugin import layer_of
 from indexproj.loading import CheckpointError
 
@@ -186,7 +185,7 @@ def swapped(kind, path, truth):
         process()
     except CheckpointError:
         return "refused"
-    methods = IndexerModel.of(model).methods
+    methods = model.indexproj.methods
     for layer, method in methods.items():
         weights = method.operands
         values = torch.cat([weights.wk.dequantize(torch.float64), weights.gate.dequantize(torch.float64)])

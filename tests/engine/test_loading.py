@@ -49,7 +49,11 @@ def error(error):
     return [(problem.subject, problem.found) for problem in error.value.problems]
 
 
-@pytest.mark.parametrize("order", [list, reversed])
+def input_scales_last(items):
+    return sorted(items, key=lambda item: "input_scale" in item[0])
+
+
+@pytest.mark.parametrize("order", [list, reversed, input_scales_last])
 @pytest.mark.parametrize("makers", [FP8, pair("nvfp4"), pair("int4")], ids=["fp8", "nvfp4", "int4"])
 def test_one_tensor_in_each_call(empty, makers, order):
     model, process = empty
