@@ -240,8 +240,10 @@ class IndexerModel:
                 loaded = self._load_weights(self._others(weights), *args, **kwargs)
         except BaseException:
             self._abandon()
+            self.reloaded()
             raise
         if not self.is_loading:
+            self.reloaded()
             self._raise_problems()
             if waiting := [number for number, method in self.methods.items() if method.is_waiting]:
                 message = (

@@ -35,7 +35,7 @@ class Server:
     def reload(self, tensors, is_checkpoint_format=True):
         """By vLLM's own reload."""
         with plugin("1"), environment(self.config):
-            reload_weights(self.config, self.model, iter(tensors.items()), None, is_checkpoint_format)
+            reload_weights(self.config, self.model, tensors.items(), None, is_checkpoint_format)
 
     def check(self, truth):
         """It computes with these values, in the memory that CUDA graphs would hold on to."""

@@ -42,6 +42,23 @@ def test_reload_that_lacks_a_tensor_is_refused(server):
     server.check(truth)
 
 
+def test_reload_that_is_cut_short(server):
+    """One layer was complete, and another one half: the next reload knows nothing of either."""
+    tensors, _ = checkpoint(server.makers)
+    last = f"{INDEXER.format(1)}weights_proj.weight"
+
+    class Cut(dict):
+        def items(self):
+            yield from ((name, tensor) for name, tensor in tensors.items() if name != last)
+            raise ConnectionError
+
+    with pytest.raises(ConnectionError):
+        server.reload(Cut())
+    tensors, truth = checkpoint(server.makers)
+    server.reload(tensors)
+    server.check(truth)
+
+
 def test_reload_without_the_projection_leaves_it(server):
     tensors, _ = checkpoint(server.makers)
     server.reload({name: tensor for name, tensor in tensors.items() if ".indexer.w" not in name})
@@ -54,6 +71,9 @@ def test_update_by_load_weights_alone(server):
     for name, tensor in reversed(tensors.items()):
         if ".indexer.w" in name and "wq_b" not in name:
             server.model.load_weights([(name, tensor)])
+    server.check(truth)
+    tensors, truth = checkpoint(server.makers)
+    server.reload(tensors)
     server.check(truth)
 
 
