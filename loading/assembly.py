@@ -25,6 +25,7 @@ class _Layer:
     headers: dict[str, dict[str, Header]] = field(default_factory=lambda: defaultdict(dict))
     tensors: dict[str, Tensor] = field(default_factory=dict)
     is_bound: bool = False
+    has_more: bool = False  # a tensor has come since it was bound
     weights: ProjectionWeights | None = None  # None, though bound, where the values are at fault
 
     @property
@@ -109,6 +110,12 @@ class Assembly:
             self._take(layer, parsed, header, tensor)
         return True
 
+    @property
+    def is_complete(self) -> bool:
+        """True if a load is open that has every tensor of every layer asked for, so that none can follow."""
+        layers = self._layers
+        return layers is not None and all(n in layers and layers[n].is_bound for n in self._wanted)
+
     def finish(self) -> dict[int, ProjectionWeights]:
         """Closes the load.
 
@@ -129,6 +136,8 @@ class Assembly:
             if layer is None:
                 expected = f"{WK} and {GATE} of its indexer"
                 problems.append(Problem(f"layer {number}", "", expected, "no tensor of them"))
+                continue
+            if layer.is_bound and not layer.has_more:
                 continue
             pair = self._plan(layer)
             if pair.problems:
@@ -163,6 +172,8 @@ class Assembly:
         if first is not header:
             expected = f"one tensor in the role of {first.name}"
             self._problems.append(Problem(header.name, header.file, expected, f"a second one, {header}"))
+        elif layer.is_bound:  # the headers show, in the end, if this one is too much
+            layer.has_more = True
         elif own is not None:
             layer.tensors[header.name] = own
             if layer.has_weights:

@@ -88,7 +88,7 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 import indexproj.indexer
 from indexproj.indexer import IndexerProjection
-import indexproj.kernels, indexproj.loading
+import indexproj.kernels, indexproj.loading, indexproj.indexer.vllm_plugin
 import torch, triton
 assert indexproj.indexer.__file__.startswith(sys.prefix), indexproj.indexer.__file__
 assert not torch.cuda.is_initialized()
@@ -97,6 +97,14 @@ assert triton.runtime.driver._active is None
         CUDA_VISIBLE_DEVICES="",
         HIP_VISIBLE_DEVICES="",
     )
+
+
+def test_vllm_finds_the_plugin(installed):
+    found = run(
+        installed,
+        "from importlib.metadata import entry_points as e; print(*(p.value for p in e(group='vllm.general_plugins')))",
+    )
+    assert found.split() == ["indexproj.indexer.vllm_plugin:register"]
 
 
 def test_the_requirements_hold_every_pair_that_torch_pins():

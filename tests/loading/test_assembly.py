@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from exports import EXPORTS, named
 from indexproj.kernels import DenseMatrix, Fp8Matrix
 from indexproj.loading import Assembly, CheckpointError
+from indexproj.loading.names import is_projection
 from support import INDEXER, bf16_layer, fp8_layer, same
 
 STEM = INDEXER.format(0)
@@ -406,3 +407,16 @@ def test_a_layer_unlike_the_others():
     offers = [offer for layer, k in ((0, 256), (1, 256), (2, 384)) for offer in projection(fp8_layer(layer, k=k))]
     with pytest.raises(CheckpointError, match=r"layer 2: expected \(D, H, K\) = \(128, 16, 256\), as in most layers"):
         assemble(offers, range(3))
+
+
+def test_is_complete_once_nothing_can_follow():
+    assembly = Assembly([0])
+    assert not assembly.is_complete
+    assembly.begin()
+    tensors = {name: tensor for name, tensor in fp8_layer().items() if is_projection(name)}
+    for name, tensor in tensors.items():
+        assert not assembly.is_complete
+        assembly.offer(name, tensor)
+    assert assembly.is_complete
+    assembly.finish()
+    assert not assembly.is_complete

@@ -1,0 +1,13 @@
+import importlib.util
+
+import pytest
+
+if importlib.util.find_spec("vllm") is None:
+    collect_ignore_glob = ["*"]
+else:
+    from engine import harness
+
+    @pytest.fixture(scope="session", autouse=True)
+    def _worker():
+        with harness.cpu_worker():
+            yield

@@ -1,0 +1,141 @@
+"""Everything in vLLM that the plugin patches or relies on, read in the source: of the vLLM here, and of 0.33.0."""
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import vllm
+
+from indexproj.indexer.vllm_plugin import GLM5NEXT, INDEXERS, MODEL_FILES, one_launch
+
+NEWEST = "0.33.0"
+DOWNLOADS = Path(__file__).parent.parent.parent / "build/vllm"
+USERS = {
+    *MODEL_FILES,
+    *(name.rpartition(".")[0] for name in INDEXERS),
+    "vllm.models.deepseek_v32.nvidia.model",  # load_weights of the inner model
+    "vllm.models.deepseek_v32.amd.model",
+    "vllm.models.deepseek_v32.amd.rocm",  # calls the module
+    "vllm._aiter_ops",  # in a comment
+    "vllm.compilation.passes.fusion.allreduce_rms_fusion",
+} - {"vllm.model_executor.models.glm4_1v"}
+
+
+def installed():
+    root = Path(vllm.__file__).parent.parent
+    return {path.relative_to(root).as_posix(): path.read_text() for path in (root / "vllm").rglob("*.py")}
+
+
+def newest():
+    if not list(DOWNLOADS.glob(f"vllm-{NEWEST}-*.whl")):
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", DOWNLOADS, f"vllm=={NEWEST}"]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            pytest.skip(f"vLLM {NEWEST} cannot be downloaded: {result.stderr.strip().splitlines()[-1]}")
+    (wheel,) = DOWNLOADS.glob(f"vllm-{NEWEST}-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        return {name: archive.read(name).decode() for name in archive.namelist() if name.endswith(".py")}
+
+
+@pytest.fixture(scope="module", params=[installed, newest], ids=lambda source: source.__name__)
+def source(request):
+    """Path -> text of vLLM's modules."""
+    return request.param()
+
+
+def path_of(module):
+    return f"{module.replace('.', '/')}.py"
+
+
+def found(source, name):
+    """A class, function or method by its full name."""
+    parts = name.split(".")
+    cut = next(n for n in range(len(parts), 0, -1) if path_of(".".join(parts[:n])) in source)
+    node = ast.parse(source[path_of(".".join(parts[:cut]))])
+    for part in parts[cut:]:
+        nodes = [
+            child for child in node.body if isinstance(child, ast.ClassDef | ast.FunctionDef) and child.name == part
+        ]
+        assert nodes, f"{name} is not there"
+        node = nodes[0]
+    return node
+
+
+def text_of(source, name):
+    return ast.unparse(found(source, name))
+
+
+@pytest.mark.parametrize("name", INDEXERS)
+def test_indexers(source, name):
+    init = text_of(source, f"{name}.__init__")
+    assert (
+        "self.wk_weights_proj = MergedColumnParallelLinear(hidden_size, [self.head_dim, self.n_head], bias=False, "
+        "quant_config=None, disable_tp=True, prefix=f'{prefix}.wk_weights_proj')"
+    ) in init
+    assert "self.head_dim = config.index_head_dim" in init
+    assert "self.n_head = config.index_n_heads" in init
+
+
+@pytest.mark.parametrize("module", MODEL_FILES)
+def test_model_files(source, module):
+    tree = ast.parse(source[path_of(module)])
+    methods = [node for cls in tree.body if isinstance(cls, ast.ClassDef) for node in cls.body]
+    assert "load_weights" in {method.name for method in methods if isinstance(method, ast.FunctionDef)}
+
+
+def test_whose_load_weights_the_multimodal_model_has(source):
+    model = found(source, "vllm.models.glm5next.common.model.Glm5NextForConditionalGeneration")
+    assert model.bases[0].id == "Glm4vForConditionalGeneration"
+    assert "load_weights" not in {getattr(node, "name", None) for node in model.body}
+
+
+def test_nobody_else_has_such_a_module(source):
+    assert {path for path, text in source.items() if "wk_weights_proj" in text} == set(map(path_of, USERS))
+
+
+def test_where_models_are_created(source):
+    loader = "vllm.model_executor.model_loader.base_loader.BaseModelLoader"
+    arguments = found(source, f"{loader}.create_model").args
+    assert [argument.arg for argument in arguments.args] == ["self", "vllm_config", "model_config", "prefix"]
+    assert "model = self.create_model(" in text_of(source, f"{loader}.load_model")
+
+
+def test_where_reloads_end(source):
+    layerwise = "vllm.model_executor.model_loader.reload.layerwise"
+    arguments = found(source, f"{layerwise}.finalize_layerwise_processing").args
+    assert [argument.arg for argument in arguments.args] == ["model", "model_config"]
+    assert "finalize_layerwise_processing(*args, **kwargs)" in text_of(source, f"{layerwise}.finalize_layerwise_reload")
+    assert [argument.arg for argument in found(source, f"{layerwise}.get_layerwise_info").args.args] == ["layer"]
+    info = text_of(source, "vllm.model_executor.model_loader.reload.types.LayerReloadingInfo")
+    assert "load_numel_total: int | None" in info
+    assert "return self.load_numel_total is not None" in info
+
+
+def test_how_weights_are_processed(source):
+    text = text_of(source, "vllm.model_executor.model_loader.utils.process_weights_after_loading")
+    assert "quant_method = getattr(module, 'quant_method', None)" in text
+    assert "isinstance(quant_method, QuantizeMethodBase)" in text
+    assert "quant_method.process_weights_after_loading(module)" in text
+
+
+def test_how_compiled_code_is_told_apart(source):
+    text = text_of(source, "vllm.config.vllm.VllmConfig.compute_hash")
+    assert "json.dumps(additional_config, sort_keys=True)" in text
+    assert "VLLM_BATCH_INVARIANT: bool" in source["vllm/envs.py"]
+
+
+def test_how_a_linear_layer_computes(source):
+    linear = "vllm.model_executor.layers.linear"
+    assert "self.quant_method.apply(self, input_, bias)" in text_of(source, f"{linear}.ColumnParallelLinear.forward")
+    assert "class UnquantizedLinearMethod(LinearMethodBase)" in text_of(source, f"{linear}.UnquantizedLinearMethod")
+    assert "base_layer.qweight.device" in text_of(source, "vllm.lora.layers.utils._get_lora_device")
+
+
+def test_the_forward_of_glm5next(source):
+    changed = ast.unparse(one_launch(text_of(source, f"{GLM5NEXT}.forward")))
+    assert "_wp_fp32" not in changed
+    assert "torch.mm" not in changed
+    assert "k, weights = self.wk_weights_proj.quant_method.k_and_gate(self.wk_weights_proj, hidden_states)" in changed

@@ -1,0 +1,124 @@
+"""GLM-5.3-Flash, whose gate vLLM computes again in fp32.
+
+Its files import torchvision, for images; and its query is rotated and quantized by a Triton kernel. Here both are
+replaced: the rotation does not pass through the projection.
+"""
+
+import importlib.machinery
+import sys
+from unittest import mock
+
+import pytest
+import torch
+
+from engine.harness import (
+    DEEPSEEK,
+    HEADS,
+    INDEXER,
+    KV_RANK,
+    LAYERS,
+    NOPE,
+    Q_RANK,
+    D,
+    H,
+    K,
+    Recorder,
+    activations,
+    build,
+    deepseek,
+    is_projection,
+    per_token_group_quant_fp8,
+    projections,
+    value,
+    with_projection,
+    write,
+)
+from engine.kinds import BF16, FP8, exports_of
+
+CONFIG = {
+    **{name: setting for name, setting in DEEPSEEK.items() if name != "rope_theta"},
+    "architectures": ["TinyGlm5Next"],
+    "model_type": "glm5_next_text",
+    "qk_rope_head_dim": 0,
+    "index_kpool": 4,
+    "layer_types": ["indexed_attention"] * LAYERS,
+    "mlp_layer_types": ["dense"] * LAYERS,
+    "indexer_types": ["full"] * LAYERS,
+    "indexer_rope_interleave": True,
+    "mhc": False,
+    "mla_use_nope": True,
+    "pad_token_id": 0,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def glm5next():
+    """vLLM's module with the indexer."""
+    stubs = {}
+    for name in ("torchvision", "torchvision.io", "torchvision.transforms", "torchvision.transforms.v2"):
+        stubs[name] = mock.MagicMock(__path__=[], __spec__=importlib.machinery.ModuleSpec(name, None))
+    with mock.patch.dict(sys.modules, stubs):
+        from vllm import ModelRegistry
+        from vllm.models.glm5next import Glm5NextForCausalLM
+        from vllm.models.glm5next.common import attention
+
+        with mock.patch.dict(ModelRegistry.models):
+            ModelRegistry.register_model("TinyGlm5Next", Glm5NextForCausalLM)
+            yield attention
+
+
+def checkpoint(makers):
+    """Tensors without RoPE and with what pools keys; and the projection's values by layer."""
+    tensors = {name: tensor for name, tensor in deepseek().items() if f".layers.{LAYERS}." not in name}
+    for layer in range(LAYERS):
+        stem = f"model.layers.{layer}.self_attn."
+        tensors[f"{stem}q_b_proj.weight"] = value(f"{stem}q_b_proj.weight", HEADS * NOPE, Q_RANK)
+        tensors[f"{stem}kv_a_proj_with_mqa.weight"] = value(f"{stem}kv_a_proj_with_mqa.weight", KV_RANK, K)
+        tensors[f"{stem}indexer.index_kpool_compress_gate"] = value(f"{stem}gate", D, K)
+        tensors[f"{stem}indexer.index_kpool_compress_ape"] = value(f"{stem}ape", 4, D).float()
+    truth = {}
+    return with_projection(tensors, exports_of(makers, truth)), truth
+
+
+def indexer_inputs(module, indexer):
+    recorder, (x, qr, positions) = Recorder(), activations()
+    with (
+        mock.patch.object(module, "fwht128_quant_fp8", lambda q: per_token_group_quant_fp8(q, 128)),
+        mock.patch.dict(indexer._modules, {"indexer_op": recorder}),
+        torch.no_grad(),
+    ):
+        indexer(x, qr, positions, None)
+    return recorder.inputs
+
+
+def test_it_agrees_with_vllm(tmp_path, glm5next):
+    tensors, _ = checkpoint(BF16)
+    stock, swapped = (build(write(tmp_path, tensors, CONFIG), switch) for switch in ("0", "1"))
+    for name, parameter in dict(stock.named_parameters()).items():
+        if not is_projection(name):
+            assert torch.equal(parameter, swapped.get_parameter(name)), name
+    theirs, ours = (model.model.layers[0].self_attn.indexer for model in (stock, swapped))
+    # vLLM gives the weight away on a CPU, before it makes this copy of it.
+    theirs._wp_fp32 = tensors[f"{INDEXER.format(0)}weights_proj.weight"].float().T.contiguous()
+    expected = indexer_inputs(glm5next, theirs)
+    found = indexer_inputs(glm5next, ours)
+    assert torch.equal(expected[0].view(torch.uint8), found[0].view(torch.uint8))
+    assert (found[1].double() - expected[1].double()).abs().max() <= 2**-7 * expected[1].double().abs().max()
+    assert found[2].dtype == expected[2].dtype == torch.float32
+    assert (found[2].double() - expected[2].double()).abs().max() <= 2e-6 * expected[2].double().abs().max()
+    assert ours._wp_fp32 is None
+
+
+@pytest.mark.parametrize("makers", [BF16, FP8], ids=["bf16", "fp8"])
+def test_the_gate_is_exact_and_never_stale(tmp_path, glm5next, makers):
+    tensors, truth = checkpoint(makers)
+    model = build(write(tmp_path, tensors, CONFIG))
+    indexer = model.model.layers[1].self_attn.indexer
+    for _ in range(2):
+        with mock.patch.object(glm5next, "_fused_indexer_weight_scale", lambda weights, q_scale, scale: weights):
+            gate = indexer_inputs(glm5next, indexer)[2][:, :H]
+        exact = activations()[0].double() @ truth[1][D:].T
+        assert (gate.double() - exact).abs().max() <= 2e-6 * exact.abs().max()
+        tensors, truth = checkpoint(makers)
+        model.load_weights((name, tensor) for name, tensor in tensors.items() if is_projection(name))
+    assert projections(model).keys() == {0, 1}

@@ -1,0 +1,186 @@
+"""Loads that are cut short, come in parts, or bring nothing."""
+
+import logging
+
+import pytest
+import torch
+from vllm.model_executor.model_loader.utils import process_weights_after_loading
+
+from engine.harness import (
+    DEEPSEEK,
+    INDEXER,
+    LAYERS,
+    K,
+    activations,
+    build,
+    create,
+    deepseek,
+    environment,
+    outputs_are_right,
+    projections,
+    with_projection,
+    write,
+)
+from engine.kinds import FP8, exports_of, pair
+from indexproj.loading import CheckpointError
+
+
+@pytest.fixture
+def fp8(tmp_path):
+    """Path, tensors and, by layer, values of an FP8 checkpoint."""
+    truth = {}
+    tensors = with_projection(deepseek(), exports_of(FP8, truth))
+    return write(tmp_path, tensors), tensors, truth
+
+
+@pytest.fixture
+def empty(fp8):
+    """A model before its weights are loaded, and what ends the load."""
+    model, config, _, model_config = create(fp8[0])
+
+    def process():
+        with environment(config):
+            process_weights_after_loading(model, model_config, torch.device("cpu"))
+
+    return model, process
+
+
+def error(error):
+    return [(problem.subject, problem.found) for problem in error.value.problems]
+
+
+def input_scales_last(items):
+    return sorted(items, key=lambda item: "input_scale" in item[0])
+
+
+@pytest.mark.parametrize("order", [list, reversed, input_scales_last])
+@pytest.mark.parametrize("makers", [FP8, pair("nvfp4"), pair("int4")], ids=["fp8", "nvfp4", "int4"])
+def test_one_tensor_in_each_call(empty, makers, order):
+    model, process = empty
+    truth = {}
+    for name, tensor in order(with_projection(deepseek(), exports_of(makers, truth)).items()):
+        model.load_weights([(name, tensor)])
+    process()
+    outputs_are_right(model, truth)
+
+
+def test_everything_missing_is_listed_at_once(fp8, empty):
+    (_, tensors, _), (model, process) = fp8, empty
+    lost = {f"{INDEXER.format(0)}wk.weight_scale_inv", f"{INDEXER.format(1)}weights_proj.weight"}
+    model.load_weights((name, tensor) for name, tensor in tensors.items() if name not in lost)
+    with pytest.raises(CheckpointError) as caught:
+        process()
+    assert error(caught) == [
+        (f"{INDEXER.format(0)}wk.weight_scale_inv", "no such tensor"),
+        (f"{INDEXER.format(1)}weights_proj.weight", "no tensor of it"),
+    ]
+
+
+def test_a_checkpoint_without_indexers(fp8, empty):
+    (_, tensors, _), (model, process) = fp8, empty
+    model.load_weights((name, tensor) for name, tensor in tensors.items() if ".indexer.w" not in name)
+    with pytest.raises(CheckpointError) as caught:
+        process()
+    assert [subject for subject, _ in error(caught)] == list(INDEXER_MODULES)
+    with pytest.raises(RuntimeError, match="no weights have been loaded"):
+        projections(model)[0](activations()[0])
+
+
+INDEXER_MODULES = [f"{INDEXER.format(layer)}wk_weights_proj" for layer in range(LAYERS)]
+
+
+def test_bad_values_of_several_layers_are_listed_at_once(fp8, empty):
+    (_, tensors, _), (model, process) = fp8, empty
+    for layer in range(LAYERS):
+        tensors[f"{INDEXER.format(layer)}wk.weight_scale_inv"][0, 1] = torch.nan
+    model.load_weights(tensors.items())
+    with pytest.raises(CheckpointError) as caught:
+        process()
+    assert len(error(caught)) == LAYERS
+
+
+def test_another_shape_than_the_models(fp8, empty):
+    (_, tensors, _), (model, process) = fp8, empty
+    gate = f"{INDEXER.format(1)}weights_proj.weight"
+    tensors[gate] = tensors[gate][:8]
+    model.load_weights(tensors.items())
+    with pytest.raises(CheckpointError, match=r"expected \(D, H, K\) = \(128, 16, 256\), as the model has it"):
+        process()
+
+
+def test_a_tensor_that_comes_twice(fp8, empty):
+    (_, tensors, _), (model, process) = fp8, empty
+    name = f"{INDEXER.format(0)}wk.weight"
+    model.load_weights([*tensors.items(), (name, tensors[name])])
+    with pytest.raises(CheckpointError, match="nothing more of a layer that is complete"):
+        process()
+
+
+def test_a_load_that_fails_leaves_nothing_behind(fp8, empty):
+    """Otherwise the scale of one load would meet the weight of the next."""
+    (_, tensors, truth), (model, process) = fp8, empty
+    scale = f"{INDEXER.format(0)}wk.weight_scale_inv"
+
+    def cut_short():
+        yield scale, 3 * tensors[scale]
+        raise ConnectionError
+
+    with pytest.raises(ConnectionError):
+        model.load_weights(cut_short())
+    model.load_weights(tensors.items())
+    process()
+    outputs_are_right(model, truth)
+
+
+@pytest.mark.parametrize("architecture", ["DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"])
+def test_layers_that_share_an_earlier_choice_have_no_indexer(fp8, architecture):
+    """vLLM builds none there, the checkpoint holds their tensors all the same."""
+    _, tensors, truth = fp8
+    config = {**DEEPSEEK, "architectures": [architecture], "index_topk_pattern": "FS"}
+    model = build(write(fp8[0], tensors, config))
+    assert list(projections(model)) == [0]
+    outputs_are_right(model, truth)
+
+
+def test_dummy_weights(fp8):
+    """No tensor of a checkpoint comes, and the random ones that vLLM writes are used."""
+    model = build(fp8[0], load_format="dummy")
+    x, *_ = activations()
+    for module in projections(model).values():
+        exact = x.double() @ module.weight.double().T
+        assert exact.abs().max() > 0
+        assert (module(x)[0].double() - exact).abs().max() <= 2**-8 * exact.abs().max()
+
+
+def test_loading_past_the_plugin_is_vllms_own(fp8, tmp_path):
+    """The inner model's load_weights, called directly, writes to `.weight` as without the plugin."""
+    tensors = deepseek()
+    model, config, _, model_config = create(write(tmp_path / "bf16", tensors))
+    with environment(config):
+        model.model.load_weights((n.removeprefix("model."), t) for n, t in tensors.items() if n.startswith("model."))
+        process_weights_after_loading(model, model_config, torch.device("cpu"))
+    stem = INDEXER.format(0)
+    expected = torch.cat([tensors[f"{stem}wk.weight"], tensors[f"{stem}weights_proj.weight"]])
+    assert torch.equal(projections(model)[0].weight, expected)
+    assert projections(model)[0](torch.ones(1, K).bfloat16())[0].isfinite().all()
+
+
+def test_the_log_says_what_runs(fp8, caplog):
+    with caplog.at_level(logging.INFO, "vllm.indexproj"):
+        build(fp8[0])
+    (record,) = [record for record in caplog.records if record.name == "vllm.indexproj"]
+    assert record.getMessage().endswith(
+        "runs 2 indexer projections of DeepseekV3ForCausalLM: wk in FP8 with a scale per 128x128, weights_proj in BF16"
+    )
+
+
+def test_compiled_code_is_told_apart(fp8):
+    """vLLM keeps compiled code on disk under a hash of its config, whatever that code calls."""
+    hashes = set()
+    for switch in ("0", "1", "bf16"):
+        model, config, loader, model_config = create(fp8[0], switch)
+        with environment(config):
+            loader.load_weights(model, model_config)
+            process_weights_after_loading(model, model_config, torch.device("cpu"))
+        hashes.add(config.compute_hash())
+    assert len(hashes) == 3
