@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
+from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -35,6 +36,19 @@ console = Console(width=max(132, shutil.get_terminal_size().columns), highlight=
 
 CheckpointPath = Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint directory, or one .safetensors file.")]
 Kind = Literal["deepseek-v3.2", "glm-5-bf16", "glm-5.2-fp8"]
+
+
+def _version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"indexproj {version('indexproj')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -165,7 +179,7 @@ def compile_(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Compile the kernels for GPUs that need not be here, and hold the binaries against what dispatch counts on.
+    """Compile the kernels for GPUs that need not be here, and check the binaries.
 
     One row for each kernel that dispatch picks, for the shapes and encodings of published models. Ends with 1 if
     anything is wrong with one.
@@ -211,7 +225,7 @@ def compile_(
 def _compiled_table(title: str, found: Iterable[Row]) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("kernel", no_wrap=True)
-    numbers = ("M", "programs", "per SM", "registers", "shared", "MMA", "W", "x", "loads", "verdict")
+    numbers = ("M", "programs", "per SM", "registers", "shared", "MMA", "W", "x", "KB each", "loads", "verdict")
     for column in numbers:
         table.add_column(column, justify="right", no_wrap=True)
     for row in found:
@@ -226,7 +240,9 @@ def _compiled_table(title: str, found: Iterable[Row]) -> Table:
             row.x_reads,
         )
         loads = " ".join(f"{count}x{size}" for size, count in row.loads.items())
-        table.add_row(row.kernel, *map(str, cells), loads, "faulty" if row.faults else "ok")
+        table.add_row(
+            row.kernel, *map(str, cells), f"{row.bytes_per_program / 1e3:.1f}", loads, "faulty" if row.faults else "ok"
+        )
     return table
 
 

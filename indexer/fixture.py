@@ -116,7 +116,7 @@ def write_fixture(
         Names of the shards.
 
     Raises:
-        ValueError: an unknown kind, an impossible number of layers, or a directory that is not empty.
+        ValueError: an unknown kind, an impossible number of layers, scales of BF16, or a directory that is not empty.
     """
     if kind not in MODELS:
         raise ValueError(f"fixture: expected one of {', '.join(MODELS)}, got {kind!r}")
@@ -124,6 +124,8 @@ def write_fixture(
     count = len(model.indexer_layers) if layers is None else layers
     if not 1 <= count <= len(model.indexer_layers):
         raise ValueError(f"fixture: {kind} has 1 to {len(model.indexer_layers)} indexer layers, got {layers}")
+    if power_of_two_scales and not model.is_fp8:
+        raise ValueError(f"fixture: {kind} is BF16 and has no scales to round")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"fixture: {directory} is not an empty directory")
     directory.mkdir(parents=True, exist_ok=True)

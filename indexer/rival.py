@@ -14,7 +14,8 @@ from triton.compiler import ASTSource
 from ..kernels import TARGETS
 from ..kernels.compiled import compile_source
 from ..kernels.dispatch import cdiv
-from ..kernels.gates import Row
+from ..kernels.gates import Row, nbytes
+from ..kernels.matrix import Kind
 
 _MODULE, _NAME = "vllm.model_executor.layers.quantization.utils.fp8_utils", "_w8a8_triton_block_scaled_mm"
 # What vLLM runs where it has no tuned table for a shape, and it has none for N=128: see w8a8_triton_block_scaled_mm.
@@ -64,6 +65,7 @@ def block_scaled_gemm(target: str, ms: Iterable[int]) -> list[Row]:
             programs=cdiv(m, _BLOCKS["BLOCK_SIZE_M"]),
             weight_reads=cdiv(m, _BLOCKS["BLOCK_SIZE_M"]),
             x_reads=1,
+            bytes_per_program=nbytes(Kind.FP8_BLOCK, 128, 7168) + 64 * 7168,
         )
         for m in ms
     ]

@@ -11,7 +11,7 @@ from typing import Any
 
 from .compiled import MULTIPROCESSORS, Binary, compile_for
 from .dispatch import KernelConfig, choose
-from .matrix import Kind
+from .matrix import Kind, operand_specs
 from .target import TARGETS
 
 # (D, H, K) of published models.
@@ -40,7 +40,8 @@ class Row:
         kernel: the regime, and what tells the configs of one apart.
         m: the largest power of two of rows of x for which dispatch picks it.
         programs: of a launch with so many rows.
-        weight_reads, x_reads: how often the programs of such a launch ask for each byte; None where nobody counted.
+        weight_reads, x_reads: how often the programs of such a launch ask for each byte.
+        bytes_per_program: of weights and x, that one of its programs asks for, on average.
         registers: per thread.
         shared_memory: bytes per program.
         per_sm: programs that one SM holds at a time.
@@ -55,8 +56,9 @@ class Row:
     kernel: str
     m: int
     programs: int
-    weight_reads: int | None
-    x_reads: int | None
+    weight_reads: int
+    x_reads: int
+    bytes_per_program: int
     registers: int
     shared_memory: int
     per_sm: int
@@ -102,6 +104,11 @@ def faults(name: str, shape: tuple[int, ...], m: int, config: KernelConfig, bina
     return found
 
 
+def nbytes(kind: Kind, n: int, k: int) -> int:
+    """Bytes of a matrix [N, K] of that kind."""
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in filter(None, operand_specs(kind, n, k)))
+
+
 def rows(names: Iterable[str], pairs: Iterable[str] = PAIRS) -> Iterator[Row]:
     """Compiles every config of every target and case with one of the pairs, on all cores; in order."""
     wanted = set(pairs)
@@ -117,9 +124,10 @@ def rows(names: Iterable[str], pairs: Iterable[str] = PAIRS) -> Iterator[Row]:
 
 
 def _row(name: str, shape: str, pair: str, config: KernelConfig, m: int) -> Row:
-    sizes = SHAPES[shape]
+    *ns, k = sizes = SHAPES[shape]
     binary = compile_for(TARGETS[name], config, sizes, PAIRS[pair])
-    weight_reads, x_reads = config.reads(m, *sizes[:-1])
+    programs, (weight_reads, x_reads) = math.prod(config.grid(m, *ns)), config.reads(m, *ns)
+    weights = sum(nbytes(kind, n, k) for kind, n in zip(PAIRS[pair], ns, strict=True))
     return Row.of(
         binary,
         name,
@@ -127,8 +135,9 @@ def _row(name: str, shape: str, pair: str, config: KernelConfig, m: int) -> Row:
         pair=pair,
         kernel=str(config),
         m=m,
-        programs=math.prod(config.grid(m, *sizes[:-1])),
+        programs=programs,
         weight_reads=weight_reads,
         x_reads=x_reads,
+        bytes_per_program=(weights * weight_reads + 2 * m * k * x_reads) // programs,
         faults=tuple(faults(name, sizes, m, config, binary)),
     )

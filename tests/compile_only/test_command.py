@@ -30,6 +30,9 @@ def test_report():
         assert (row["target"], row["faults"]) == ("sm_90", [])
         assert row["registers"] <= 255
         assert row["loads"]["16"] > 0
+        if row["weight_reads"] == 1 and row["shape"] == "glm-5":
+            weights = 128 * 6144 + 4 * 48 + 2 * 32 * 6144
+            assert row["bytes_per_program"] == (weights + 2 * row["m"] * 6144 * row["x_reads"]) // row["programs"]
         cells = [
             cell.strip() for line in table.stdout.splitlines() if row["kernel"] in line for cell in line.split("│")
         ]

@@ -1,5 +1,6 @@
 """The command line: tables, exit codes, and errors on stderr."""
 
+import importlib.metadata
 import json
 import os
 import re
@@ -220,8 +221,14 @@ def test_compile_names_what_there_is(arguments, message):
     assert message in result.stderr
 
 
+def test_version():
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.stdout) == (0, f"indexproj {importlib.metadata.version('indexproj')}\n")
+
+
 def test_compile_ends_with_1_and_says_which_kernel_is_at_fault(monkeypatch):
-    facts = {"target": "sm_90", "shape": "glm-5", "pair": "BF16, BF16", "programs": 1, "weight_reads": 1, "x_reads": 1}
+    facts = {"target": "sm_90", "shape": "glm-5", "pair": "BF16, BF16", "programs": 1, "weight_reads": 1, "x_reads": 1,
+             "bytes_per_program": 9}  # fmt: skip
     numbers = {"registers": 255, "shared_memory": 0, "per_sm": 1, "mma": 0, "loads": {16: 3}}
     rows = [Row(kernel=kernel, m=4, **facts, **numbers, faults=faults)
             for kernel, faults in (("gemv", ()), ("tiled", ("2 spills",)))]  # fmt: skip

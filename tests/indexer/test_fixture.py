@@ -127,6 +127,12 @@ def test_impossible_requests(tmp_path, kind, layers, message):
     assert not (tmp_path / "new").exists()
 
 
+def test_bf16_has_no_scales_to_round(tmp_path):
+    with pytest.raises(ValueError, match="glm-5-bf16 is BF16"):
+        write_fixture("glm-5-bf16", tmp_path / "new", 1, power_of_two_scales=True)
+    assert not (tmp_path / "new").exists()
+
+
 def test_nothing_is_overwritten(tmp_path):
     (tmp_path / "mine").write_text("")
     with pytest.raises(ValueError, match="not an empty directory"):
