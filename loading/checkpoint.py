@@ -65,7 +65,7 @@ class Checkpoint:
 
     def _read_headers(self, file: str, promised: list[str] | None) -> None:
         names: list[str] = []
-        instead, advice = "no such tensor", ""
+        instead, advice = "no such tensor", "index and file are of two exports: fetch both again"
         try:
             if (self.path / file).exists() and not (self.path / file).is_file():
                 raise OSError("not a file")
@@ -82,8 +82,10 @@ class Checkpoint:
             if promised == []:
                 self.unread.append(file)
                 return
-            instead = "no such file" if isinstance(error, FileNotFoundError) else f"an unreadable file ({error})"
-            if isinstance(error, SafetensorError):
+            instead, advice = f"an unreadable file ({error})", ""
+            if isinstance(error, FileNotFoundError):
+                instead, advice = "no such file", "fetch the rest of the checkpoint"
+            elif isinstance(error, SafetensorError):
                 advice = "the file is truncated, corrupt or a Git LFS pointer: fetch it again"
             if promised is None:
                 self.problems.append(Problem(file, "", "a readable safetensors file", str(error), advice))

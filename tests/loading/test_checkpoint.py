@@ -21,8 +21,8 @@ def test_missing_shard_names_every_tensor_in_it(tmp_path):
     (path / "model-00001-of-00002.safetensors").unlink()
     problems = problems_of(path)
     assert {problem.subject for problem in problems} == {WK, SCALE}
-    assert {(problem.file, problem.found) for problem in problems} == {
-        ("model-00001-of-00002.safetensors", "no such file")
+    assert {(problem.file, problem.found, problem.advice) for problem in problems} == {
+        ("model-00001-of-00002.safetensors", "no such file", "fetch the rest of the checkpoint")
     }
 
 
@@ -79,6 +79,7 @@ def test_index_names_an_absent_tensor(tmp_path):
     (path / INDEX).write_text(json.dumps(index))
     problems = problems_of(path)
     assert problems[0].found == "no such tensor"
+    assert problems[0].advice == "index and file are of two exports: fetch both again"
     assert {problem.subject for problem in problems} == {
         INDEXER.format(1) + "wk.weight",
         INDEXER.format(1) + "weights_proj.weight",
