@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ class IndexerProjection(nn.Module):
         weights: the two matrices.
         k_dtype: dtype of k; None for the dtype of x.
         gate_dtype: dtype of gate; None for fp32.
+        gate_scale: multiplies gate in fp32.
+        batch_invariant: each row has the same bits in any batch.
     """
 
     def __init__(
@@ -30,6 +33,8 @@ class IndexerProjection(nn.Module):
         *,
         k_dtype: torch.dtype | None = None,
         gate_dtype: torch.dtype | None = None,
+        gate_scale: float = 1.0,
+        batch_invariant: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(weights, ProjectionWeights):
@@ -37,6 +42,8 @@ class IndexerProjection(nn.Module):
         self.weights = weights
         self.k_dtype = k_dtype
         self.gate_dtype = gate_dtype
+        self.gate_scale = gate_scale
+        self.batch_invariant = batch_invariant
 
     @classmethod
     def from_checkpoint(
@@ -45,8 +52,7 @@ class IndexerProjection(nn.Module):
         *,
         layer: int,
         device: str | torch.device = "cpu",
-        k_dtype: torch.dtype | None = None,
-        gate_dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> IndexerProjection:
         """Loads one layer, reading only its own bytes.
 
@@ -54,16 +60,23 @@ class IndexerProjection(nn.Module):
             path: checkpoint directory, or one .safetensors file.
             layer: index of a layer that owns an indexer.
             device: where the weights go.
-            k_dtype, gate_dtype: dtypes of the outputs.
+            options: k_dtype, gate_dtype, gate_scale and batch_invariant, as for the constructor.
 
         Raises:
             CheckpointError: listing every problem.
         """
-        return cls(load(path, [layer], device)[layer], k_dtype=k_dtype, gate_dtype=gate_dtype)
+        return cls(load(path, [layer], device)[layer], **options)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [..., K] bf16 or fp16 -> k [..., D], gate [..., H]. Raises what `project` raises."""
-        return project(x, self.weights, k_dtype=self.k_dtype, gate_dtype=self.gate_dtype)
+        return project(
+            x,
+            self.weights,
+            k_dtype=self.k_dtype,
+            gate_dtype=self.gate_dtype,
+            gate_scale=self.gate_scale,
+            batch_invariant=self.batch_invariant,
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IndexerProjection:
         def moved(tensor: Tensor) -> Tensor:

@@ -57,8 +57,8 @@ MULTIPROCESSORS = {
 
 # Matrix instructions.
 _MMA = r"\b(?:[HQ]MMA|[HQ]GMMA|UTC\w*MMA)[\w.]*|\bv_s?mfma\w+"
-# Loads from global memory, and the bytes of each by the end of its name; SASS does not name 4.
-_LOAD = r"\b(?:LDG|LDGSTS)((?:\.\w+)+)|\b(?:global|buffer|flat)_load_(\w+)"
+# Loads from global memory, and the bytes of each by a part of its name; SASS does not name 4.
+_LOAD = r"\b(?:LDG|LDGSTS)((?:\.\w+)+)|\b(?:global|buffer|flat)_load_(?:lds_)?(\w+)"
 _LOAD_BYTES = {
     "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1,
     "dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "sshort": 2, "ubyte": 1, "sbyte": 1,
@@ -99,8 +99,8 @@ class Binary:
     @property
     def loads(self) -> Counter[int]:
         """Instructions that load from global memory, by bytes per thread."""
-        names = (sass.rpartition(".")[2] or amd for sass, amd in re.findall(_LOAD, self.assembly))
-        return Counter(_LOAD_BYTES.get(name, 4) for name in names)
+        names = [[*sass.split("."), amd] for sass, amd in re.findall(_LOAD, self.assembly)]
+        return Counter(next((_LOAD_BYTES[part] for part in name if part in _LOAD_BYTES), 4) for name in names)
 
     def programs(self, sm: Multiprocessor) -> int:
         """How many programs one SM holds at a time."""

@@ -95,8 +95,9 @@ def faults(name: str, shape: tuple[int, ...], m: int, config: KernelConfig, bina
         found.append(f"{binary.shared_memory} bytes of shared memory, of {sm.per_program}")
     if bool(binary.mma) != (config.regime != "gemv"):
         found.append(f"matrix instructions: {dict(binary.mma)}")
-    if binary.loads[16] == 0:
-        found.append("no loads of 16 bytes")
+    widest = max(binary.loads, default=0)
+    if widest < (8 if config.regime == "tiled" else 16):  # 32 columns of fp16 are 8 bytes a thread
+        found.append(f"no load is wider than {widest} bytes")
     if config.regime != "tiled" and not config.serial:
         programs, resident = math.prod(config.grid(m, *shape[:-1])), binary.programs(sm) * TARGETS[name].sm_count
         if programs > resident:

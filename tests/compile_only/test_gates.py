@@ -73,7 +73,7 @@ FINE = {"registers": 64, "spills": 0, "scratch": 0, "shared_memory": 1024, "thre
         ({"scratch": 8}, "8 bytes of local memory"),
         ({"shared_memory": 228 * 1024}, "bytes of shared memory"),
         ({"assembly": "LDG.E.128"}, "matrix instructions: {}"),
-        ({"assembly": "HMMA LDG.E.64"}, "no loads of 16 bytes"),
+        ({"assembly": "HMMA LDG.E.64"}, "no load is wider than 8 bytes"),
         ({"registers": 136}, "168 programs, and the GPU holds 132"),
         ({"shared_memory": 120 * 1024}, "168 programs, and the GPU holds 132"),
     ],
@@ -159,3 +159,10 @@ def test_dependent_launch_is_off_where_there_is_none():
     for name in ("sm_80", "gfx942"):
         config = dataclasses.replace(choose(4, DEEPSEEK, TARGETS[name]), pdl=True)
         assert compiled(name, config, DEEPSEEK, (FP8, BF16)).count("ACQBULK|PREEXIT") == 0
+
+
+def test_loads_are_read_from_assembly_of_both_vendors():
+    text = (
+        "LDG.E.128.CONSTANT R4 LDGSTS.E.BYPASS.LTC128B.128 LDG.E R1 LDG.E.U8 global_load_lds_dwordx4 buffer_load_ubyte"
+    )
+    assert Binary(**FINE | {"assembly": text}).loads == {16: 3, 4: 1, 1: 2}

@@ -5,7 +5,7 @@ import torch
 
 from indexproj.indexer import IndexerProjection
 from indexproj.indexer.fixture import write_fixture
-from indexproj.kernels import reference
+from indexproj.kernels import project, reference
 from indexproj.loading import load
 
 
@@ -16,6 +16,9 @@ def test_forward_from_a_checkpoint(tmp_path, kind):
     x = torch.randn(2, 3, module.weights.shape[2], dtype=torch.bfloat16)
     k, gate = module(x)
     assert IndexerProjection(module.weights, gate_dtype=x.dtype)(x)[1].dtype == x.dtype
+    options = {"gate_scale": 0.125, "batch_invariant": True}
+    scaled = IndexerProjection.from_checkpoint(tmp_path, layer=0, **options)(x)[1]
+    assert torch.equal(scaled, 0.125 * project(x, module.weights, batch_invariant=True)[1])
     for output, truth in zip((k, gate), reference(x, load(tmp_path)[0]), strict=True):
         assert output.dtype == torch.float32
         assert (output - truth).abs().max() <= 2e-6 * truth.abs().max()
