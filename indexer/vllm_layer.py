@@ -169,6 +169,7 @@ class IndexerMethod(LinearMethodBase):  # type: ignore[misc]
 
     def _replace_parameter(self, new: ProjectionWeights) -> None:
         self.layer._parameters.pop("weight", None)
+        del self._dense  # and with it the memory
         self.weights = new.map(lambda tensor: nn.Parameter(tensor, requires_grad=False))
         for prefix, matrix in ((WK, self.weights.wk), (GATE, self.weights.gate)):
             for attribute, tensor in zip(fields(matrix), matrix.tensors, strict=False):  # type: ignore[arg-type]

@@ -1,6 +1,8 @@
 """Loads that are cut short, come in parts, or bring nothing."""
 
+import gc
 import logging
+import weakref
 
 import pytest
 import torch
@@ -163,6 +165,14 @@ def test_loading_past_the_plugin_is_vllms_own(fp8, tmp_path):
     expected = torch.cat([tensors[f"{stem}wk.weight"], tensors[f"{stem}weights_proj.weight"]])
     assert torch.equal(projections(model)[0].weight, expected)
     assert projections(model)[0](torch.ones(1, K).bfloat16())[0].isfinite().all()
+
+
+def test_the_dense_weight_is_gone_once_another_is_there(fp8, empty):
+    (_, tensors, _), (model, _) = fp8, empty
+    dense = [weakref.ref(module.weight) for module in projections(model).values()]
+    model.load_weights(tensors.items())
+    gc.collect()
+    assert [reference() for reference in dense] == [None] * LAYERS
 
 
 def test_the_log_says_what_runs(fp8, caplog):
