@@ -176,7 +176,8 @@ def swap(model: Any, vllm_config: Any, num_hidden_layers: int | None, to_bf16: b
 
     layers = {f"{name}.wk_weights_proj": indexer.wk_weights_proj for name, indexer in indexers.items()}
     model.indexproj = IndexerModel(model, layers, vllm_config.additional_config, num_hidden_layers, to_bf16)
-    patch_packed_modules(model)
+    if not forwards:
+        patch_packed_modules(model)
     for indexer in indexers.values():
         if type(indexer) in forwards:
             indexer.forward = MethodType(forwards[type(indexer)], indexer)
@@ -186,6 +187,7 @@ def patch_packed_modules(model: Any) -> None:
     """Adds wk_weights_proj to a model's `packed_modules_mapping`, so that LoRA adapters of wk and weights_proj apply.
 
     Why: DeepSeek's and GLM's classes lack the entry, and adapters of both are refused or not seen; HY-V4's have it.
+    GLM-5.3-Flash lacks it and goes without: its forward does not call the module that an adapter would wrap.
     Goes when: they have it too.
     """
     mapping = getattr(model, "packed_modules_mapping", None)
