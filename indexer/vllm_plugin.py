@@ -113,7 +113,7 @@ def patch_model_creation(loader: Any, to_bf16: bool) -> None:
     @functools.wraps(original)
     def create_model(self: Any, vllm_config: Any, model_config: Any, prefix: str = "") -> Any:
         model = original(self, vllm_config, model_config, prefix)
-        swap(model, vllm_config, getattr(model_config.hf_text_config, "num_hidden_layers", None), to_bf16)
+        swap(model, vllm_config, model_config, to_bf16)
         return model
 
     create_model.is_indexproj = True  # type: ignore[attr-defined]
@@ -150,13 +150,12 @@ def patch_reload(layerwise: Any) -> None:
     layerwise.finalize_layerwise_processing = finalize_layerwise_processing
 
 
-def swap(model: Any, vllm_config: Any, num_hidden_layers: int | None, to_bf16: bool) -> None:
+def swap(model: Any, vllm_config: Any, model_config: Any, to_bf16: bool) -> None:
     """Swaps all projections of a model, or none, in which case a line in the log says why.
 
     Args:
         model: any; without a known indexer in it nothing happens.
-        vllm_config: what vLLM created it by.
-        num_hidden_layers: of the checkpoint.
+        vllm_config, model_config: what vLLM created it by.
         to_bf16: decode weights to bf16.
     """
     kinds = {cls: kind_of(cls) for cls in {type(module) for module in model.modules()}}
@@ -169,10 +168,11 @@ def swap(model: Any, vllm_config: Any, num_hidden_layers: int | None, to_bf16: b
             LOGGER.info("indexer projections are left to vLLM: %s", reason)
             return
         forwards = {cls: glm5next_forward(cls) for cls, kind in kinds.items() if kind == GLM5NEXT}
-    except UnexpectedError as error:
+        num_hidden_layers = getattr(model_config.hf_text_config, "num_hidden_layers", None)
+        from .vllm_layer import IndexerModel
+    except (UnexpectedError, AttributeError, ImportError, OSError) as error:  # the last one: there is no source
         _warn(error)
         return
-    from .vllm_layer import IndexerModel
 
     layers = {f"{name}.wk_weights_proj": indexer.wk_weights_proj for name, indexer in indexers.items()}
     model.indexproj = IndexerModel(model, layers, vllm_config.additional_config, num_hidden_layers, to_bf16)
@@ -268,7 +268,14 @@ def _check(model: Any, indexers: dict[str, Any]) -> None:
         if type(layer) is not MergedColumnParallelLinear:
             raise UnexpectedError(f"{name}.wk_weights_proj: expected a MergedColumnParallelLinear, found {type(layer)}")
         d, h = indexer.head_dim, indexer.n_head
-        expected = {"output_sizes": [d, h], "bias": None, "skip_bias_add": False, "return_bias": True, "tp_size": 1}
+        expected = {
+            "input_size": layer.weight.shape[1],
+            "output_sizes": [d, h],
+            "bias": None,
+            "skip_bias_add": False,
+            "return_bias": True,
+            "tp_size": 1,
+        }
         found = {attribute: getattr(layer, attribute, "none") for attribute in expected}
         if found != expected or not isinstance(layer.quant_method, UnquantizedLinearMethod):
             raise UnexpectedError(
@@ -308,7 +315,7 @@ def _exists(module: str) -> bool:
         return False
 
 
-def _warn(error: UnexpectedError) -> None:
+def _warn(error: Exception) -> None:
     import vllm
 
     ours, theirs = importlib.metadata.version("indexproj"), getattr(vllm, "__version__", "of unknown version")

@@ -210,6 +210,43 @@ def test_an_unknown_layer_is_left_alone(vllm, layer, caplog):
     assert model.load_weights == before
 
 
+def without_heads(vllm, model):
+    del model.prefix.layers["0"]["self_attn"].indexer.n_head
+
+
+def without_a_method(vllm, model):
+    del model.projection(0).quant_method
+
+
+def without_a_class(vllm, model):
+    del vllm.linear.UnquantizedLinearMethod
+
+
+def with_an_unreadable_forward(vllm, model):
+    indexer = model.prefix.layers["0"]["self_attn"].indexer
+    type(indexer).__module__, type(indexer).__qualname__ = vllm_plugin.GLM5NEXT.rsplit(".", 1)
+    exec("def forward(self): pass", namespace := {})
+    type(indexer).forward = namespace["forward"]
+
+
+@pytest.mark.parametrize("change", [without_heads, without_a_method, without_a_class, with_an_unreadable_forward])
+def test_what_is_renamed_does_not_stop_a_server(vllm, change, caplog):
+    register()
+    model = Model()
+    change(vllm, model)
+    create(vllm, model)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "9.9" in record.getMessage()
+    assert type(getattr(model.projection(0), "quant_method", None)).__name__ != "IndexerMethod"
+
+
+def test_a_model_without_an_indexer_needs_no_config(vllm):
+    register()
+    vllm.model = Model(kind="vllm.models.other.Indexer")
+    assert vllm.loader.BaseModelLoader().create_model(SimpleNamespace(), SimpleNamespace()) is vllm.model
+
+
 def test_a_model_that_loads_in_its_own_way_is_left_alone(vllm, caplog):
     class Other(Model):
         def load_weights(self, weights):
