@@ -42,8 +42,6 @@ class IndexerMethod(LinearMethodBase):  # type: ignore[misc]
         is_fresh: True once a load has brought new values, until `IndexerModel.reloaded` asks.
     """
 
-    supports_pre_processed_weights = True  # those are what was written to layer.weight
-
     def __init__(self, name: str, layer: Any, model: IndexerModel) -> None:
         d, h = layer.output_sizes
         self.name = name

@@ -169,6 +169,8 @@ def swap(model: Any, vllm_config: Any, model_config: Any, to_bf16: bool) -> None
             return
         forwards = {cls: glm5next_forward(cls) for cls, kind in kinds.items() if kind == GLM5NEXT}
         num_hidden_layers = getattr(model_config.hf_text_config, "num_hidden_layers", None)
+        # A rank that joins gets dummy weights, and then the tensors of another one, in order: both need one layout.
+        to_bf16 = to_bf16 or vllm_config.parallel_config.enable_elastic_ep
         from .vllm_layer import IndexerModel
     except (UnexpectedError, AttributeError, ImportError, OSError) as error:  # the last one: there is no source
         _warn(error)

@@ -116,7 +116,8 @@ def vllm(monkeypatch):
 def create(vllm, model=None):
     vllm.model = model or vllm.model
     config = SimpleNamespace(hf_text_config=SimpleNamespace(num_hidden_layers=4))
-    vllm.config = SimpleNamespace(additional_config={"other": 1})
+    parallel = SimpleNamespace(enable_elastic_ep=False)
+    vllm.config = SimpleNamespace(additional_config={"other": 1}, parallel_config=parallel)
     return vllm.loader.BaseModelLoader().create_model(vllm.config, config)
 
 
