@@ -85,12 +85,14 @@ def find_patched() -> tuple[Any, Any]:
         from vllm.model_executor.layers.linear import LinearMethodBase, MergedColumnParallelLinear  # noqa: F401
         from vllm.model_executor.model_loader.base_loader import BaseModelLoader
         from vllm.model_executor.model_loader.reload import layerwise
+        from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
     except ImportError as error:
         raise UnexpectedError(str(error)) from error
     for name, owner, arguments in (
         ("create_model", BaseModelLoader, ["self", "vllm_config", "model_config", "prefix"]),
         ("finalize_layerwise_processing", layerwise, ["model", "model_config"]),
         ("get_layerwise_info", layerwise, ["layer"]),
+        ("can_load", LayerReloadingInfo, ["self"]),
     ):
         function = getattr(owner, name, None)
         found = list(inspect.signature(function).parameters) if callable(function) else "no such function"

@@ -87,6 +87,10 @@ def vllm(monkeypatch):
     def get_layerwise_info(layer):
         pass
 
+    class LayerReloadingInfo:
+        def can_load(self):
+            pass
+
     made = module("vllm", __version__="9.9")
     made.envs = module("vllm.envs", VLLM_BATCH_INVARIANT=False)
     for name in ("model_executor", "model_executor.layers", "model_executor.models", "model_executor.model_loader"):
@@ -105,6 +109,7 @@ def vllm(monkeypatch):
         finalize_layerwise_processing=finalize_layerwise_processing,
         get_layerwise_info=get_layerwise_info,
     )
+    made.types = module("vllm.model_executor.model_loader.reload.types", LayerReloadingInfo=LayerReloadingInfo)
     made.reload = module("vllm.model_executor.model_loader.reload", layerwise=made.layerwise)
     monkeypatch.delitem(sys.modules, "indexproj.indexer.vllm_layer", raising=False)
     monkeypatch.setattr("indexproj.kernels.target.target_of", lambda device: None)
@@ -164,7 +169,11 @@ def moved(vllm):
     del vllm.linear.MergedColumnParallelLinear
 
 
-@pytest.mark.parametrize("change", [renamed, another_signature, moved])
+def told_in_another_way(vllm):
+    del vllm.types.LayerReloadingInfo.can_load
+
+
+@pytest.mark.parametrize("change", [renamed, another_signature, moved, told_in_another_way])
 def test_an_unknown_vllm_is_left_alone(vllm, change, caplog):
     change(vllm)
     before = dict(vllm.loader.BaseModelLoader.__dict__), dict(vllm.layerwise.__dict__)
