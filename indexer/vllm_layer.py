@@ -42,8 +42,6 @@ class IndexerMethod(LinearMethodBase):  # type: ignore[misc]
         is_fresh: True once a load has brought new values, until `IndexerModel.reloaded` asks.
     """
 
-    supports_pre_processed_weights = True  # those are what was written to layer.weight
-
     def __init__(self, name: str, layer: Any, model: IndexerModel) -> None:
         d, h = layer.output_sizes
         self.name = name
@@ -113,7 +111,7 @@ class IndexerMethod(LinearMethodBase):  # type: ignore[misc]
         Raises:
             CheckpointError: no other can follow, and they are not right, or they had come already.
         """
-        if self.is_fresh and self._model.is_loading:
+        if self.is_fresh:
             header = Header.of(name, tensor, "")
             raise CheckpointError([Problem(name, "", "nothing more of a layer that is complete", str(header))])
         self.is_waiting = True
@@ -169,6 +167,7 @@ class IndexerMethod(LinearMethodBase):  # type: ignore[misc]
 
     def _replace_parameter(self, new: ProjectionWeights) -> None:
         self.layer._parameters.pop("weight", None)
+        del self._dense  # and with it the memory
         self.weights = new.map(lambda tensor: nn.Parameter(tensor, requires_grad=False))
         for prefix, matrix in ((WK, self.weights.wk), (GATE, self.weights.gate)):
             for attribute, tensor in zip(fields(matrix), matrix.tensors, strict=False):  # type: ignore[arg-type]
@@ -191,7 +190,6 @@ class IndexerModel:
         methods: layer index -> method.
         num_hidden_layers: behind which HY-V4's `mtp_layers` count.
         is_loaded: True once a load has ended well.
-        is_loading: True while a load is under way whose end vLLM will tell: the first one, or a reload in its own way.
         is_finished: True from the end of a load to the beginning of the next one.
         to_bf16: True to decode all weights to bf16, so that later loads may bring any encoding.
     """
@@ -216,7 +214,6 @@ class IndexerModel:
         self.methods: dict[int, IndexerMethod] = {}
         self._kind = type(model).__name__
         self.is_loaded = False
-        self.is_loading = True
         self.is_finished = False
         self._additional_config = additional_config
         self._problems: dict[int, list[Problem]] = {}
@@ -233,7 +230,8 @@ class IndexerModel:
             CheckpointError: a projection's tensors are complete and not right. Those that are incomplete wait for more
                 calls, until vLLM processes the weights.
         """
-        self.is_loading = not self.is_loaded or any(method.is_reloading for method in self.methods.values())
+        # Of a load that is neither the first one nor a reload in its own way vLLM does not tell the end.
+        has_end = not self.is_loaded or any(method.is_reloading for method in self.methods.values())
         self.is_finished = False
         try:
             with self._parameters_hidden():
@@ -242,7 +240,7 @@ class IndexerModel:
             self._abandon()
             self.reloaded()
             raise
-        if not self.is_loading:
+        if not has_end:
             self.reloaded()
             self._raise_problems()
             if waiting := [number for number, method in self.methods.items() if method.is_waiting]:

@@ -85,12 +85,14 @@ def find_patched() -> tuple[Any, Any]:
         from vllm.model_executor.layers.linear import LinearMethodBase, MergedColumnParallelLinear  # noqa: F401
         from vllm.model_executor.model_loader.base_loader import BaseModelLoader
         from vllm.model_executor.model_loader.reload import layerwise
+        from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
     except ImportError as error:
         raise UnexpectedError(str(error)) from error
     for name, owner, arguments in (
         ("create_model", BaseModelLoader, ["self", "vllm_config", "model_config", "prefix"]),
         ("finalize_layerwise_processing", layerwise, ["model", "model_config"]),
         ("get_layerwise_info", layerwise, ["layer"]),
+        ("can_load", LayerReloadingInfo, ["self"]),
     ):
         function = getattr(owner, name, None)
         found = list(inspect.signature(function).parameters) if callable(function) else "no such function"
@@ -113,7 +115,7 @@ def patch_model_creation(loader: Any, to_bf16: bool) -> None:
     @functools.wraps(original)
     def create_model(self: Any, vllm_config: Any, model_config: Any, prefix: str = "") -> Any:
         model = original(self, vllm_config, model_config, prefix)
-        swap(model, vllm_config, getattr(model_config.hf_text_config, "num_hidden_layers", None), to_bf16)
+        swap(model, vllm_config, model_config, to_bf16)
         return model
 
     create_model.is_indexproj = True  # type: ignore[attr-defined]
@@ -150,13 +152,12 @@ def patch_reload(layerwise: Any) -> None:
     layerwise.finalize_layerwise_processing = finalize_layerwise_processing
 
 
-def swap(model: Any, vllm_config: Any, num_hidden_layers: int | None, to_bf16: bool) -> None:
+def swap(model: Any, vllm_config: Any, model_config: Any, to_bf16: bool) -> None:
     """Swaps all projections of a model, or none, in which case a line in the log says why.
 
     Args:
         model: any; without a known indexer in it nothing happens.
-        vllm_config: what vLLM created it by.
-        num_hidden_layers: of the checkpoint.
+        vllm_config, model_config: what vLLM created it by.
         to_bf16: decode weights to bf16.
     """
     kinds = {cls: kind_of(cls) for cls in {type(module) for module in model.modules()}}
@@ -169,14 +170,18 @@ def swap(model: Any, vllm_config: Any, num_hidden_layers: int | None, to_bf16: b
             LOGGER.info("indexer projections are left to vLLM: %s", reason)
             return
         forwards = {cls: glm5next_forward(cls) for cls, kind in kinds.items() if kind == GLM5NEXT}
-    except UnexpectedError as error:
+        num_hidden_layers = getattr(model_config.hf_text_config, "num_hidden_layers", None)
+        # A rank that joins gets dummy weights, and then the tensors of another one, in order: both need one layout.
+        to_bf16 = to_bf16 or vllm_config.parallel_config.enable_elastic_ep
+        from .vllm_layer import IndexerModel
+    except (UnexpectedError, AttributeError, ImportError, OSError) as error:  # the last one: there is no source
         _warn(error)
         return
-    from .vllm_layer import IndexerModel
 
     layers = {f"{name}.wk_weights_proj": indexer.wk_weights_proj for name, indexer in indexers.items()}
     model.indexproj = IndexerModel(model, layers, vllm_config.additional_config, num_hidden_layers, to_bf16)
-    patch_packed_modules(model)
+    if not forwards:
+        patch_packed_modules(model)
     for indexer in indexers.values():
         if type(indexer) in forwards:
             indexer.forward = MethodType(forwards[type(indexer)], indexer)
@@ -186,6 +191,7 @@ def patch_packed_modules(model: Any) -> None:
     """Adds wk_weights_proj to a model's `packed_modules_mapping`, so that LoRA adapters of wk and weights_proj apply.
 
     Why: DeepSeek's and GLM's classes lack the entry, and adapters of both are refused or not seen; HY-V4's have it.
+    GLM-5.3-Flash lacks it and goes without: its forward does not call the module that an adapter would wrap.
     Goes when: they have it too.
     """
     mapping = getattr(model, "packed_modules_mapping", None)
@@ -266,7 +272,14 @@ def _check(model: Any, indexers: dict[str, Any]) -> None:
         if type(layer) is not MergedColumnParallelLinear:
             raise UnexpectedError(f"{name}.wk_weights_proj: expected a MergedColumnParallelLinear, found {type(layer)}")
         d, h = indexer.head_dim, indexer.n_head
-        expected = {"output_sizes": [d, h], "bias": None, "skip_bias_add": False, "return_bias": True, "tp_size": 1}
+        expected = {
+            "input_size": layer.weight.shape[1],
+            "output_sizes": [d, h],
+            "bias": None,
+            "skip_bias_add": False,
+            "return_bias": True,
+            "tp_size": 1,
+        }
         found = {attribute: getattr(layer, attribute, "none") for attribute in expected}
         if found != expected or not isinstance(layer.quant_method, UnquantizedLinearMethod):
             raise UnexpectedError(
@@ -306,7 +319,7 @@ def _exists(module: str) -> bool:
         return False
 
 
-def _warn(error: UnexpectedError) -> None:
+def _warn(error: Exception) -> None:
     import vllm
 
     ours, theirs = importlib.metadata.version("indexproj"), getattr(vllm, "__version__", "of unknown version")

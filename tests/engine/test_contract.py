@@ -121,6 +121,13 @@ def test_how_weights_are_processed(source):
     assert "quant_method.process_weights_after_loading(module)" in text
 
 
+def test_how_ranks_get_weights_from_elsewhere(source):
+    assert "enable_elastic_ep: bool = False" in source["vllm/config/parallel.py"]
+    assert "model.state_dict()" in text_of(source, "vllm.distributed.elastic_ep.elastic_execute.batch_transfer_weights")
+    method = text_of(source, "vllm.model_executor.layers.quantization.base_config.QuantizeMethodBase")
+    assert "supports_pre_processed_weights: bool = False" in method
+
+
 def test_how_compiled_code_is_told_apart(source):
     text = text_of(source, "vllm.config.vllm.VllmConfig.compute_hash")
     assert "json.dumps(additional_config, sort_keys=True)" in text

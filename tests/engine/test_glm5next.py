@@ -10,6 +10,9 @@ from unittest import mock
 
 import pytest
 import torch
+from vllm.config import LoRAConfig
+from vllm.lora.layers import LoRAMapping
+from vllm.lora.model_manager import LoRAModelManager
 
 from engine.harness import (
     DEEPSEEK,
@@ -22,10 +25,13 @@ from engine.harness import (
     D,
     H,
     K,
+    M,
     Recorder,
     activations,
     build,
     deepseek,
+    engine_config,
+    environment,
     is_projection,
     per_token_group_quant_fp8,
     projections,
@@ -122,3 +128,22 @@ def test_the_gate_is_exact_and_never_stale(tmp_path, glm5next, makers):
         tensors, truth = checkpoint(makers)
         model.load_weights((name, tensor) for name, tensor in tensors.items() if is_projection(name))
     assert projections(model).keys() == {0, 1}
+
+
+def test_lora_leaves_the_projection_alone(tmp_path, glm5next):
+    """As in vLLM, which refuses adapters of it; wrapped, it would take them, and the forward would not use them."""
+    tensors, _ = checkpoint(BF16)
+    path = write(tmp_path, tensors, CONFIG)
+    model_class = sys.modules["vllm.models.glm5next"].Glm5NextForCausalLM
+    with mock.patch.object(model_class, "packed_modules_mapping", {}, create=True):
+        model = build(path)
+    indexer = model.model.layers[0].self_attn.indexer
+    expected, config, module = indexer_inputs(glm5next, indexer), engine_config(path), indexer.wk_weights_proj
+    with environment(config):
+        lora = LoRAConfig(max_lora_rank=8, lora_dtype=torch.bfloat16)
+        manager = LoRAModelManager(model, 4, 128, 128, lora, torch.device("cpu"), config)
+        manager.set_adapter_mapping(LoRAMapping((0,) * M, (0,), is_prefill=True))
+    assert "wk_weights_proj" not in manager.packed_modules_mapping
+    assert indexer.wk_weights_proj is module
+    for ours, before in zip(indexer_inputs(glm5next, indexer), expected, strict=True):
+        assert torch.equal(ours.view(torch.uint8), before.view(torch.uint8))

@@ -1,10 +1,15 @@
 """Loads that are cut short, come in parts, or bring nothing."""
 
+import gc
 import logging
+import weakref
 
 import pytest
 import torch
+from vllm.config import set_current_vllm_config
+from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
+from vllm.model_executor.model_loader.weight_cache.protocol import UnsupportedQuantForIPCError, check_ipc_quant_support
 
 from engine.harness import (
     DEEPSEEK,
@@ -15,8 +20,10 @@ from engine.harness import (
     build,
     create,
     deepseek,
+    engine_config,
     environment,
     outputs_are_right,
+    plugin,
     projections,
     with_projection,
     write,
@@ -165,6 +172,14 @@ def test_loading_past_the_plugin_is_vllms_own(fp8, tmp_path):
     assert projections(model)[0](torch.ones(1, K).bfloat16())[0].isfinite().all()
 
 
+def test_the_dense_weight_is_gone_once_another_is_there(fp8, empty):
+    (_, tensors, _), (model, _) = fp8, empty
+    dense = [weakref.ref(module.weight) for module in projections(model).values()]
+    model.load_weights(tensors.items())
+    gc.collect()
+    assert [reference() for reference in dense] == [None] * LAYERS
+
+
 def test_the_log_says_what_runs(fp8, caplog):
     with caplog.at_level(logging.INFO, "vllm.indexproj"):
         build(fp8[0])
@@ -172,6 +187,25 @@ def test_the_log_says_what_runs(fp8, caplog):
     assert record.getMessage().endswith(
         "runs 2 indexer projections of DeepseekV3ForCausalLM: wk in FP8 with a scale per 128x128, weights_proj in BF16"
     )
+
+
+def test_weights_are_not_for_the_weight_cache(empty):
+    """Its clients know `.weight` alone, and leave it uninitialised where the daemon has none."""
+    with pytest.raises(UnsupportedQuantForIPCError, match="IndexerMethod"):
+        check_ipc_quant_support(empty[0])
+
+
+def test_ranks_that_get_their_weights_from_others_agree_on_the_layout(fp8):
+    """Elastic expert parallelism gives a new rank dummy weights, and then the tensors of another one, in order."""
+    dtypes = []
+    for load_format in ("auto", "dummy"):
+        config = engine_config(fp8[0], load_format=load_format)
+        config.parallel_config.enable_elastic_ep = True
+        with plugin("1"), set_current_vllm_config(config):
+            model = get_model_loader(config.load_config).load_model(config, config.model_config)
+        dtypes.append([(name, tensor.dtype, tensor.shape) for name, tensor in model.state_dict().items()])
+        assert hasattr(model, "indexproj")
+    assert dtypes[0] == dtypes[1]
 
 
 def test_compiled_code_is_told_apart(fp8):

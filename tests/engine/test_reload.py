@@ -77,6 +77,20 @@ def test_update_by_load_weights_alone(server):
     server.check(truth)
 
 
+def test_what_is_left_of_an_update_is_not_paired_in_silence(tmp_path):
+    """The scale of an update that broke off meets the weight of the next one, whose own scale is then one too many."""
+    server = Server(tmp_path, FP8)
+    stem = INDEXER.format(1)
+    scale = f"{stem}wk.weight_scale_inv"
+    server.model.load_weights([(scale, checkpoint(FP8)[0][scale])])
+    tensors, truth = checkpoint(FP8)
+    names = [f"{stem}weights_proj.weight", f"{stem}wk.weight", scale]
+    with pytest.raises(CheckpointError, match="nothing more of a layer that is complete"):
+        server.model.load_weights((name, tensors[name]) for name in names)
+    server.model.load_weights((name, tensors[name]) for name in names)
+    server.check({0: server.truth[0], 1: truth[1]})
+
+
 def test_half_an_update_changes_nothing_and_says_so(server, caplog):
     tensors, _ = checkpoint(server.makers)
     name = f"{INDEXER.format(1)}wk.weight"
@@ -142,5 +156,5 @@ def test_weights_moved_by_offloading(tmp_path):
     """The parameter gets other memory, and it is that which is computed with."""
     server = Server(tmp_path, BF16)
     for module in projections(server.model).values():
-        module.weight.data = module.weight.data.clone()
-    outputs_are_right(server.model, server.truth)
+        module.weight.data = 2 * module.weight.data  # the old memory has the old values
+    outputs_are_right(server.model, {layer: 2 * values for layer, values in server.truth.items()})

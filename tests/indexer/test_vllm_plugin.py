@@ -87,6 +87,10 @@ def vllm(monkeypatch):
     def get_layerwise_info(layer):
         pass
 
+    class LayerReloadingInfo:
+        def can_load(self):
+            pass
+
     made = module("vllm", __version__="9.9")
     made.envs = module("vllm.envs", VLLM_BATCH_INVARIANT=False)
     for name in ("model_executor", "model_executor.layers", "model_executor.models", "model_executor.model_loader"):
@@ -105,6 +109,7 @@ def vllm(monkeypatch):
         finalize_layerwise_processing=finalize_layerwise_processing,
         get_layerwise_info=get_layerwise_info,
     )
+    made.types = module("vllm.model_executor.model_loader.reload.types", LayerReloadingInfo=LayerReloadingInfo)
     made.reload = module("vllm.model_executor.model_loader.reload", layerwise=made.layerwise)
     monkeypatch.delitem(sys.modules, "indexproj.indexer.vllm_layer", raising=False)
     monkeypatch.setattr("indexproj.kernels.target.target_of", lambda device: None)
@@ -116,7 +121,8 @@ def vllm(monkeypatch):
 def create(vllm, model=None):
     vllm.model = model or vllm.model
     config = SimpleNamespace(hf_text_config=SimpleNamespace(num_hidden_layers=4))
-    vllm.config = SimpleNamespace(additional_config={"other": 1})
+    parallel = SimpleNamespace(enable_elastic_ep=False)
+    vllm.config = SimpleNamespace(additional_config={"other": 1}, parallel_config=parallel)
     return vllm.loader.BaseModelLoader().create_model(vllm.config, config)
 
 
@@ -163,7 +169,11 @@ def moved(vllm):
     del vllm.linear.MergedColumnParallelLinear
 
 
-@pytest.mark.parametrize("change", [renamed, another_signature, moved])
+def told_in_another_way(vllm):
+    del vllm.types.LayerReloadingInfo.can_load
+
+
+@pytest.mark.parametrize("change", [renamed, another_signature, moved, told_in_another_way])
 def test_an_unknown_vllm_is_left_alone(vllm, change, caplog):
     change(vllm)
     before = dict(vllm.loader.BaseModelLoader.__dict__), dict(vllm.layerwise.__dict__)
@@ -208,6 +218,43 @@ def test_an_unknown_layer_is_left_alone(vllm, layer, caplog):
     assert "9.9" in record.getMessage()
     assert "wk_weights_proj: expected" in record.getMessage()
     assert model.load_weights == before
+
+
+def without_heads(vllm, model):
+    del model.prefix.layers["0"]["self_attn"].indexer.n_head
+
+
+def without_a_method(vllm, model):
+    del model.projection(0).quant_method
+
+
+def without_a_class(vllm, model):
+    del vllm.linear.UnquantizedLinearMethod
+
+
+def with_an_unreadable_forward(vllm, model):
+    indexer = model.prefix.layers["0"]["self_attn"].indexer
+    type(indexer).__module__, type(indexer).__qualname__ = vllm_plugin.GLM5NEXT.rsplit(".", 1)
+    exec("def forward(self): pass", namespace := {})
+    type(indexer).forward = namespace["forward"]
+
+
+@pytest.mark.parametrize("change", [without_heads, without_a_method, without_a_class, with_an_unreadable_forward])
+def test_what_is_renamed_does_not_stop_a_server(vllm, change, caplog):
+    register()
+    model = Model()
+    change(vllm, model)
+    create(vllm, model)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "9.9" in record.getMessage()
+    assert type(getattr(model.projection(0), "quant_method", None)).__name__ != "IndexerMethod"
+
+
+def test_a_model_without_an_indexer_needs_no_config(vllm):
+    register()
+    vllm.model = Model(kind="vllm.models.other.Indexer")
+    assert vllm.loader.BaseModelLoader().create_model(SimpleNamespace(), SimpleNamespace()) is vllm.model
 
 
 def test_a_model_that_loads_in_its_own_way_is_left_alone(vllm, caplog):
