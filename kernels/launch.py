@@ -52,8 +52,8 @@ def launch(
     dtypes = tuple([out.dtype for out in outs])
     stride_xm, strides_om = x.stride(0), tuple([out.stride(0) for out in outs])
     key = x.device, next_power_of_2(m), k, ns, kinds, factors, x.dtype, dtypes, batch_invariant, config
-    # One compiled kernel serves all launches whose addresses and strides are multiples of 16, and whose tensors reach no
-    # further than 2 GB: on AMD, Triton takes 32 bits for addresses within those. For the others Triton's own launcher,
+    # One compiled kernel serves all launches whose addresses and strides are multiples of 16, and whose tensors reach
+    # no further than 2 GB: within these, Triton counts on 32-bit offsets on AMD. For the others Triton's own launcher,
     # which looks at each argument, finds or compiles one.
     bits = stride_xm | x.data_ptr()
     for out, stride_om in zip(outs, strides_om, strict=True):
