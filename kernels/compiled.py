@@ -73,7 +73,8 @@ class Binary:
 
     Attributes:
         registers: per thread (on AMD: vector registers).
-        spills: instructions that move a register to or from local memory (on AMD: spilled registers).
+        spills: instructions that move a register to or from local memory (on AMD: spilled vector registers; scalar ones
+            go to lanes of these, or show in scratch).
         scratch: bytes of local memory per thread.
         shared_memory: bytes per program.
         threads: per program.
@@ -120,7 +121,7 @@ def compile_for(
     outs: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32),
     factors: tuple[float, ...] = (1.0, 1.0),
 ) -> Binary:
-    """Compiles what `launch` would, for contiguous x and outputs. Needs no GPU.
+    """Compiles what `launch` would, for contiguous x and outputs of up to 2 GB. Needs no GPU.
 
     Args:
         shape: rows of each matrix, and K.
@@ -157,6 +158,8 @@ def compile_for(
             known[path] = None
         elif kind != "constexpr" and name != "M":
             aligned[path] = [["tt.divisibility", 16]]
+            if target.backend == "hip" and kind.startswith("*"):
+                aligned[path].append(["tt.pointer_range", 32])  # as Triton finds of tensors up to 2 GB
     return compile_source(ASTSource(kernel, signature, known, aligned), target, options(config, target))
 
 
@@ -180,8 +183,8 @@ def _read(kernel: CompiledKernel, target: Target) -> Binary:
     if target.backend == "hip":
         text = kernel.asm["amdgcn"]
         values = {key: int(value) for key, value in re.findall(r"^\s*\.(\w+):\s+(\d+)$", text, re.MULTILINE)}
-        spills = values["vgpr_spill_count"] + values["sgpr_spill_count"]
-        return Binary(values["vgpr_count"], spills, values["private_segment_fixed_size"], shared, threads, text)
+        scratch = values["private_segment_fixed_size"]
+        return Binary(values["vgpr_count"], values["vgpr_spill_count"], scratch, shared, threads, text)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()

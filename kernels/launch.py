@@ -52,8 +52,9 @@ def launch(
     dtypes = tuple([out.dtype for out in outs])
     stride_xm, strides_om = x.stride(0), tuple([out.stride(0) for out in outs])
     key = x.device, next_power_of_2(m), k, ns, kinds, factors, x.dtype, dtypes, batch_invariant, config
-    # One compiled kernel serves all launches whose addresses and strides are multiples of 16. For the others Triton's
-    # own launcher, which looks at each argument, finds or compiles one.
+    # One compiled kernel serves all launches whose addresses and strides are multiples of 16, and whose tensors reach
+    # no further than 2 GB: within these, Triton counts on 32-bit offsets on AMD. For the others Triton's own launcher,
+    # which looks at each argument, finds or compiles one.
     bits = stride_xm | x.data_ptr()
     for out, stride_om in zip(outs, strides_om, strict=True):
         bits |= stride_om | out.data_ptr()
@@ -61,7 +62,7 @@ def launch(
         for operand in operands:
             if operand is not None:
                 bits |= operand.data_ptr()
-    is_usual = not (bits & 15 or INTERPRETED) and max(stride_xm, *strides_om) < 2**31
+    is_usual = not (bits & 15 or INTERPRETED) and m * max(stride_xm, *strides_om) < 2**29  # times 4 bytes at most
     ready = _ready.get(key) if is_usual else None
     if ready is None:
         target = target_of(x.device)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from .launch import launch
 from .matrix import MAX_ROWS, Kind, Matrix, Operands, ProjectionWeights, operand_specs
 
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float16)
+LARGEST_FACTOR = torch.finfo(torch.float32).max
 
 
 def project(
@@ -47,7 +47,7 @@ def project(
 
     Raises:
         TypeError: x, out or a requested output has a dtype that is not listed above, or weights are none.
-        ValueError: a shape, stride or device that does not fit the weights, or a gate_scale that is not finite.
+        ValueError: a shape, stride or device that does not fit the weights, or a gate_scale that is not finite in fp32.
         RuntimeError: a tensor requires grad (the operation is not differentiable), or there is no GPU and Triton's
             interpreter is off.
     """
@@ -143,7 +143,8 @@ def _project(
 def _fake_project(
     x: Tensor, operands: list[Tensor], kinds: list[int], factors: list[float], batch_invariant: bool, fp32: list[bool]
 ) -> list[Tensor]:
-    return _allocate(x, _check_inputs(x, operands, kinds, factors)[0], fp32)
+    ns, _ = _check_inputs(x, operands, kinds, factors, _check_matrices.__wrapped__)
+    return _allocate(x, ns, fp32)
 
 
 @torch.library.impl("indexproj::project_out", ("CPU", "CUDA"))
@@ -164,7 +165,8 @@ def _project_out(
 def _fake_project_out(
     x: Tensor, operands: list[Tensor], kinds: list[int], factors: list[float], batch_invariant: bool, out: Tensor
 ) -> None:
-    _check_out(out, x, sum(_check_inputs(x, operands, kinds, factors)[0]))
+    ns, _ = _check_inputs(x, operands, kinds, factors, _check_matrices.__wrapped__)
+    _check_out(out, x, sum(ns))
 
 
 torch.library.register_fake("indexproj::project", _fake_project)
@@ -181,26 +183,6 @@ def _allocate(x: Tensor, ns: list[int], fp32: list[bool]) -> list[Tensor]:
     ]
 
 
-def _check_inputs(
-    x: Tensor, operands: list[Tensor], kinds: list[int], factors: list[float]
-) -> tuple[list[int], tuple[Operands, ...]]:
-    """The number of rows and the operands of each matrix, all of them being what x and their kinds ask for."""
-    if x.dtype not in ACTIVATION_DTYPES:
-        raise TypeError(f"project: x must be torch.bfloat16 or torch.float16, got {x.dtype}")
-    if x.ndim == 0:
-        raise ValueError("project: x must be [..., K] to fit the weights, got []")
-    k = x.shape[-1]
-    if x.stride(-1) != 1 and k > 1:
-        raise ValueError(
-            f"project: x must be contiguous in its last dimension, got strides {x.stride()}; call x.contiguous()"
-        )
-    found = [(operand.dtype, operand.shape, operand.device, operand.is_contiguous()) for operand in operands]
-    check = _check_matrices if isinstance(k, int) else _check_matrices.__wrapped__
-    ns, slots = check(k, x.device, tuple(kinds), tuple(factors), *found)
-    padded = [*operands, None]
-    return ns, tuple([(padded[codes], padded[scale], padded[rows]) for codes, scale, rows in slots])  # type: ignore[misc]
-
-
 @functools.lru_cache(maxsize=4096)
 def _check_matrices(
     k: int, device: torch.device, kinds: tuple[int, ...], factors: tuple[float, ...], *found: Any
@@ -209,8 +191,10 @@ def _check_matrices(
 
     Depends on metadata alone, so that it is done once and not in every step of a model.
     """
-    if len(factors) != len(kinds) or not all(map(math.isfinite, factors)):
-        raise ValueError(f"project: expected {len(kinds)} finite factors, one per matrix, got {list(factors)}")
+    if not kinds:
+        raise ValueError("project: expected at least one matrix, got none")
+    if len(factors) != len(kinds) or not all(abs(factor) <= LARGEST_FACTOR for factor in factors):
+        raise ValueError(f"project: expected {len(kinds)} finite factors, in fp32, one per matrix, got {list(factors)}")
     if not set(kinds) <= set(Kind):
         raise ValueError(f"project: kinds are {list(map(int, Kind))}, got {list(kinds)}")
     ns, slots, place = [], [], 0
@@ -243,6 +227,33 @@ def _check_matrices(
     if place != len(found):
         raise ValueError(f"project: {place} operands expected for kinds {list(kinds)}, got {len(found)}")
     return ns, slots
+
+
+def _check_inputs(
+    x: Tensor,
+    operands: list[Tensor],
+    kinds: list[int],
+    factors: list[float],
+    check: Callable[..., tuple[list[int], list[tuple[int, int, int]]]] = _check_matrices,
+) -> tuple[list[int], tuple[Operands, ...]]:
+    """The number of rows and the operands of each matrix, all of them being what x and their kinds ask for.
+
+    Args:
+        check: `_check_matrices`, for fake tensors without its cache, as their sizes cannot be hashed.
+    """
+    if x.dtype not in ACTIVATION_DTYPES:
+        raise TypeError(f"project: x must be torch.bfloat16 or torch.float16, got {x.dtype}")
+    if x.ndim == 0:
+        raise ValueError("project: x must be [..., K] to fit the weights, got []")
+    k = x.shape[-1]
+    if x.stride(-1) != 1 and k > 1:
+        raise ValueError(
+            f"project: x must be contiguous in its last dimension, got strides {x.stride()}; call x.contiguous()"
+        )
+    found = [(operand.dtype, operand.shape, operand.device, operand.is_contiguous()) for operand in operands]
+    ns, slots = check(k, x.device, tuple(kinds), tuple(factors), *found)
+    padded = [*operands, None]
+    return ns, tuple([(padded[codes], padded[scale], padded[rows]) for codes, scale, rows in slots])  # type: ignore[misc]
 
 
 def _check_dtype(name: str, dtype: torch.dtype, x_dtype: torch.dtype) -> None:

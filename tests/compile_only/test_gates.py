@@ -6,9 +6,12 @@ import re
 
 import pytest
 import torch
+import triton
+import triton.language as tl
+from triton.compiler import ASTSource
 
 from indexproj.kernels import TARGETS, choose
-from indexproj.kernels.compiled import Binary, compile_for
+from indexproj.kernels.compiled import Binary, compile_for, compile_source
 from indexproj.kernels.gates import configs, faults
 from indexproj.kernels.matrix import Kind
 from indexproj.kernels.target import INTERPRETED
@@ -125,6 +128,14 @@ def test_partials_are_released_and_acquired_device_wide(name):
             before = after
 
 
+@pytest.mark.parametrize("name", [name for name in TARGETS if TARGETS[name].backend == "hip"])
+def test_amd_binaries_are_those_of_tensors_up_to_2_gb(name):
+    """Triton's launcher compiles other loads for them than for larger ones."""
+    binary = compiled(name, choose(16, DEEPSEEK, TARGETS[name]), DEEPSEEK, (FP8, BF16))
+    assert binary.count(r"\bbuffer_load_") > 0
+    assert binary.count(r"\bglobal_load_") == 0
+
+
 def counters(config):
     """Places in a kernel for two matrices where a program counts itself in; it comes to one of them."""
     return 0 if not config.has_workspace else 2 if config.regime == "split_k" else 1
@@ -133,7 +144,22 @@ def counters(config):
 @pytest.mark.parametrize("name", [name for name in TARGETS if TARGETS[name].backend == "cuda"])
 def test_no_float_is_added_atomically(name):
     for config, _, binary in binaries(name, "deepseek-fp8-dense"):
-        assert binary.count(r"\b(?:RED|ATOM)\b") == 0, config
+        assert binary.count(FLOAT_ATOMIC) == 0, config
+
+
+FLOAT_ATOMIC = r"\b(?:RED|ATOM)[\w.]*\.F\d"
+
+
+@triton.jit
+def add_floats(ptr):
+    tl.atomic_add(ptr + tl.arange(0, 128), 1.0)
+
+
+@pytest.mark.parametrize("name", [name for name in TARGETS if TARGETS[name].backend == "cuda"])
+def test_float_atomics_would_be_seen(name):
+    options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+    binary = compile_source(ASTSource(add_floats, {"ptr": "*fp32"}, {}, {}), TARGETS[name], options)
+    assert binary.count(FLOAT_ATOMIC) > 0
 
 
 @pytest.mark.parametrize("name", [name for name in TARGETS if TARGETS[name].backend == "cuda"])

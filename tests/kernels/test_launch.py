@@ -58,23 +58,35 @@ def test_the_short_way_hands_over_what_tritons_launcher_does(driver, m):
     assert len(set(seen)) == 1  # one workspace
 
 
-def test_a_kernel_compiled_for_aligned_memory_is_never_given_other_memory(driver):
+def test_a_kernel_compiled_for_usual_memory_is_never_given_other_memory(driver):
+    class Never:
+        def __getitem__(self, grid):
+            raise AssertionError("the compiled kernel was taken")
+
     w = weights("fp8-dense", DEEPSEEK)
     around = torch.zeros(16, DEEPSEEK[2] + 8, dtype=torch.bfloat16)
+    far = torch.empty(15 * 2**25 + 7168, dtype=torch.bfloat16).as_strided((16, 7168), (2**25, 1))  # never touched
     odd = {
-        "stride of x": lambda: project(around[:, :-8][:, : DEEPSEEK[2]], w),
+        "stride of x": lambda: project(around[:, : DEEPSEEK[2]], w),
         "address of x": lambda: project(torch.zeros(16 * 7168 + 1, dtype=torch.bfloat16)[1:].view(16, 7168), w),
-        "stride of out": lambda: project(x_of(16), w, out=torch.empty(16, 193, dtype=torch.bfloat16)[:, :192]),
+        "reach of x": lambda: project(far, w),
+        "stride of out": lambda: project(x_of(16), w, out=torch.empty(16, 200, dtype=torch.bfloat16)[:, :192]),
+        "address of out": lambda: project(x_of(16), w, out=torch.empty(16, 208, dtype=torch.bfloat16)[:, 1:193]),
         "address of weights": lambda: project(x_of(16), shifted(w)),
     }
-    project(x_of(16), w)
-    assert len(module._ready) == 1
-    (ready,) = module._ready.values()
+    for options in ({}, {"out": torch.empty(16, 192, dtype=torch.bfloat16)}):
+        project(x_of(16), w, **options)
+    assert len(module._ready) == 2
+    for key, (_, *rest) in module._ready.items():
+        module._ready[key] = Never(), *rest
+    with pytest.raises(AssertionError, match="was taken"):
+        project(x_of(16), w)
+    before = dict(module._ready)
     for name, run in odd.items():
-        before = driver.launches
+        launches = driver.launches
         run()
-        assert driver.launches == before + 1, name
-        assert list(module._ready.values()) == [ready], name
+        assert driver.launches == launches + 1, name
+        assert module._ready == before, name
 
 
 def shifted(w):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from indexproj.kernels import project, project_all
+from indexproj.kernels import DenseMatrix, ProjectionWeights, project, project_all
 from indexproj.kernels.matrix import operand_specs
 from support import PAIRS, weights
 
@@ -83,7 +83,7 @@ def test_the_operation_itself_refuses_too_few_and_too_many_operands(count, messa
     refused(message, [*operands, operands[-1]][:count], kinds)
 
 
-@pytest.mark.parametrize("factors", [[1.0], [1.0, float("nan")], [float("inf"), 1.0], [1.0, 1.0, 1.0]])
+@pytest.mark.parametrize("factors", [[1.0], [1.0, float("nan")], [float("inf"), 1.0], [1.0, -1e39], [1.0] * 3])
 def test_the_operation_itself_refuses_factors_that_are_not_one_number_per_matrix(factors):
     refused("2 finite factors", *inputs_of(weights("fp8-dense", SHAPE)), factors)
 
@@ -136,6 +136,11 @@ def test_dtypes_do_not_go_with_out():
         project_all(x_of(4, 256), (w.wk, w.gate), dtypes=[torch.float32] * 2, out=x_of(4, 144))
 
 
+def test_no_matrices_are_refused():
+    with pytest.raises(ValueError, match="at least one matrix"):
+        project_all(x_of(4, 256), ())
+
+
 def test_weights_of_another_kind_are_named():
     with pytest.raises(TypeError, match="must be ProjectionWeights, got Tensor"):
         project(x_of(4, 256), x_of(144, 256))
@@ -152,3 +157,14 @@ def test_fake_tensors_give_the_shapes_and_dtypes():
         x = mode.from_tensor(x_of(2, 3, 256))
         k, gate = project(x, weights("fp8-dense", SHAPE).map(mode.from_tensor))
     assert (k.shape, k.dtype, gate.shape, gate.dtype) == ((2, 3, 128), x.dtype, (2, 3, 16), torch.float32)
+
+
+def test_weights_may_have_a_number_of_rows_that_the_compiler_does_not_know():
+    gate = torch.zeros(16, 256, dtype=torch.bfloat16)
+    torch._dynamo.mark_dynamic(gate, 0)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def run(x, wk, gate):
+        return project(x, ProjectionWeights(DenseMatrix(wk), DenseMatrix(gate)))
+
+    assert [tuple(output.shape) for output in run(x_of(0, 256), x_of(128, 256), gate)] == [(0, 128), (0, 16)]
