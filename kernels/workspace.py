@@ -26,7 +26,7 @@ def workspace(device: torch.device, partials: int, counters: int) -> tuple[Tenso
     if not counters:
         return None, None
     if INTERPRETED:  # an error in the middle of a launch would leave counters behind
-        return torch.empty(partials), torch.zeros(counters, dtype=torch.int32)
+        return torch.empty(partials, dtype=torch.float32), torch.zeros(counters, dtype=torch.int32)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return torch.empty(partials, dtype=torch.float32, device=device), _reserved(device, counters)
     if device not in _reserves:

@@ -266,6 +266,19 @@ def test_row_strided_x_is_read_in_bounds(m):
     assert torch.equal(torch.cat(project(x, w), 1), torch.cat(project(x.contiguous(), w), 1))
 
 
+@pytest.mark.parametrize("m", [3, 20, 70])
+def test_the_default_dtype_is_no_matter(m):
+    """Engines set it to that of the model."""
+    w, x = weights("fp8-dense", (128, 16, 1000)), torch.randn(m, 1000, dtype=torch.bfloat16)
+    expected = project(x, w)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        outputs = project(x, w)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(output, same) for output, same in zip(outputs, expected, strict=True))
+
+
 def test_a_k_of_one():
     w = weights("dense-dense", (128, 16, 1))
     x = torch.randn(1, 5, dtype=torch.bfloat16).T  # its last stride is 5, and nobody ever takes that step
