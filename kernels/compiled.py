@@ -73,8 +73,8 @@ class Binary:
 
     Attributes:
         registers: per thread (on AMD: vector registers).
-        spills: instructions that move a register to or from local memory (on AMD: spilled registers; without scratch they
-            only move to other registers and count as none).
+        spills: instructions that move a register to or from local memory (on AMD: spilled registers, and none without
+            scratch, as they only move to other registers then).
         scratch: bytes of local memory per thread.
         shared_memory: bytes per program.
         threads: per program.
