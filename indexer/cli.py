@@ -188,8 +188,11 @@ def compile_(
 
     from ..kernels import TARGETS
     from ..kernels.gates import PAIRS, rows
+    from ..kernels.target import INTERPRETED
     from .rival import block_scaled_gemm
 
+    if INTERPRETED:
+        _fail("compile: nothing is compiled under TRITON_INTERPRET=1; unset it")
     names = list(TARGETS) if all_targets else list(dict.fromkeys(target or ()))
     unknown = [name for name in names if name not in TARGETS]
     if unknown or not names:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
+from contextlib import redirect_stdout
 from importlib import import_module
 from importlib.util import find_spec
 from types import FunctionType
@@ -32,7 +34,8 @@ def block_scaled_gemm(target: str, ms: Iterable[int]) -> list[Row]:
     if find_spec("vllm") is None:
         return []
     try:
-        found = getattr(import_module(_MODULE), _NAME)
+        with redirect_stdout(sys.stderr):  # vLLM logs to stdout, which is for the report
+            found = getattr(import_module(_MODULE), _NAME)
     except (ImportError, AttributeError) as error:
         raise RuntimeError(f"vLLM's block-scaled GEMM is not where it was: {error}") from error
     # Where vLLM finds no GPU, it leaves its kernels plain functions that know only stand-ins of Triton.

@@ -73,8 +73,8 @@ class Binary:
 
     Attributes:
         registers: per thread (on AMD: vector registers).
-        spills: instructions that move a register to or from local memory (on AMD: spilled vector registers; scalar ones
-            go to lanes of these, or show in scratch).
+        spills: instructions that move a register to or from local memory (on AMD: spilled registers, and none without
+            scratch, as they only move to other registers then).
         scratch: bytes of local memory per thread.
         shared_memory: bytes per program.
         threads: per program.
@@ -184,7 +184,8 @@ def _read(kernel: CompiledKernel, target: Target) -> Binary:
         text = kernel.asm["amdgcn"]
         values = {key: int(value) for key, value in re.findall(r"^\s*\.(\w+):\s+(\d+)$", text, re.MULTILINE)}
         scratch = values["private_segment_fixed_size"]
-        return Binary(values["vgpr_count"], values["vgpr_spill_count"], scratch, shared, threads, text)
+        spills = values["vgpr_spill_count"] + values["sgpr_spill_count"] if scratch else 0
+        return Binary(values["vgpr_count"], spills, scratch, shared, threads, text)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()

@@ -49,7 +49,7 @@ class KernelConfig:
     def size(self, *ns: int) -> int:
         """Elements of the accumulators of one program, for matrices of so many rows."""
         if self.regime == "tiled":
-            return self.block_m * sum([next_power_of_2(max(n, 16)) for n in ns])
+            return self.block_m * columns_together(*ns)
         return self.block_m * (self.block_n if self.regime == "split_k" else 1)
 
     @property
@@ -116,10 +116,16 @@ def _choose(
         return replace(decode, split_k=cdiv(splits, waves))
     # On sm_120, FP8 weights beside 64 rows spill.
     block_m = 16 if m <= 256 else 32 if is_wide or target.arch == 120 else 64
-    block_k = 32 if is_wide else 64
+    block_k = 32 if is_wide or columns_together(*ns) > 256 else 64  # gfx942 has 64 KiB for x and all matrices
     fill = next_power_of_2(target.sm_count // (m // block_m) + 1) // 2  # largest power of two that fits, or 0
     split_k = max(1, min(16, fill, cdiv(k, block_k)))
-    return KernelConfig("tiled", block_m=block_m, block_k=block_k, split_k=split_k, num_stages=3)
+    num_warps = 4 if is_wide and not target.is_cuda() else 8  # 8 waves would load less than 16 bytes a thread
+    return KernelConfig("tiled", block_m=block_m, block_k=block_k, split_k=split_k, num_stages=3, num_warps=num_warps)
+
+
+def columns_together(*ns: int) -> int:
+    """Columns of the accumulators of a tiled program: of each matrix a power of two, 16 at least."""
+    return sum([next_power_of_2(max(n, 16)) for n in ns])
 
 
 def cdiv(a: int, b: int) -> int:

@@ -14,7 +14,8 @@ from torch import Tensor
 SCALE_BLOCK = 128
 MX_GROUP = 32
 NVFP4_GROUP = 16
-MAX_ROWS = 256  # of a matrix, D or H: one program of the tiled kernel holds them all
+# One program of the tiled kernel holds all rows: D or H, and those of all matrices, each rounded up to a power of two.
+MAX_ROWS, MAX_ROWS_TOGETHER = 256, 384
 
 
 class Kind(IntEnum):

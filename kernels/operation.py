@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dispatch import columns_together
 from .launch import launch
-from .matrix import MAX_ROWS, Kind, Matrix, Operands, ProjectionWeights, operand_specs
+from .matrix import MAX_ROWS, MAX_ROWS_TOGETHER, Kind, Matrix, Operands, ProjectionWeights, operand_specs
 
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float16)
 LARGEST_FACTOR = torch.finfo(torch.float32).max
@@ -81,12 +82,12 @@ def project_all(
     out: Tensor | None = None,
     batch_invariant: bool = False,
 ) -> tuple[Tensor, ...]:
-    """factor * x @ matrix.T of any number of matrices with the same K, in one launch.
+    """factor * x @ matrix.T of one or more matrices with the same K, in one launch.
 
     GLM-5.3-Flash has a third one, `index_kpool_compress_gate`, that reads the same x.
 
     Args:
-        matrices: [N, K] each, N up to 256.
+        matrices: [N, K] each, N up to 256, and up to 384 together, each rounded up to a power of two.
         dtypes: of each output, x.dtype (default) or torch.float32.
         factors: of each output, in fp32; 1 by default. Compiled into the kernel.
         x, out, batch_invariant: as for `project`; out has the sum of N as its columns, and dtypes must not be given.
@@ -115,7 +116,7 @@ def project_all(
     return tuple(torch.split(out, [matrix.shape[0] for matrix in matrices], -1))
 
 
-# The operations take the kinds of any number of matrices, and the tensors that each kind has. "CUDA" is also ROCm's
+# The operations take the kinds of all matrices, and the tensors that each kind has. "CUDA" is also ROCm's
 # dispatch key; on the CPU the kernels run in Triton's interpreter or not at all.
 _INPUTS = "Tensor x, Tensor[] operands, int[] kinds, float[] factors, bool batch_invariant"
 torch.library.define("indexproj::project", f"({_INPUTS}, bool[] fp32) -> Tensor[]")
@@ -224,6 +225,12 @@ def _check_matrices(
             places[role] = place
             place += 1
         slots.append((places[0], places[1], places[2]))
+    is_known = all(isinstance(n, int) for n in ns)
+    if is_known and columns_together(*ns) > MAX_ROWS_TOGETHER:
+        raise ValueError(
+            f"project: the matrices have {ns} rows; rounded up to powers of two, the kernels hold at most "
+            f"{MAX_ROWS_TOGETHER} of them together"
+        )
     if place != len(found):
         raise ValueError(f"project: {place} operands expected for kinds {list(kinds)}, got {len(found)}")
     return ns, slots

@@ -50,8 +50,9 @@ def decode_e2m1(codes):
 
 @triton.jit
 def decode_e8m0(codes):
-    """e8m0 codes (uint8) to fp32, exactly, but for 2**-127, which becomes 0; such groups hold zeros."""
-    return (codes.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+    """e8m0 codes (uint8, no NaN) to fp32, exactly."""
+    # The exponent biases are both 127. Code 0 is 2**-127, a subnormal in fp32.
+    return tl.maximum(codes.to(tl.int32) << 23, 1 << 22).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -54,6 +54,21 @@ def test_resources(name, pair):
         assert faults(name, PAIRS[pair][0], m, config, binary) == [], config
 
 
+@pytest.mark.parametrize(
+    ("ns", "kinds", "ms"),
+    [((128, 32, 128), (FP8, BF16, BF16), (4, 64, 100, 65536)), ((128, 256), (FP8, BF16), (100, 65536))],
+    ids=["three matrices", "384 rows"],
+)
+@pytest.mark.parametrize("name", TARGETS)
+def test_more_matrices_and_more_rows(name, ns, kinds, ms):
+    shape, options = (*ns, GLM[2]), {"outs": (torch.bfloat16,) * len(ns), "factors": (1.0,) * len(ns)}
+    for m in ms:
+        config = choose(m, shape, TARGETS[name])
+        binary = compile_for(TARGETS[name], config, shape, kinds, **options)
+        # In decode, 32 rows of x are one tile; two may come in more than one wave.
+        assert faults(name, shape, min(m, 32) if config.regime == "split_k" else m, config, binary) == [], config
+
+
 @pytest.mark.parametrize("name", TARGETS)
 def test_dense_weights_and_x_are_loaded_16_bytes_at_a_time(name):
     for config, _, binary in binaries(name, "deepseek-dense-dense"):

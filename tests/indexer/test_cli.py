@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from exports import EXPORTS, named
+from indexproj.indexer import rival
 from indexproj.indexer.cli import app
 from indexproj.kernels.gates import Row
 from support import INDEXER, fp8_layer, write_checkpoint
@@ -224,6 +225,23 @@ def test_compile_names_what_there_is(arguments, message):
 def test_version():
     result = CliRunner().invoke(app, ["--version"])
     assert (result.exit_code, result.stdout) == (0, f"indexproj {importlib.metadata.version('indexproj')}\n")
+
+
+def test_compile_needs_the_compiler(monkeypatch):
+    monkeypatch.setattr("indexproj.kernels.target.INTERPRETED", True)
+    result = CliRunner().invoke(app, ["compile", "--target", "sm_90"])
+    assert result.exit_code == 2
+    assert "nothing is compiled under TRITON_INTERPRET=1" in result.stderr
+
+
+def test_the_log_of_vllm_stays_out_of_the_report(tmp_path, monkeypatch, capsys):
+    (tmp_path / "vllm.py").write_text("")
+    (tmp_path / "loud.py").write_text("print('INFO: loud')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(rival, "_MODULE", "loud")
+    with pytest.raises(RuntimeError, match="not where it was"):
+        rival.block_scaled_gemm("sm_90", (1,))
+    assert capsys.readouterr() == ("", "INFO: loud\n")
 
 
 def test_compile_ends_with_1_and_says_which_kernel_is_at_fault(monkeypatch):

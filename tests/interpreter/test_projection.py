@@ -210,6 +210,21 @@ def test_identity_returns_the_decoded_weights(name, dtype, m, regime):
     assert torch.equal(gate.T, w.gate.dequantize()[:, picked])
 
 
+@pytest.mark.parametrize(("m", "regime"), [(4, "gemv"), (64, "split_k"), (300, "tiled")])
+@pytest.mark.parametrize("scale", [0, 1, 254])
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp8"])
+def test_the_outermost_e8m0_scales_are_exact(name, scale, m, regime):
+    matrix = MATRICES[name](128, 64)
+    ones = torch.full_like(matrix.tensors[0].view(torch.uint8), 0x22 if name == "mxfp4" else 0x38)
+    e8m0 = torch.full_like(matrix.scale.view(torch.uint8), scale).view(torch.float8_e8m0fnu)
+    w = ProjectionWeights(*[type(matrix)(ones.view(matrix.codes.dtype), e8m0)] * 2)
+    config = choose(m, w.shape, SM90)
+    assert config.regime == regime
+    k, gate = run(torch.eye(64, dtype=torch.bfloat16)[:2], w, config)
+    assert torch.equal(k, torch.full_like(k, 2.0 ** (scale - 127)))
+    assert torch.equal(gate, k)
+
+
 def test_identity_at_full_k():
     w = weights("fp8-dense", DEEPSEEK)
     for m, step in ((4, 911), (64, 113), (128, 113)):  # some of the 7168 unit vectors, in every split and scale block

@@ -141,6 +141,12 @@ def test_no_matrices_are_refused():
         project_all(x_of(4, 256), ())
 
 
+def test_more_rows_than_a_program_holds_are_refused():
+    wide, third = (DenseMatrix(x_of(n, 256)) for n in (256, 129))
+    with pytest.raises(ValueError, match=r"have \[256, 129\] rows; rounded up to powers of two, .* at most 384"):
+        project_all(x_of(4, 256), (wide, third))
+
+
 def test_weights_of_another_kind_are_named():
     with pytest.raises(TypeError, match="must be ProjectionWeights, got Tensor"):
         project(x_of(4, 256), x_of(144, 256))
