@@ -116,7 +116,8 @@ def _choose(
         return replace(decode, split_k=cdiv(splits, waves))
     # On sm_120, FP8 weights beside 64 rows spill.
     block_m = 16 if m <= 256 else 32 if is_wide or target.arch == 120 else 64
-    block_k = 32 if is_wide or columns_together(*ns) > 256 else 64  # gfx942 has 64 KiB for x and all matrices
+    # A third matrix and two blocks of 64 of K do not fit the 64 KiB of gfx942.
+    block_k = 32 if is_wide or columns_together(*ns) > (320 if target.is_cuda() else 256) else 64
     fill = next_power_of_2(target.sm_count // (m // block_m) + 1) // 2  # largest power of two that fits, or 0
     split_k = max(1, min(16, fill, cdiv(k, block_k)))
     num_warps = 4 if is_wide and not target.is_cuda() else 8  # 8 waves would load less than 16 bytes a thread
