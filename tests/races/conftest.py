@@ -1,16 +1,4 @@
-import importlib.util
-
 import pytest
-
-HAS_TTSEM = importlib.util.find_spec("ttsem") is not None
-
-
-def pytest_collection_modifyitems(items):
-    if not HAS_TTSEM:
-        reason = "ttsem has an environment of its own; `make test-races` makes it"
-        for item in items:
-            if "races" in item.path.parts:
-                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture

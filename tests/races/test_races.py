@@ -4,6 +4,7 @@ Bounds are those of a tensor's memory. Not seen here: what lies below Triton's I
 """
 
 import importlib
+import importlib.util
 import shutil
 import sys
 import types
@@ -15,6 +16,11 @@ import torch
 from indexproj.kernels import TARGETS, KernelConfig
 from indexproj.kernels import launch as original
 from support import MATRICES
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("ttsem") is None,
+    reason="ttsem has an environment of its own; `make test-races` makes it",
+)
 
 # Configs, and rows of x that their blocks do not divide; of K = 200 the last split gets nothing.
 LAUNCHES = {
