@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from triton.compiler import ASTSource
 
-from indexproj.kernels import TARGETS, choose
+from indexproj.kernels import TARGETS, choose, gates
 from indexproj.kernels.compiled import Binary, compile_for, compile_source
-from indexproj.kernels.gates import configs, faults
+from indexproj.kernels.gates import CASES, SHAPES, configs, faults
 from indexproj.kernels.matrix import Kind
 from indexproj.kernels.target import INTERPRETED
 from support import DEEPSEEK, GLM
@@ -20,20 +20,10 @@ from support import DEEPSEEK, GLM
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="nothing is compiled under TRITON_INTERPRET=1")
 
 BF16, FP8, FP16 = Kind.BF16, Kind.FP8_BLOCK, {"x": torch.float16, "outs": (torch.float16, torch.float32)}
-PAIRS = {
-    "deepseek-dense-dense": (DEEPSEEK, (BF16, BF16), {}),
-    "deepseek-fp8-dense": (DEEPSEEK, (FP8, BF16), {}),
-    "deepseek-fp8-fp8": (DEEPSEEK, (FP8, FP8), {}),
-    "deepseek-fp8-dense-fp16": (DEEPSEEK, (FP8, BF16), FP16),
-    "deepseek-fp8_row-dense": (DEEPSEEK, (Kind.FP8, BF16), {}),
-    "deepseek-fp8_fnuz-dense": (DEEPSEEK, (Kind.FP8_BLOCK_FNUZ, BF16), {}),
-    "deepseek-mxfp8-mxfp8": (DEEPSEEK, (Kind.MXFP8, Kind.MXFP8), {}),
-    "deepseek-nvfp4-dense": (DEEPSEEK, (Kind.NVFP4, BF16), {}),
-    "deepseek-nvfp4-nvfp4": (DEEPSEEK, (Kind.NVFP4, Kind.NVFP4), {}),
-    "deepseek-mxfp4-dense": (DEEPSEEK, (Kind.MXFP4, BF16), {}),
-    "deepseek-mxfp4-mxfp4": (DEEPSEEK, (Kind.MXFP4, Kind.MXFP4), {}),
-    "glm-dense-dense": (GLM, (BF16, BF16), {}),
-    "glm-fp8-dense": (GLM, (FP8, BF16), {}),
+PAIRS = {f"{shape}: {pair}": (SHAPES[shape], gates.PAIRS[pair], {}) for shape, pair in CASES} | {
+    "FP8 128x128, BF16, fp16 x": (DEEPSEEK, (FP8, BF16), FP16),
+    "FP8 per row, BF16": (DEEPSEEK, (Kind.FP8, BF16), {}),
+    "FP8 128x128 fnuz, BF16": (DEEPSEEK, (Kind.FP8_BLOCK_FNUZ, BF16), {}),
 }
 compiled = functools.cache(
     lambda name, config, shape, kinds, *dtypes: compile_for(TARGETS[name], config, shape, kinds, **dict(dtypes))
@@ -71,7 +61,7 @@ def test_more_matrices_and_more_rows(name, ns, kinds, ms):
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_dense_weights_and_x_are_loaded_16_bytes_at_a_time(name):
-    for config, _, binary in binaries(name, "deepseek-dense-dense"):
+    for config, _, binary in binaries(name, "deepseek-v3.2: BF16, BF16"):
         if config.regime == "gemv":
             assert set(binary.loads) == {16}, config
         elif config.regime == "split_k":
@@ -102,7 +92,9 @@ def test_gates_can_close(changes, fault):
     assert any(fault in line for line in found) if fault else found == []
 
 
-@pytest.mark.parametrize("pair", ["deepseek-fp8-dense", "deepseek-nvfp4-nvfp4", "deepseek-fp8-dense-fp16"])
+@pytest.mark.parametrize(
+    "pair", ["deepseek-v3.2: FP8 128x128, BF16", "deepseek-v3.2: NVFP4, NVFP4", "FP8 128x128, BF16, fp16 x"]
+)
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_batch_invariant_row_meets_the_same_instructions_in_any_batch(name, pair):
     found = list(binaries(name, pair, batch_invariant=True))
@@ -116,7 +108,7 @@ def test_a_batch_invariant_row_meets_the_same_instructions_in_any_batch(name, pa
 
 @pytest.mark.parametrize("name", [name for name in TARGETS if TARGETS[name].backend == "hip"])
 def test_amd_waits_for_its_stores_before_it_counts_itself_in(name):
-    for config, _, binary in binaries(name, "deepseek-fp8-dense"):
+    for config, _, binary in binaries(name, "deepseek-v3.2: FP8 128x128, BF16"):
         before, *arrivals = re.split(r"_atomic_add", binary.assembly)
         assert len(arrivals) == counters(config), config
         for after in arrivals:
@@ -131,7 +123,7 @@ def test_amd_waits_for_its_stores_before_it_counts_itself_in(name):
 
 @pytest.mark.parametrize("name", [name for name in TARGETS if TARGETS[name].backend == "cuda"])
 def test_partials_are_released_and_acquired_device_wide(name):
-    for config, _, binary in binaries(name, "deepseek-fp8-dense"):
+    for config, _, binary in binaries(name, "deepseek-v3.2: FP8 128x128, BF16"):
         before, *arrivals = re.split(r"(\bATOMG\S*)", binary.assembly)
         assert len(arrivals) == 2 * counters(config), config
         for counter, after in zip(arrivals[::2], arrivals[1::2], strict=True):
@@ -158,7 +150,7 @@ def counters(config):
 
 @pytest.mark.parametrize("name", [name for name in TARGETS if TARGETS[name].backend == "cuda"])
 def test_no_float_is_added_atomically(name):
-    for config, _, binary in binaries(name, "deepseek-fp8-dense"):
+    for config, _, binary in binaries(name, "deepseek-v3.2: FP8 128x128, BF16"):
         assert binary.count(FLOAT_ATOMIC) == 0, config
 
 
@@ -180,7 +172,7 @@ def test_float_atomics_would_be_seen(name):
 @pytest.mark.parametrize("name", [name for name in TARGETS if TARGETS[name].backend == "cuda"])
 def test_sums_over_k_are_added_outside_the_tensor_core(name):
     """Inside, they would be truncated hundreds of times; see `dot` in kernels/tile.py."""
-    for config, _, binary in binaries(name, "deepseek-dense-dense"):
+    for config, _, binary in binaries(name, "deepseek-v3.2: BF16, BF16"):
         if config.regime == "tiled":
             per_thread = config.block_m * (128 + 64) // (32 * config.num_warps)
             assert binary.count(r"\bFADD") >= per_thread, config
