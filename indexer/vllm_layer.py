@@ -18,7 +18,7 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 from ..kernels import DenseMatrix, Fp4Matrix, Fp8Matrix, Matrix, ProjectionWeights, project
 from ..loading import Assembly, CheckpointError, Problem
 from ..loading.headers import Header
-from ..loading.names import GATE, WK, parse
+from ..loading.names import GATE, UNUSED, WK, parse
 from ..loading.plan import ranges
 from .vllm_plugin import LOGGER, layer_of
 
@@ -293,7 +293,7 @@ class IndexerModel:
                 continue
             # A layer may be another pipeline rank's, another model's (MTP), or without an indexer of its own.
             number = parsed.layer(self.num_hidden_layers)
-            if number is not None and number in self.methods and parsed.role != "input_scale":
+            if number is not None and number in self.methods and parsed.role != UNUSED:
                 with self._problems_kept(self.methods[number]):
                     self.methods[number].offer(name, tensor)
 

@@ -67,8 +67,7 @@ class Checkpoint:
         names: list[str] = []
         instead, advice = "no such tensor", "index and file are of two exports: fetch both again"
         try:
-            if (self.path / file).exists() and not (self.path / file).is_file():
-                raise OSError("not a file")
+            _refuse_other_than_file(self.path / file)
             shard: Any = safe_open(self.path / file, framework="pt")
             names = shard.keys()
             for tensor in filter(None, map(parse, names)):
@@ -157,6 +156,12 @@ def _is_file_name(name: str) -> bool:
         return False
 
 
+def _refuse_other_than_file(path: Path) -> None:
+    """Raises OSError for a pipe, which would be waited for, or a directory; what is missing is for open() to say."""
+    if path.exists() and not path.is_file():
+        raise OSError("not a file")
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = Counter(key for key, _ in pairs)
@@ -166,8 +171,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return dict(pairs)
 
     try:
-        if path.exists() and not path.is_file():
-            raise OSError("not a file")
+        _refuse_other_than_file(path)
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError([Problem(path.name, "", "readable JSON", str(error))]) from error

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..kernels.matrix import MX_GROUP, NVFP4_GROUP, SCALE_BLOCK, DenseMatrix, Fp4Matrix, Fp8Matrix, Matrix, scale_shape
 from .headers import Header
-from .names import ROLES, SPELLINGS
+from .names import ROLES, SPELLINGS, UNUSED
 from .problems import Problem
 
 FP8 = ("F8_E4M3", "F8_E4M3FNUZ")
@@ -347,7 +347,7 @@ class _Attempt:
 
     @property
     def known(self) -> set[str]:
-        return {"weight", *self.specs, "input_scale"} if self.specs else {"weight"}
+        return {"weight", *self.specs, UNUSED} if self.specs else {"weight"}
 
     def spelling(self, role: str) -> str:
         return self.encoding.scale_name if role == "scale" else SPELLINGS[role]
