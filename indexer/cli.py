@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from importlib.metadata import version
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -174,20 +174,28 @@ def compile_(
         list[str] | None, typer.Option(metavar="GPU", help="sm_90, for instance; may be repeated.")
     ] = None,
     all_targets: Annotated[bool, typer.Option("--all", help="All GPUs that there are gates for.")] = False,
+    shape: Annotated[
+        list[str] | None, typer.Option(help="deepseek-v3.2 or glm-5; may be repeated. Default: both.")
+    ] = None,
     pair: Annotated[
         list[str] | None, typer.Option(help='Encodings, such as "NVFP4, BF16"; may be repeated. Default: all.')
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep the binaries, for servers that run with TRITON_CACHE_DIR=DIR."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compile the kernels for GPUs that need not be here, and check the binaries.
 
     One row for each kernel that dispatch picks, for the shapes and encodings of published models. Ends with 1 if
-    anything is wrong with one.
+    anything is wrong with one. With --cache also for the outputs that vLLM asks for; a server with the same GPU and
+    versions, and DIR at the same path, then compiles nothing of these.
     """
     from dataclasses import asdict
 
     from ..kernels import TARGETS
-    from ..kernels.gates import PAIRS, rows
+    from ..kernels.gates import CASES, OUTS, PAIRS, SHAPES, rows
     from ..kernels.target import INTERPRETED
     from .rival import block_scaled_gemm
 
@@ -197,21 +205,31 @@ def compile_(
     unknown = [name for name in names if name not in TARGETS]
     if unknown or not names:
         _fail(f"compile: --target is one of {', '.join(TARGETS)}, got {', '.join(unknown) or 'none'}")
-    strange = [name for name in pair or () if name not in PAIRS]
-    if strange:
-        _fail(f"compile: --pair is one of {'; '.join(PAIRS)}; got {'; '.join(strange)}")
+    for option, chosen, known in (("--shape", shape, SHAPES), ("--pair", pair, PAIRS)):
+        if strange := [name for name in chosen or () if name not in known]:
+            _fail(f"compile: {option} is one of {'; '.join(known)}; got {'; '.join(strange)}")
+    cases = list(product(shape or SHAPES, pair or PAIRS)) if shape or pair else CASES
+    if cache:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            _fail(f"compile: --cache {error}")
+        os.environ["TRITON_CACHE_DIR"] = str(cache.resolve())
     found = []
     with Console(stderr=True).status("Compiling") as status:
-        for row in rows(names, pair or PAIRS):
+        for row in rows(names, cases, OUTS if cache else ("fp32",)):
             found.append(row)
             status.update(f"{row.target}, {row.pair}, {row.kernel}")
         for name in names:
             if TARGETS[name].is_cuda(89):  # older ones have no FP8
-                found += block_scaled_gemm(name, (1, 64, 65536))
+                try:
+                    found += block_scaled_gemm(name, (1, 64, 65536))
+                except RuntimeError as error:
+                    _complain(f"compile: {error}")
     if as_json:
         print(json.dumps([asdict(row) for row in found], indent=2))
     else:
-        for title, group in groupby(found, lambda row: f"{row.target}, {row.shape}: {row.pair}"):
+        for title, group in groupby(found, _title):
             console.print(_compiled_table(title, group))
         console.print(
             "M: the largest one with this kernel. W and x: how often the programs of a launch ask for each\n"
@@ -223,6 +241,15 @@ def compile_(
         _complain(f"{row.target}, {row.pair}, {row.kernel}, M = {row.m}: {'; '.join(row.faults)}")
     if faulty:
         raise typer.Exit(1)
+    if cache and not as_json:
+        console.print(
+            f"Kept in {cache}. Start servers with TRITON_CACHE_DIR={cache.resolve()}; the path must be the same there.",
+            soft_wrap=True,
+        )
+
+
+def _title(row: Row) -> str:
+    return f"{row.target}, {row.shape}: {row.pair}; gate in {row.gate}"
 
 
 def _compiled_table(title: str, found: Iterable[Row]) -> Table:

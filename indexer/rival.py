@@ -9,12 +9,12 @@ from importlib import import_module
 from importlib.util import find_spec
 from types import FunctionType
 
+import torch
 import triton
 import triton.language as tl
-from triton.compiler import ASTSource
 
 from ..kernels import TARGETS
-from ..kernels.compiled import compile_source
+from ..kernels.compiled import Binary, compile_kernel
 from ..kernels.dispatch import cdiv
 from ..kernels.gates import Row, nbytes
 from ..kernels.matrix import Kind
@@ -44,25 +44,23 @@ def block_scaled_gemm(target: str, ms: Iterable[int]) -> list[Row]:
     function.__annotations__ = dict.fromkeys(_BLOCKS, "tl.constexpr")
     function.__module__ = plain.__module__
     kernel = triton.jit(function)
-    pointers = {"A": "*fp8e4nv", "B": "*fp8e4nv", "C": "*bf16", "As": "*fp32", "Bs": "*fp32"}
-    ones = {"stride_ak", "stride_bk", "stride_cn", "stride_As_k", "stride_Bs_k"}
-    aligned = {"N", "K", "group_n", "group_k", "stride_am", "stride_bn", "stride_cm"}
-    known = _BLOCKS | dict.fromkeys(ones, 1)
-    signature = {arg: pointers.get(arg, "constexpr" if arg in known else "i32") for arg in kernel.arg_names}
-    if not pointers.keys() | known.keys() <= signature.keys():
+    fp8, fp32 = (torch.empty(0, dtype=dtype) for dtype in (torch.float8_e4m3fn, torch.float32))
+    tensors = {"A": fp8, "B": fp8, "C": torch.empty(0, dtype=torch.bfloat16), "As": fp32, "Bs": fp32}
+    ones = dict.fromkeys(("stride_ak", "stride_bk", "stride_cn", "stride_As_k", "stride_Bs_k"), 1)
+    aligned = dict.fromkeys(("N", "K", "group_n", "group_k", "stride_am", "stride_bn", "stride_cm"), 16)
+    given = tensors | _BLOCKS | ones | aligned
+    if not given.keys() <= set(kernel.arg_names):
         raise RuntimeError(f"vLLM's block-scaled GEMM takes other arguments than it did: {kernel.arg_names}")
-    attributes = {
-        (place,): [["tt.divisibility", 16]]
-        for place, arg in enumerate(kernel.arg_names)
-        if arg in pointers or arg in aligned
-    }
-    binary = compile_source(ASTSource(kernel, signature, known, attributes), TARGETS[target], _OPTIONS)
+    others = dict.fromkeys(set(kernel.arg_names) - given.keys(), 7)  # neither 1 nor a multiple of 16
+    compiled = compile_kernel(kernel, TARGETS[target], **given, **others, **_OPTIONS)
+    binary = Binary.of(compiled, TARGETS[target])
     return [
         Row.of(
             binary,
             target,
             shape="deepseek-v3.2",
             pair="FP8 128x128, none",
+            gate="none",
             kernel="vLLM block-scaled GEMM",
             m=m,
             programs=cdiv(m, _BLOCKS["BLOCK_SIZE_M"]),

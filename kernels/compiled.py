@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel
+from triton.compiler import CompiledKernel
 
 from .dispatch import KernelConfig, cdiv
 from .launch import KERNELS, constants, options
@@ -64,8 +64,6 @@ _LOAD_BYTES = {
     "dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "sshort": 2, "ubyte": 1, "sbyte": 1,
 }  # fmt: skip
 
-_POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8"}
-
 
 @dataclass(frozen=True)
 class Binary:
@@ -87,6 +85,27 @@ class Binary:
     shared_memory: int
     threads: int
     assembly: str
+
+    @classmethod
+    def of(cls, kernel: CompiledKernel, target: Target) -> Binary:
+        """What a kernel that was compiled for target shows."""
+        shared, threads = kernel.metadata.shared, kernel.metadata.num_warps * kernel.metadata.warp_size
+        if target.backend == "hip":
+            text = kernel.asm["amdgcn"]
+            values = {key: int(value) for key, value in re.findall(r"^\s*\.(\w+):\s+(\d+)$", text, re.MULTILINE)}
+            scratch = values["private_segment_fixed_size"]
+            spills = values["vgpr_spill_count"] + values["sgpr_spill_count"] if scratch else 0
+            return cls(values["vgpr_count"], spills, scratch, shared, threads, text)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+            cubin.write(kernel.asm["cubin"])
+            cubin.flush()
+            usage = _tool("cuobjdump", "-res-usage", cubin.name)
+            sass = _tool("nvdisasm", "-c", cubin.name)
+        found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+        if found is None:
+            raise RuntimeError(f"cuobjdump reports no resource usage: {usage}")
+        spills = len(re.findall(r"\b(?:STL|LDL)\b", sass))
+        return cls(int(found[1]), spills, int(found[2]), shared, threads, sass)
 
     def count(self, pattern: str) -> int:
         """Matches of a regular expression in the assembly."""
@@ -112,6 +131,13 @@ class Binary:
 
 
 def compile_for(
+    target: Target, config: KernelConfig, shape: tuple[int, ...], kinds: tuple[int, ...], **types: Any
+) -> Binary:
+    """What `warm_up`, which takes the same arguments, compiles."""
+    return Binary.of(warm_up(target, config, shape, kinds, **types), target)
+
+
+def warm_up(
     target: Target,
     config: KernelConfig,
     shape: tuple[int, ...],
@@ -120,82 +146,61 @@ def compile_for(
     x: torch.dtype = torch.bfloat16,
     outs: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32),
     factors: tuple[float, ...] = (1.0, 1.0),
-) -> Binary:
-    """Compiles what `launch` would, for contiguous x and outputs of up to 2 GB. Needs no GPU.
+) -> CompiledKernel:
+    """Compiles what `launch` would, for x and outputs of up to 2 GB whose rows begin at multiples of 16 elements.
+
+    Needs no GPU. What it leaves in Triton's cache (TRITON_CACHE_DIR), a launch on such a GPU finds there.
 
     Args:
         shape: rows of each matrix, and K.
         kinds: of each matrix.
+        x: dtype of x.
         outs: dtype of each output.
         factors: of each output.
 
     Raises:
         RuntimeError: in Triton's interpreter, which compiles nothing.
     """
-    if INTERPRETED:
-        raise RuntimeError("compile_for: nothing is compiled under TRITON_INTERPRET=1; unset it")
-    kernel = KERNELS[config.regime]
     *ns, k = shape
-    known: dict[Any, Any] = constants(config, shape, kinds, factors, x, target)
-    types: dict[str, Any] = dict.fromkeys(known, "constexpr") | {
-        "x_ptr": _POINTER[x],
-        "matrices": tuple(
-            tuple("constexpr" if spec is None else _POINTER[spec[0]] for spec in operand_specs(kind, n, k))
-            for kind, n in zip(kinds, ns, strict=True)
-        ),
-        "outs": tuple(_POINTER[dtype] for dtype in outs),
-        "partial_ptr": "*fp32" if config.has_workspace else "constexpr",
-        "arrived_ptr": "*i32" if config.has_workspace else "constexpr",
-        "M": "i32",
-        "stride_xm": "i32",
-        "strides_om": ("i32",) * len(outs),
-    }
-    signature = {name: types[name] for name in kernel.arg_names}
-    aligned = {}
-    for path, kind in _leaves(signature):
-        name = kernel.arg_names[path[0]]
-        if kind == "constexpr" and name not in known:
-            known[path] = None
-        elif kind != "constexpr" and name != "M":
-            aligned[path] = [["tt.divisibility", 16]]
-            if target.backend == "hip" and kind.startswith("*"):
-                aligned[path].append(["tt.pointer_range", 32])  # as Triton finds of tensors up to 2 GB
-    return compile_source(ASTSource(kernel, signature, known, aligned), target, options(config, target))
+    nothing = functools.partial(torch.empty, 0)
+    matrices = tuple(
+        tuple(None if spec is None else nothing(dtype=spec[0]) for spec in operand_specs(kind, n, k))
+        for kind, n in zip(kinds, ns, strict=True)
+    )
+    outputs = tuple(nothing(dtype=dtype) for dtype in outs)
+    lent: tuple[Any, ...] = ()
+    if config.regime != "gemv":
+        lent = (nothing(dtype=torch.float32), nothing(dtype=torch.int32)) if config.has_workspace else (None, None)
+    constexprs = constants(config, shape, kinds, factors, x, target).values()
+    arguments = nothing(dtype=x), matrices, outputs, *lent, 16, 16, (16,) * len(outs), *constexprs
+    return compile_kernel(KERNELS[config.regime], target, *arguments, **options(config, target))
 
 
-def compile_source(source: ASTSource, target: Target, chosen: dict[str, Any]) -> Binary:
-    """Compiles any Triton kernel with the given options."""
+def compile_kernel(kernel: Any, target: Target, *arguments: Any, **named: Any) -> CompiledKernel:
+    """Compiles any Triton kernel on its way to a launch with these arguments and options, which does not follow.
+
+    Meanwhile Triton believes that the target is the only GPU: nothing else may be launched in the process.
+
+    Raises:
+        RuntimeError: in Triton's interpreter, which compiles nothing.
+    """
+    if INTERPRETED:
+        raise RuntimeError("nothing is compiled under TRITON_INTERPRET=1; unset it")
     gpu = GPUTarget(target.backend, target.arch, 64 if target.backend == "hip" else 32)
-    return _read(triton.compile(source, target=gpu, options=chosen), target)
+    driver, before = triton.runtime.driver, triton.runtime.driver._active
+    driver.set_active(_Offline(gpu))
+    try:
+        return kernel.warmup(*arguments, grid=(1,), **named)
+    finally:
+        driver._active = before
 
 
-def _leaves(signature: Any, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], str]]:
-    """(indices, type) of every argument, also of those in tuples."""
-    if isinstance(signature, str):
-        yield path, signature
-        return
-    for position, part in enumerate(signature.values() if isinstance(signature, dict) else signature):
-        yield from _leaves(part, (*path, position))
+class _Offline:
+    """As much of a Triton driver as compiling takes. The GPU is its own number, by which kernels are kept."""
 
-
-def _read(kernel: CompiledKernel, target: Target) -> Binary:
-    shared, threads = kernel.metadata.shared, kernel.metadata.num_warps * kernel.metadata.warp_size
-    if target.backend == "hip":
-        text = kernel.asm["amdgcn"]
-        values = {key: int(value) for key, value in re.findall(r"^\s*\.(\w+):\s+(\d+)$", text, re.MULTILINE)}
-        scratch = values["private_segment_fixed_size"]
-        spills = values["vgpr_spill_count"] + values["sgpr_spill_count"] if scratch else 0
-        return Binary(values["vgpr_count"], spills, scratch, shared, threads, text)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(kernel.asm["cubin"])
-        cubin.flush()
-        usage = _tool("cuobjdump", "-res-usage", cubin.name)
-        sass = _tool("nvdisasm", "-c", cubin.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if found is None:
-        raise RuntimeError(f"compile_for: cuobjdump reports no resource usage: {usage}")
-    spills = len(re.findall(r"\b(?:STL|LDL)\b", sass))
-    return Binary(int(found[1]), spills, int(found[2]), shared, threads, sass)
+    def __init__(self, gpu: GPUTarget) -> None:
+        self.get_current_device = self.get_current_target = lambda: gpu
+        self.get_current_stream = lambda _: 0
 
 
 def _tool(name: str, *arguments: str) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from .compiled import MULTIPROCESSORS, Binary, compile_for
 from .dispatch import KernelConfig, choose
@@ -30,6 +33,8 @@ PAIRS = {
 # Encodings decide over registers and instructions, K and H over little: one shape has all pairs, the other the usual.
 CASES = [("deepseek-v3.2", pair) for pair in PAIRS] + [("glm-5", "BF16, BF16"), ("glm-5", "FP8 128x128, BF16")]
 LARGEST_M = 65536
+# dtypes of k and gate, by that of gate: those of `project`, and one tensor for both, as vLLM's forward slices it.
+OUTS = {"fp32": (torch.bfloat16, torch.float32), "bf16": (torch.bfloat16, torch.bfloat16)}
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Row:
     """One compiled kernel.
 
     Attributes:
+        gate: dtype of the gate; k is bf16.
         kernel: the regime, and what tells the configs of one apart.
         m: the largest power of two of rows of x for which dispatch picks it.
         programs: of a launch with so many rows.
@@ -53,6 +59,7 @@ class Row:
     target: str
     shape: str
     pair: str
+    gate: str
     kernel: str
     m: int
     programs: int
@@ -110,23 +117,22 @@ def nbytes(kind: Kind, n: int, k: int) -> int:
     return sum(dtype.itemsize * math.prod(shape) for dtype, shape in filter(None, operand_specs(kind, n, k)))
 
 
-def rows(names: Iterable[str], pairs: Iterable[str] = PAIRS) -> Iterator[Row]:
-    """Compiles every config of every target and case with one of the pairs, on all cores; in order."""
-    wanted = set(pairs)
+def rows(
+    names: Iterable[str], cases: Iterable[tuple[str, str]] = CASES, gates: Iterable[str] = ("fp32",)
+) -> Iterator[Row]:
+    """Compiles every config of every target and case, for every dtype of the gate, on all cores; in order."""
     tasks = [
-        (name, shape, pair, config, m)
-        for name in names
-        for shape, pair in CASES
-        if pair in wanted
+        (name, shape, pair, gate, config, m)
+        for name, (shape, pair), gate in itertools.product(names, cases, gates)
         for config, m in configs(name, SHAPES[shape]).items()
     ]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         yield from pool.map(_row, *zip(*tasks, strict=True))
 
 
-def _row(name: str, shape: str, pair: str, config: KernelConfig, m: int) -> Row:
+def _row(name: str, shape: str, pair: str, gate: str, config: KernelConfig, m: int) -> Row:
     *ns, k = sizes = SHAPES[shape]
-    binary = compile_for(TARGETS[name], config, sizes, PAIRS[pair])
+    binary = compile_for(TARGETS[name], config, sizes, PAIRS[pair], outs=OUTS[gate])
     programs, (weight_reads, x_reads) = math.prod(config.grid(m, *ns)), config.reads(m, *ns)
     weights = sum(nbytes(kind, n, k) for kind, n in zip(PAIRS[pair], ns, strict=True))
     return Row.of(
@@ -134,6 +140,7 @@ def _row(name: str, shape: str, pair: str, config: KernelConfig, m: int) -> Row:
         name,
         shape=shape,
         pair=pair,
+        gate=gate,
         kernel=str(config),
         m=m,
         programs=programs,

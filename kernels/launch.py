@@ -98,7 +98,7 @@ def constants(
     *ns, k = shape
     known = {
         "NS": tuple(ns),
-        "KINDS": kinds,
+        "KINDS": tuple(map(int, kinds)),  # Triton keys its cache by how they print, and `Kind` prints otherwise
         "FACTORS": factors,
         "K": k,
         "BLOCK_M": config.block_m,

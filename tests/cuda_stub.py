@@ -2,8 +2,10 @@
 
 import contextlib
 import ctypes
+import functools
 import os
 import subprocess
+import tempfile
 from pathlib import Path
 from unittest import mock
 
@@ -35,18 +37,25 @@ class Stub:
         return tuple((ctypes.c_uint64 * 8).in_dll(self._library, "last_pointers"))
 
 
+@functools.cache
+def _library():
+    """(directory, library) of the driver: one per process, as Triton's launchers stay bound to the first."""
+    directory = tempfile.TemporaryDirectory()
+    path = Path(directory.name) / "libcuda.so.1"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-w", "-Wl,-soname,libcuda.so.1", "-o", path, SOURCE], check=True)
+    return directory, ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
+
+
 @contextlib.contextmanager
-def stub_driver(directory):
-    """Triton with an H100 that runs nothing; yields the Stub.
+def stub_driver(cache):
+    """Triton with an H100 that runs nothing, and a directory to keep kernels in; yields the Stub.
 
     Tensors stay on the CPU. Triton's launcher, and what it is compiled from, are the real ones.
     """
-    path = Path(directory) / "libcuda.so.1"
-    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-w", "-Wl,-soname,libcuda.so.1", "-o", path, SOURCE], check=True)
-    library = ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
+    directory, library = _library()
     before = triton.runtime.driver._active
     with (
-        mock.patch.dict(os.environ, {"TRITON_LIBCUDA_PATH": str(directory), "TRITON_CACHE_DIR": f"{directory}/cache"}),
+        mock.patch.dict(os.environ, {"TRITON_LIBCUDA_PATH": directory.name, "TRITON_CACHE_DIR": str(cache)}),
         mock.patch.object(launch, "target_of", return_value=TARGETS["sm_90"]),
     ):
         nvidia.library_dirs.cache_clear()

@@ -6,19 +6,23 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import triton
 
+from cuda_stub import stub_driver
+from indexproj.kernels import launch, project
 from indexproj.kernels.gates import configs
 from indexproj.kernels.target import INTERPRETED
-from support import DEEPSEEK, GLM
+from support import DEEPSEEK, GLM, weights
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="nothing is compiled under TRITON_INTERPRET=1")
 PAIR = "FP8 128x128, BF16"
+COMMAND = [Path(sys.executable).with_name("indexproj"), "compile", "--target", "sm_90", "--pair", PAIR]
 
 
 def test_report():
-    command = [Path(sys.executable).with_name("indexproj"), "compile", "--target", "sm_90", "--pair", PAIR]
     table, data = (
-        subprocess.run([*command, *options], capture_output=True, text=True, timeout=600)
+        subprocess.run([*COMMAND, *options], capture_output=True, text=True, timeout=600)
         for options in ((), ("--json",))
     )
     assert (table.returncode, data.returncode) == (0, 0), table.stderr + data.stderr
@@ -37,3 +41,23 @@ def test_report():
             cell.strip() for line in table.stdout.splitlines() if row["kernel"] in line for cell in line.split("│")
         ]
         assert {str(row["registers"]), str(row["shared_memory"]), "ok"} <= set(cells)
+
+
+def test_a_server_compiles_nothing_that_the_cache_holds(tmp_path, monkeypatch):
+    """Up to the driver, which does nothing, the launches are those of a server on an H100."""
+    command = [*COMMAND, "--shape", "glm-5", "--cache", tmp_path / "cache"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    assert f"TRITON_CACHE_DIR={tmp_path / 'cache'}" in result.stdout
+    asked = []
+    w, x = weights("fp8-dense", GLM), torch.empty(65536, GLM[2], dtype=torch.bfloat16)  # memory that nobody touches
+    out = torch.empty(65536, 128 + 32, dtype=torch.bfloat16)
+    monkeypatch.setattr(launch, "_ready", {})
+    monkeypatch.setattr(triton.knobs.compilation, "listener", lambda **seen: asked.append(seen["cache_hit"]))
+    with stub_driver(tmp_path / "cache"):
+        for kernel in launch.KERNELS.values():
+            kernel.device_caches.clear()  # what other tests have compiled
+        for m in [2**power for power in range(17)]:
+            project(x[:m], w)
+            project(x[:m], w, out=out[:m])
+    assert asked == [True] * 2 * len(configs("sm_90", GLM))

@@ -8,10 +8,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from triton.compiler import ASTSource
 
 from indexproj.kernels import TARGETS, choose, gates
-from indexproj.kernels.compiled import Binary, compile_for, compile_source
+from indexproj.kernels.compiled import Binary, compile_for, compile_kernel
 from indexproj.kernels.gates import CASES, SHAPES, configs, faults
 from indexproj.kernels.matrix import Kind
 from indexproj.kernels.target import INTERPRETED
@@ -164,9 +163,8 @@ def add_floats(ptr):
 
 @pytest.mark.parametrize("name", [name for name in TARGETS if TARGETS[name].backend == "cuda"])
 def test_float_atomics_would_be_seen(name):
-    options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
-    binary = compile_source(ASTSource(add_floats, {"ptr": "*fp32"}, {}, {}), TARGETS[name], options)
-    assert binary.count(FLOAT_ATOMIC) > 0
+    kernel = compile_kernel(add_floats, TARGETS[name], torch.empty(0), enable_fp_fusion=True)
+    assert Binary.of(kernel, TARGETS[name]).count(FLOAT_ATOMIC) > 0
 
 
 @pytest.mark.parametrize("name", [name for name in TARGETS if TARGETS[name].backend == "cuda"])

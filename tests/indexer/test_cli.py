@@ -214,6 +214,8 @@ def test_help_needs_neither_torch_nor_triton():
         ((), "--target is one of sm_80, sm_90"),
         (("--target", "sm_70"), "got sm_70"),
         (("--target", "sm_90", "--pair", "INT4, BF16"), "got INT4, BF16"),
+        (("--target", "sm_90", "--shape", "glm"), "--shape is one of deepseek-v3.2; glm-5; got glm"),
+        (("--target", "sm_90", "--cache", __file__), "--cache"),
     ],
 )
 def test_compile_names_what_there_is(arguments, message):
@@ -245,8 +247,8 @@ def test_the_log_of_vllm_stays_out_of_the_report(tmp_path, monkeypatch, capsys):
 
 
 def test_compile_ends_with_1_and_says_which_kernel_is_at_fault(monkeypatch):
-    facts = {"target": "sm_90", "shape": "glm-5", "pair": "BF16, BF16", "programs": 1, "weight_reads": 1, "x_reads": 1,
-             "bytes_per_program": 9}  # fmt: skip
+    facts = {"target": "sm_90", "shape": "glm-5", "pair": "BF16, BF16", "gate": "fp32", "programs": 1,
+             "weight_reads": 1, "x_reads": 1, "bytes_per_program": 9}  # fmt: skip
     numbers = {"registers": 255, "shared_memory": 0, "per_sm": 1, "mma": 0, "loads": {16: 3}}
     rows = [Row(kernel=kernel, m=4, **facts, **numbers, faults=faults)
             for kernel, faults in (("gemv", ()), ("tiled", ("2 spills",)))]  # fmt: skip
