@@ -37,7 +37,8 @@ def contenders(m):
     )
     matrices, kinds = (w.wk.operands, w.gate.operands), (int(w.wk.kind), int(w.gate.kind))
     operands = [operand for matrix in matrices for operand in matrix if operand is not None]
-    config, target = choose(m, DEEPSEEK, TARGETS["sm_90"]), TARGETS["sm_90"]
+    target = TARGETS["sm_90"]
+    config = choose(m, DEEPSEEK, kinds, target)
     kernel, grid = module.KERNELS[config.regime], config.grid(m, 128, 64)
     lent = module.workspace(x.device, *config.workspace(grid, 128, 64)) if config.has_workspace else ()
     constants = module.constants(config, DEEPSEEK, kinds, (1.0, 1.0), x.dtype, target)

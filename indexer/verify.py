@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels import ProjectionWeights, choose, project, reference
-from ..kernels.target import INTERPRETED, target_of
+from ..kernels import ProjectionWeights, project, reference
+from ..kernels.launch import decide
+from ..kernels.target import INTERPRETED
 from ..loading import Checkpoint, LayerPlan, load
 
 # fp32 sums of 7168 products stay well below this; a wrong scale, mask or decode does not.
@@ -21,7 +22,7 @@ class Measurement:
     """One projection of one layer.
 
     Attributes:
-        regime: the kernel that `choose` picked for m.
+        regime: of the kernel that ran, or "torch".
         error: of our fp32 outputs against fp64 of the exactly decoded weights: max |difference| / max |reference|, the
             larger one of k and gate.
         upcast_error: the same of fp64 arithmetic on weights rounded to bf16, which is what upcasting at load keeps.
@@ -53,7 +54,8 @@ def verify(
             x = _activations(m, weights.shape[2], seed=layer).to(device)
             ours = project(x, weights, k_dtype=torch.float32)
             exact = reference(x, weights)
-            regime = choose(m, weights.shape, target_of(device)).regime
+            config = decide(m, weights.shape, weights.kinds, (torch.float32, torch.float32), device)
+            regime = config if isinstance(config, str) else config.regime
             yield Measurement(plan, m, regime, _error(ours, exact), _error(_upcast(x, weights), exact))
 
 

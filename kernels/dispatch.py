@@ -9,7 +9,10 @@ from typing import Literal
 
 import torch
 
+from .matrix import Kind
 from .target import Target
+
+POWERS = [1, 2, 4, 8, 16, 32, 64, 128, 256]
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,21 @@ class KernelConfig:
     pdl: bool = False
 
     def __post_init__(self) -> None:
-        if self.block_k not in (32, 64, 128):  # whole groups of 32 values in one block of 128
-            raise ValueError(f"KernelConfig: block_k must be 32, 64 or 128, got {self.block_k}")
+        expected = {
+            "regime": ("gemv", "split_k", "tiled"),
+            "block_m": POWERS[:9],
+            "block_n": POWERS[4:9],
+            "block_k": (32, 64, 128),  # whole groups of 32 values in one block of 128
+            "slices": POWERS[:6],
+            "split_k": range(1, 17),
+            "num_stages": range(1, 9),
+            "num_warps": POWERS[:5],
+            "serial": (False, True),
+            "pdl": (False, True),
+        }
+        for name, values in expected.items():
+            if (found := getattr(self, name)) not in values:
+                raise ValueError(f"KernelConfig: {name} must be one of {', '.join(map(str, values))}, got {found!r}")
 
     def __str__(self) -> str:
         block_n = f"x{self.block_n}" if self.regime == "split_k" else ""
@@ -81,23 +97,29 @@ class KernelConfig:
 def choose(
     m: int,
     shape: tuple[int, ...],
+    kinds: tuple[int, ...],
     target: Target,
     x_dtype: torch.dtype = torch.bfloat16,
     *,
     batch_invariant: bool = False,
 ) -> KernelConfig:
-    """The config for m >= 1 rows of x and matrices of shape (D, H, K), or of more before the K.
+    """The config for m >= 1 rows of x and matrices of these kinds and of shape (D, H, K), or of more before the K.
 
     m counts only up to the next power of two, so that a serving engine compiles a dozen kernels, not thousands.
     The limits come from published timings of neighbouring shapes and from compiled code (registers, shared
     memory); nobody has measured them on a GPU for this operation yet.
     """
-    return _choose(next_power_of_2(m), shape, target, x_dtype, batch_invariant)
+    return _choose(next_power_of_2(m), shape, kinds, target, x_dtype, batch_invariant)
 
 
 @functools.cache
 def _choose(
-    m: int, shape: tuple[int, ...], target: Target, x_dtype: torch.dtype, batch_invariant: bool
+    m: int,
+    shape: tuple[int, ...],
+    kinds: tuple[int, ...],
+    target: Target,
+    x_dtype: torch.dtype,
+    batch_invariant: bool,
 ) -> KernelConfig:
     *ns, k = shape
     if m <= (8 if target.is_cuda(100) else 4) and not batch_invariant:
@@ -114,8 +136,9 @@ def _choose(
         # Every SM holds two of these programs; more steps each are better than a second wave.
         waves = cdiv(math.prod(decode.grid(m, *ns)), 2 * target.sm_count)
         return replace(decode, split_k=cdiv(splits, waves))
-    # On sm_120, FP8 weights beside 64 rows spill.
-    block_m = 16 if m <= 256 else 32 if is_wide or target.arch == 120 else 64
+    # On sm_120, weights that are decoded spill beside 64 rows.
+    is_tight = is_wide or (target.arch == 120 and set(kinds) != {Kind.BF16})
+    block_m = 16 if m <= 256 else 32 if is_tight else 64
     # A third matrix and two blocks of 64 of K do not fit the 64 KiB of gfx942.
     block_k = 32 if is_wide or columns_together(*ns) > (320 if target.is_cuda() else 256) else 64
     fill = next_power_of_2(target.sm_count // (m // block_m) + 1) // 2  # largest power of two that fits, or 0

@@ -87,10 +87,10 @@ class Row:
         )
 
 
-def configs(name: str, shape: tuple[int, ...], **options: Any) -> dict[KernelConfig, int]:
+def configs(name: str, shape: tuple[int, ...], kinds: tuple[int, ...], **options: Any) -> dict[KernelConfig, int]:
     """Every config that dispatch picks on that target, and the largest power of two of rows for which it does."""
     powers = [2**power for power in range(LARGEST_M.bit_length())]
-    return {choose(m, shape, TARGETS[name], **options): m for m in powers}
+    return {choose(m, shape, kinds, TARGETS[name], **options): m for m in powers}
 
 
 def faults(name: str, shape: tuple[int, ...], m: int, config: KernelConfig, binary: Binary) -> list[str]:
@@ -124,7 +124,7 @@ def rows(
     tasks = [
         (name, shape, pair, gate, config, m)
         for name, (shape, pair), gate in itertools.product(names, cases, gates)
-        for config, m in configs(name, SHAPES[shape]).items()
+        for config, m in configs(name, SHAPES[shape], PAIRS[pair]).items()
     ]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         yield from pool.map(_row, *zip(*tasks, strict=True))

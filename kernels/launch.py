@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,10 +13,11 @@ from torch import Tensor
 
 from .dispatch import KernelConfig, choose, next_power_of_2
 from .gemv import gemv_kernel
-from .matrix import Operands
+from .matrix import Operands, joined
 from .split_k import split_k_kernel
 from .target import INTERPRETED, Target, target_of
 from .tiled import tiled_kernel
+from .tuned import Pick, table_of
 from .workspace import workspace
 
 KERNELS = {"gemv": gemv_kernel, "split_k": split_k_kernel, "tiled": tiled_kernel}
@@ -36,14 +38,14 @@ def launch(
     factors: tuple[float, ...],
     *,
     batch_invariant: bool = False,
-    config: KernelConfig | None = None,
+    config: Pick | None = None,
 ) -> None:
     """out [M, N] = factor * x [M, K] @ matrix.T of each matrix: one launch, or none where M is 0. Checks nothing.
 
     Args:
         matrices: `Matrix.operands` of each.
         kinds: `Matrix.kind` of each.
-        config: for tests and tuning; left out, `choose` decides.
+        config: for tests and tuning; left out, `decide` does.
     """
     m, k = x.shape
     if m == 0:
@@ -65,8 +67,11 @@ def launch(
     is_usual = not (bits & 15 or INTERPRETED) and m * max(stride_xm, *strides_om) < 2**29  # times 4 bytes at most
     ready = _ready.get(key) if is_usual else None
     if ready is None:
+        config = config or decide(m, (*ns, k), kinds, dtypes, x.device, x.dtype, factors, batch_invariant)
+        if config == "torch":
+            multiply_by_torch(x, [weight for weight, _, _ in matrices], outs)
+            return
         target = target_of(x.device)
-        config = config or choose(m, (*ns, k), target, x.dtype, batch_invariant=batch_invariant)
         constexprs = tuple(constants(config, (*ns, k), kinds, factors, x.dtype, target).values())
         kernel, chosen = KERNELS[config.regime], options(config, target)
     else:
@@ -77,6 +82,38 @@ def launch(
         compiled = kernel[grid](x, matrices, outs, *lent, m, stride_xm, strides_om, *constexprs, **chosen)
     if is_usual and ready is None:
         _ready[key] = compiled, config, constexprs
+
+
+def decide(
+    m: int,
+    shape: tuple[int, ...],
+    kinds: tuple[int, ...],
+    outs: tuple[torch.dtype, ...],
+    device: torch.device,
+    x_dtype: torch.dtype = torch.bfloat16,
+    factors: tuple[float, ...] = (),
+    batch_invariant: bool = False,
+) -> Pick:
+    """What runs on a device: what was fastest there, if a table says so, or else what `choose` reckons."""
+    table = None if batch_invariant or x_dtype != torch.bfloat16 else table_of(device)
+    pick = table.find(m, shape, kinds, outs) if table else None
+    if pick is None or (pick == "torch" and any(factor != 1 for factor in factors)):  # torch would round twice
+        return choose(m, shape, kinds, target_of(device), x_dtype, batch_invariant=batch_invariant)
+    return pick
+
+
+def multiply_by_torch(x: Tensor, weights: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
+    """out [M, N] = x [M, K] @ weight [N, K].T of each bf16 weight, by torch's GEMM.
+
+    One for all where weights and outputs are slices of one tensor each, as in vLLM.
+    """
+    weight, out = joined(weights, 0), joined(outs, 1)
+    pairs = zip(weights, outs, strict=True) if weight is None or out is None else [(weight, out)]
+    for weight, out in pairs:
+        if out.dtype == x.dtype:
+            torch.mm(x, weight.T, out=out)
+        else:
+            torch.mm(x, weight.T, out_dtype=out.dtype, out=out)
 
 
 def _turn(device: torch.device) -> AbstractContextManager[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -339,6 +339,11 @@ class ProjectionWeights:
         return self.wk.shape[0], self.gate.shape[0], self.wk.shape[1]
 
     @property
+    def kinds(self) -> tuple[int, int]:
+        """How the kernels have to read wk and gate."""
+        return int(self.wk.kind), int(self.gate.kind)
+
+    @property
     def device(self) -> torch.device:
         return self.wk.device
 
@@ -351,13 +356,7 @@ class ProjectionWeights:
         """[D + H, K] bf16, the buffer that packed dense matrices share; None for any other pair."""
         if not (isinstance(self.wk, DenseMatrix) and isinstance(self.gate, DenseMatrix)):
             return None
-        wk, gate = self.wk.weight, self.gate.weight
-        if wk.untyped_storage().data_ptr() != gate.untyped_storage().data_ptr():
-            return None
-        if gate.storage_offset() != wk.storage_offset() + wk.numel():
-            return None
-        d, h, k = self.shape
-        return wk.as_strided((d + h, k), (k, 1))
+        return joined((self.wk.weight, self.gate.weight), 0)
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> ProjectionWeights:
         """The same weights with fn applied to every tensor, a shared buffer once."""
@@ -382,6 +381,19 @@ class ProjectionWeights:
             for tensor, values in zip(matrix.tensors, source.tensors, strict=True):
                 with torch.inference_mode():  # in which memory of either kind can be written
                     tensor.copy_(values)
+
+
+def joined(parts: Sequence[Tensor], dim: int) -> Tensor | None:
+    """The tensor whose consecutive slices along dim the parts are; None if there is none."""
+    first, place = parts[0], parts[0].storage_offset()
+    for part in parts:
+        is_next = part.storage_offset() == place and part.stride() == first.stride() and part.dtype == first.dtype
+        if not is_next or part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return None
+        place += part.shape[dim] * part.stride(dim)
+    size = list(first.shape)
+    size[dim] = sum(part.shape[dim] for part in parts)
+    return first.as_strided(size, first.stride())
 
 
 def operand_specs(kind: int, n: int, k: int) -> tuple[Spec | None, ...]:

@@ -17,7 +17,7 @@ found, count = [], 0
 for name in ("sm_90", "gfx942"):
     for kinds in PAIRS.values():
         for m in (4, 16, 1000):
-            config = choose(m, SHAPE, TARGETS[name])
+            config = choose(m, SHAPE, kinds, TARGETS[name])
             binary = compile_for(TARGETS[name], config, SHAPE, kinds, factors=(1.0, 0.0110485))
             found += [f"{name} {kinds} {config}: {fault}" for fault in faults(name, SHAPE, m, config, binary)]
             count += 1

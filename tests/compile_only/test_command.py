@@ -11,7 +11,7 @@ import triton
 
 from cuda_stub import stub_driver
 from indexproj.kernels import launch, project
-from indexproj.kernels.gates import configs
+from indexproj.kernels.gates import PAIRS, configs
 from indexproj.kernels.target import INTERPRETED
 from support import DEEPSEEK, GLM, weights
 
@@ -28,7 +28,7 @@ def test_report():
     assert (table.returncode, data.returncode) == (0, 0), table.stderr + data.stderr
     rows = [row for row in json.loads(data.stdout) if row["pair"] == PAIR]
     expected = [(shape, str(config), m) for shape, sizes in (("deepseek-v3.2", DEEPSEEK), ("glm-5", GLM))
-                for config, m in configs("sm_90", sizes).items()]  # fmt: skip
+                for config, m in configs("sm_90", sizes, PAIRS[PAIR]).items()]  # fmt: skip
     assert [(row["shape"], row["kernel"], row["m"]) for row in rows] == expected
     for row in rows:
         assert (row["target"], row["faults"]) == ("sm_90", [])
@@ -60,4 +60,4 @@ def test_a_server_compiles_nothing_that_the_cache_holds(tmp_path, monkeypatch):
         for m in [2**power for power in range(17)]:
             project(x[:m], w)
             project(x[:m], w, out=out[:m])
-    assert asked == [True] * 2 * len(configs("sm_90", GLM))
+    assert asked == [True] * 2 * len(configs("sm_90", GLM, PAIRS[PAIR]))

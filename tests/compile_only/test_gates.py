@@ -32,7 +32,7 @@ compiled = functools.cache(
 def binaries(name, pair, **options):
     """Every config that some M asks for, the largest such M, and the binary."""
     shape, kinds, dtypes = PAIRS[pair]
-    for config, m in configs(name, shape, x_dtype=dtypes.get("x", torch.bfloat16), **options).items():
+    for config, m in configs(name, shape, kinds, x_dtype=dtypes.get("x", torch.bfloat16), **options).items():
         yield config, m, compiled(name, config, shape, kinds, *dtypes.items())
 
 
@@ -52,7 +52,7 @@ def test_resources(name, pair):
 def test_more_matrices_and_more_rows(name, ns, kinds, ms):
     shape, options = (*ns, GLM[2]), {"outs": (torch.bfloat16,) * len(ns), "factors": (1.0,) * len(ns)}
     for m in ms:
-        config = choose(m, shape, TARGETS[name])
+        config = choose(m, shape, kinds, TARGETS[name])
         binary = compile_for(TARGETS[name], config, shape, kinds, **options)
         # In decode, 32 rows of x are one tile; two may come in more than one wave.
         assert faults(name, shape, min(m, 32) if config.regime == "split_k" else m, config, binary) == [], config
@@ -86,7 +86,7 @@ FINE = {"registers": 64, "spills": 0, "scratch": 0, "shared_memory": 1024, "thre
     ],
 )
 def test_gates_can_close(changes, fault):
-    config = choose(16, DEEPSEEK, TARGETS["sm_90"])
+    config = choose(16, DEEPSEEK, (FP8, BF16), TARGETS["sm_90"])
     found = faults("sm_90", DEEPSEEK, 16, config, Binary(**FINE | changes))
     assert any(fault in line for line in found) if fault else found == []
 
@@ -137,7 +137,7 @@ def test_partials_are_released_and_acquired_device_wide(name):
 @pytest.mark.parametrize("name", [name for name in TARGETS if TARGETS[name].backend == "hip"])
 def test_amd_binaries_are_those_of_tensors_up_to_2_gb(name):
     """Triton's launcher compiles other loads for them than for larger ones."""
-    binary = compiled(name, choose(16, DEEPSEEK, TARGETS[name]), DEEPSEEK, (FP8, BF16))
+    binary = compiled(name, choose(16, DEEPSEEK, (FP8, BF16), TARGETS[name]), DEEPSEEK, (FP8, BF16))
     assert binary.count(r"\bbuffer_load_") > 0
     assert binary.count(r"\bglobal_load_") == 0
 
@@ -179,7 +179,7 @@ def test_sums_over_k_are_added_outside_the_tensor_core(name):
 @pytest.mark.parametrize("name", ["sm_90", "sm_100", "sm_120"])
 def test_dependent_launch_is_off_unless_asked_for(name):
     for m in (4, 16):
-        config = choose(m, DEEPSEEK, TARGETS[name])
+        config = choose(m, DEEPSEEK, (FP8, BF16), TARGETS[name])
         for pdl, count in ((False, 0), (True, 1)):
             binary = compiled(name, dataclasses.replace(config, pdl=pdl), DEEPSEEK, (FP8, BF16))
             assert (binary.count("ACQBULK") >= count, binary.count("ACQBULK") > 0) == (True, pdl)
@@ -188,7 +188,7 @@ def test_dependent_launch_is_off_unless_asked_for(name):
 
 def test_dependent_launch_is_off_where_there_is_none():
     for name in ("sm_80", "gfx942"):
-        config = dataclasses.replace(choose(4, DEEPSEEK, TARGETS[name]), pdl=True)
+        config = dataclasses.replace(choose(4, DEEPSEEK, (FP8, BF16), TARGETS[name]), pdl=True)
         assert compiled(name, config, DEEPSEEK, (FP8, BF16)).count("ACQBULK|PREEXIT") == 0
 
 

@@ -143,7 +143,7 @@ def test_bytes_are_asked_for_as_often_as_dispatch_says(pair, m, monkeypatch):
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", counting)
     project(x, w)
     every = np.concatenate([np.unique(np.concatenate(pieces)) for pieces in asked.values()])
-    weight_reads, x_reads = choose(m, w.shape, SM90).reads(m, 128, 32)
+    weight_reads, x_reads = choose(m, w.shape, w.kinds, SM90).reads(m, 128, 32)
     for times, tensors in ((x_reads, [x]), (weight_reads, [wk.tensors[0], gate.tensors[0]])):
         for tensor in tensors:
             inside = (every >= tensor.data_ptr()) & (every < tensor.data_ptr() + tensor.nbytes)
@@ -203,7 +203,7 @@ def all_codes(name, n, k):
 def test_identity_returns_the_decoded_weights(name, dtype, m, regime):
     w = ProjectionWeights(all_codes(name, 128, 300), all_codes(name, 160, 300))  # two block rows, the last one ragged
     picked = torch.arange(0, 300, 77 if regime == "gemv" else 1)  # a program per row takes the interpreter long
-    config = choose(m, w.shape, SM90)
+    config = choose(m, w.shape, w.kinds, SM90)
     assert config.regime == regime
     k, gate = run(torch.eye(300, dtype=dtype)[picked], w, config)
     assert torch.equal(k.T, w.wk.dequantize()[:, picked])
@@ -218,7 +218,7 @@ def test_the_outermost_e8m0_scales_are_exact(name, scale, m, regime):
     ones = torch.full_like(matrix.tensors[0].view(torch.uint8), 0x22 if name == "mxfp4" else 0x38)
     e8m0 = torch.full_like(matrix.scale.view(torch.uint8), scale).view(torch.float8_e8m0fnu)
     w = ProjectionWeights(*[type(matrix)(ones.view(matrix.codes.dtype), e8m0)] * 2)
-    config = choose(m, w.shape, SM90)
+    config = choose(m, w.shape, w.kinds, SM90)
     assert config.regime == regime
     k, gate = run(torch.eye(64, dtype=torch.bfloat16)[:2], w, config)
     assert torch.equal(k, torch.full_like(k, 2.0 ** (scale - 127)))
@@ -231,7 +231,7 @@ def test_identity_at_full_k():
         picked = torch.arange(0, 7168, step)
         eye = torch.zeros(len(picked), 7168, dtype=torch.bfloat16)
         eye[torch.arange(len(picked)), picked] = 1
-        k, gate = run(eye, w, choose(m, w.shape, SM90))
+        k, gate = run(eye, w, choose(m, w.shape, w.kinds, SM90))
         assert torch.equal(k.T, w.wk.dequantize()[:, picked])
         assert torch.equal(gate.T, w.gate.dequantize()[:, picked])
 

@@ -7,17 +7,23 @@ import torch
 
 from indexproj.kernels import TARGETS, KernelConfig, choose
 from indexproj.kernels.dispatch import cdiv, next_power_of_2
+from indexproj.kernels.gates import PAIRS
+from indexproj.kernels.matrix import Kind
 from support import DEEPSEEK, GLM
+
+FP8 = (Kind.FP8_BLOCK, Kind.BF16)
 
 
 @pytest.mark.parametrize("shape", [DEEPSEEK, GLM, (128, 32, 128, 6144)], ids=str)
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_every_m_is_covered_and_the_last_split_has_work(name, shape, dtype):
+@pytest.mark.parametrize("pair", PAIRS)
+def test_every_m_is_covered_and_the_last_split_has_work(name, shape, dtype, pair):
     target = TARGETS[name]
     gemv_up_to = 8 if name in ("sm_100", "sm_120") else 4
-    for m in range(1, 5000):
-        config = choose(m, shape, target, dtype)
+    around = [2**power + offset for power in range(17) for offset in (-1, 0, 1)]
+    for m in [*range(1, 70), *around[12:-1]]:
+        config = choose(m, shape, PAIRS[pair], target, dtype)
         step = config.block_k * config.slices
         steps = cdiv(shape[-1], step * config.split_k)
         assert (config.split_k - 1) * steps * step < shape[-1]
@@ -30,12 +36,12 @@ def test_every_m_is_covered_and_the_last_split_has_work(name, shape, dtype):
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_few_kernels_serve_all_batch_sizes(name):
-    assert len({choose(m, DEEPSEEK, TARGETS[name]) for m in range(1, 65537)}) <= 14
+    assert len({choose(m, DEEPSEEK, FP8, TARGETS[name]) for m in range(1, 65537)}) <= 14
 
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_batch_invariant_sum_is_made_up_alike_for_every_m(name):
-    configs = [choose(m, DEEPSEEK, TARGETS[name], batch_invariant=True) for m in range(1, 65537)]
+    configs = [choose(m, DEEPSEEK, FP8, TARGETS[name], batch_invariant=True) for m in range(1, 65537)]
     assert {(c.regime, c.block_k, c.block_n, c.slices, c.split_k, c.num_warps) for c in configs} == {
         ("split_k", 64, 16, 8, 14, 8)
     }
@@ -53,7 +59,7 @@ def test_one_wave_fills_an_h100():
         (512, 8 * 16),
         (4096, 64 * 2),
     ):
-        grid = choose(m, DEEPSEEK, TARGETS["sm_90"]).grid(m, 128, 64)
+        grid = choose(m, DEEPSEEK, FP8, TARGETS["sm_90"]).grid(m, 128, 64)
         assert math.prod(grid) == programs
 
 
@@ -66,27 +72,37 @@ def test_workspace_is_what_the_programs_write():
         (100, (7 * 16 * 16 * 192, 7)),
         (65536, (0, 0)),
     ):
-        config = choose(m, DEEPSEEK, TARGETS["sm_90"])
+        config = choose(m, DEEPSEEK, FP8, TARGETS["sm_90"])
         assert config.workspace(config.grid(m, *ns), *ns) == expected
-    serial = choose(65536, DEEPSEEK, TARGETS["sm_90"], batch_invariant=True)
+    serial = choose(65536, DEEPSEEK, FP8, TARGETS["sm_90"], batch_invariant=True)
     assert serial.workspace(serial.grid(65536, *ns), *ns) == (0, 0)
 
 
 def test_fp16_takes_half_the_block_for_it_is_multiplied_in_fp32():
     for m in (100, 10_000):
-        wide, narrow = (choose(m, GLM, TARGETS["sm_90"], dtype) for dtype in (torch.float16, torch.bfloat16))
+        wide, narrow = (choose(m, GLM, FP8, TARGETS["sm_90"], dtype) for dtype in (torch.float16, torch.bfloat16))
         assert (wide.block_k, narrow.block_k) == (32, 64)
 
 
-@pytest.mark.parametrize("block_k", [256, 48, 16])
-def test_a_block_has_one_scale(block_k):
-    with pytest.raises(ValueError, match="block_k must be 32, 64 or 128"):
-        KernelConfig("tiled", block_m=16, block_k=block_k, split_k=1, num_stages=2)
+def test_weights_that_are_decoded_take_half_the_rows_on_sm_120():
+    for pair, kinds in PAIRS.items():
+        assert choose(65536, DEEPSEEK, kinds, TARGETS["sm_120"]).block_m == (64 if pair == "BF16, BF16" else 32)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("block_k", 256), ("block_k", 48), ("block_k", 16), ("regime", "gemm"), ("block_m", 24), ("block_m", "16"),
+     ("block_n", 8), ("slices", 3), ("split_k", 0), ("num_stages", 0), ("num_warps", 6), ("serial", 2)],
+)  # fmt: skip
+def test_no_config_is_made_that_no_kernel_can_be(field, value):
+    fields = {"regime": "tiled", "block_m": 16, "block_k": 64, "split_k": 1, "num_stages": 2}
+    with pytest.raises(ValueError, match=f"KernelConfig: {field} must be one of .*, got {value!r}"):
+        KernelConfig(**fields | {field: value})
 
 
 def test_a_small_k_is_not_split_beyond_its_blocks():
-    assert choose(10, (128, 16, 100), TARGETS["sm_90"]).split_k == 1
-    assert choose(100, (128, 16, 100), TARGETS["sm_90"]).split_k == 2
+    assert choose(10, (128, 16, 100), FP8, TARGETS["sm_90"]).split_k == 1
+    assert choose(100, (128, 16, 100), FP8, TARGETS["sm_90"]).split_k == 2
 
 
 @pytest.mark.parametrize(("n", "power"), [(1, 1), (2, 2), (3, 4), (64, 64), (65, 128)])

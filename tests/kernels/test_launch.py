@@ -34,7 +34,7 @@ def test_a_projection_is_one_launch(driver, pair):
             before = driver.launches
             project(x_of(m, 512), w)
             assert driver.launches == before + 1
-            assert driver.grid == choose(m, w.shape, SM90).grid(m, 128, 16)
+            assert driver.grid == choose(m, w.shape, w.kinds, SM90).grid(m, 128, 16)
 
 
 def test_no_rows_no_launch(driver):
@@ -50,7 +50,7 @@ def test_the_short_way_hands_over_what_tritons_launcher_does(driver, m):
     seen = []
     for x in (x_of(m), x_of(m), x_of(m - 1)):  # compiled, looked up, and another M of the same power of two
         project(x, w, out=out[: len(x)])
-        assert driver.grid == choose(m, w.shape, SM90).grid(len(x), 128, 64)
+        assert driver.grid == choose(m, w.shape, w.kinds, SM90).grid(len(x), 128, 64)
         own = (x, *w.wk.tensors, w.gate.weight, out, out[:, 128:])
         assert driver.pointers[:6] == tuple(tensor.data_ptr() for tensor in own)
         seen.append(driver.pointers[6:])

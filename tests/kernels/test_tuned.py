@@ -1,0 +1,207 @@
+"""Tables of measurements: what is written is read back, what does not fit is refused, and launches follow them."""
+
+import dataclasses
+import json
+import logging
+from unittest import mock
+
+import pytest
+import torch
+
+from cuda_stub import stub_driver
+from indexproj.kernels import TARGETS, KernelConfig, choose, launch, project, tuned
+from indexproj.kernels.matrix import Kind
+from indexproj.kernels.tuned import Case, Entry, Table
+from support import GLM, weights
+
+GPU = "NVIDIA H100 80GB HBM3"
+BF16, FP32 = torch.bfloat16, torch.float32
+SPLIT = KernelConfig("split_k", block_m=16, block_k=64, split_k=6, slices=4, num_warps=4, num_stages=2)
+GEMV = KernelConfig("gemv", block_m=8, block_k=128, slices=8)
+FP8 = Case(16, GLM, (Kind.FP8_BLOCK, Kind.BF16), (BF16, FP32))
+DENSE = Case(16, GLM, (Kind.BF16, Kind.BF16), (BF16, BF16))
+
+
+def table(*entries):
+    return Table(GPU, "2026-11-24", tuned.versions(), entries)
+
+
+ENTRIES = (
+    Entry(FP8, SPLIT, 3.25, GEMV, 4.0, 3.5, 6.0),
+    Entry(DENSE, "torch", 3.0, None, None, None, 3.0),
+)
+
+
+@pytest.fixture
+def path(tmp_path):
+    table(*ENTRIES).write(tmp_path / "deep/table.json")
+    return tmp_path / "deep/table.json"
+
+
+def test_what_is_written_is_read_back(path):
+    assert Table.read(path, GPU) == table(*ENTRIES)
+    assert len(path.read_text().splitlines()) == 9  # an entry a line
+    empty = table()
+    empty.write(path)
+    assert Table.read(path, GPU) == empty
+
+
+def test_a_pick_is_for_all_m_that_round_up_to_it(path):
+    found = Table.read(path, GPU)
+    for m, expected in ((8, None), (9, SPLIT), (16, SPLIT), (17, None)):
+        assert found.find(m, GLM, FP8.kinds, FP8.outs) == expected
+    assert found.find(16, (128, 64, 7168), FP8.kinds, FP8.outs) is None
+    assert found.find(16, GLM, FP8.kinds, (BF16, BF16)) is None
+
+
+def changed(place, **fields):
+    def change(content):
+        (content["entries"][place] if isinstance(place, int) else content).update(fields)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (changed("head", gpu="NVIDIA H200"), "another GPU: expected NVIDIA H100 80GB HBM3, got NVIDIA H200; run"),
+        (changed("head", versions=tuned.versions() | {"triton": "3.0"}), r"another versions: .*'triton': '3.0'}; run"),
+        (changed("head", extra=1), "no table .*extra"),
+        (lambda content: content.pop("date"), "no table .*date"),
+        (lambda content: content.pop("entries"), "no table .*entries"),
+        (lambda content: content["entries"].append(content["entries"][0]), "two entries for one case"),
+        (lambda content: content["entries"][1].pop("us"), "entry 2: .*us"),
+        (lambda content: content["entries"][1].pop("m"), "entry 2: 'm' is missing"),
+        (changed(0, pick="torch"), "entry 1: expected a config as its pick, or torch where all weights are BF16"),
+        (changed(0, pick="cublas"), "entry 1: expected a config .* got cublas"),
+        (changed(0, pick=None), "entry 1: expected a config"),
+        (changed(0, pick={"regime": "tiled", "block_m": 24, "block_k": 64}), "entry 1: KernelConfig: block_m"),
+        (changed(0, pick={"regime": "tiled", "block_n": 16}), "entry 1: .*block_m"),
+        (changed(0, pick={"regime": "gemv", "block_m": 1, "block_k": 64}, m=65536), "entry 1: .* larger grid"),
+        (changed(0, m=15), "entry 1: expected a power of two as m, got 15"),
+        (changed(0, m="16"), "entry 1: expected a power of two as m, got 16"),
+        (changed(0, kinds=["INT4", "BF16"]), "entry 1: 'INT4' is missing or unknown"),
+        (changed(0, outs=["bf16"]), "entry 1: expected one kind and dtype for each of 2 matrices"),
+        (changed(0, shape=[128]), "entry 1: expected one kind and dtype for each of 0 matrices"),
+        (changed(0, shape=None), "entry 1: "),
+        (lambda content: content["entries"].insert(0, 3), "entry 1: "),
+    ],
+)
+def test_a_table_that_does_not_fit_is_refused_with_a_reason(path, change, message):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message) as caught:
+        Table.read(path, GPU)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"entries": 3}', "null", "\ud800"])
+def test_a_file_that_is_no_table_is_refused(path, text):
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(ValueError, match="no table of `indexproj tune`"):
+        Table.read(path, GPU)
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """A device that has a name, and a config folder."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: GPU)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.delenv(tuned.VARIABLE, raising=False)
+    tuned.table_of.cache_clear()
+    yield torch.device("cuda", 0)
+    tuned.table_of.cache_clear()
+
+
+def test_tables_are_found_in_the_config_folder_or_where_the_variable_says(gpu, path, monkeypatch, tmp_path):
+    assert tuned.table_of(gpu) is None
+    tuned.table_of.cache_clear()
+    assert tuned.default_path(GPU) == tmp_path / "config/indexproj/nvidia-h100-80gb-hbm3.json"
+    table(ENTRIES[0]).write(tuned.default_path(GPU))
+    assert tuned.table_of(gpu) == table(ENTRIES[0])
+    for value, expected in ((str(path), table(*ENTRIES)), ("", None)):
+        monkeypatch.setenv(tuned.VARIABLE, value)
+        tuned.table_of.cache_clear()
+        assert tuned.table_of(gpu) == expected
+    assert tuned.table_of(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("content", [None, "{"], ids=["missing", "corrupt"])
+def test_a_refused_table_is_a_warning_and_no_error(gpu, path, monkeypatch, caplog, content):
+    path.unlink()
+    if content:
+        path.write_text(content)
+    monkeypatch.setenv(tuned.VARIABLE, str(path))
+    with caplog.at_level(logging.INFO, "indexproj"):
+        assert tuned.table_of(gpu) is None
+        assert tuned.table_of(gpu) is None
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert str(path) in record.getMessage()
+
+
+@pytest.fixture
+def driver(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "_ready", {})
+    monkeypatch.setattr(launch, "table_of", lambda device: table(*ENTRIES))
+    with stub_driver(tmp_path / "cache") as stub:
+        yield stub
+
+
+def test_a_launch_has_the_config_that_was_fastest(driver):
+    w, reckoned = weights("fp8-dense", GLM), choose(16, GLM, FP8.kinds, TARGETS["sm_90"])
+    x = torch.zeros(16, GLM[2], dtype=BF16)
+    assert SPLIT.grid(16, 128, 32) != reckoned.grid(16, 128, 32)
+    for m in (9, 16):
+        for _ in range(2):
+            project(x[:m], w)
+            assert driver.grid == SPLIT.grid(m, 128, 32)
+    for run in (
+        lambda: project(x, w, gate_dtype=BF16),  # not measured
+        lambda: project(x.half(), w),
+        lambda: project(x, w, batch_invariant=True),
+    ):
+        before = driver.launches
+        run()
+        assert driver.launches == before + 1
+        assert driver.grid == reckoned.grid(16, 128, 32)
+
+
+@pytest.mark.parametrize("row", [160, 200], ids=["contiguous", "row-strided"])
+def test_torch_multiplies_where_it_was_fastest(driver, row, poison, monkeypatch):
+    products = mock.Mock(wraps=torch.mm)
+    monkeypatch.setattr(torch, "mm", products)
+    w, x = weights("dense-dense", GLM), torch.randn(13, GLM[2]).bfloat16()
+    out = torch.empty(13, row, dtype=BF16)[:, :160]
+    before = driver.launches
+    k, gate = project(x, w, out=out)
+    assert (products.call_count, driver.launches) == (1, before)  # both in one, as in vLLM
+    assert torch.equal(out, torch.nn.functional.linear(x, w.fused_weight))
+    assert torch.equal(torch.cat((k, gate), 1), out)
+    apart = project(x, w, gate_dtype=BF16)
+    assert (products.call_count, driver.launches) == (3, before)
+    for found, matrix in zip(apart, (w.wk, w.gate), strict=True):
+        assert torch.equal(found, torch.nn.functional.linear(x, matrix.weight))
+
+
+def test_torch_does_not_multiply_what_it_would_round_twice(driver):
+    w, x = weights("dense-dense", GLM), torch.zeros(13, GLM[2], dtype=BF16)
+    before = driver.launches
+    project(x, w, gate_dtype=BF16, gate_scale=0.5)
+    assert driver.launches == before + 1
+
+
+def test_torch_gives_the_gate_in_fp32_where_that_is_asked_for(driver, monkeypatch):
+    """On GPUs: `out_dtype` is not there for CPUs, so one that rounds nothing stands in."""
+    entry = dataclasses.replace(ENTRIES[1], case=dataclasses.replace(DENSE, outs=(BF16, FP32)))
+    monkeypatch.setattr(launch, "table_of", lambda device: table(entry))
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("mm.dtype_out", lambda a, b, dtype, *, out: out.copy_(a.to(dtype) @ b.to(dtype)), "CPU")
+    w, x = weights("dense-dense", GLM), torch.randn(13, GLM[2]).bfloat16()
+    before = driver.launches
+    _, gate = project(x, w)
+    assert driver.launches == before
+    assert gate.dtype == FP32
+    assert torch.equal(gate, x.float() @ w.gate.weight.float().T)
+    library._destroy()
