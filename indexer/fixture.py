@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..kernels.matrix import SCALE_BLOCK, scale_shape
 from ..loading.checkpoint import INDEX
+from .synthetic import quantize_blocks, random_weight
 
 D = 128
 
@@ -150,35 +151,6 @@ def write_fixture(
     _write_json(directory / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
     _write_json(directory / "config.json", _config(model, owners, layers_written, power_of_two_scales))
     return files
-
-
-def quantize_blocks(weight: Tensor, power_of_two_scales: bool = False) -> tuple[Tensor, Tensor]:
-    """Quantizes to e4m3fn with one scale per 128x128 block, the block's amax / 448.
-
-    Args:
-        weight: [N, K] fp32.
-        power_of_two_scales: rounds the scales up to powers of two first.
-
-    Returns:
-        codes [N, K] float8_e4m3fn and scale [ceil(N/128), ceil(K/128)] fp32.
-    """
-    (n, k), (rows, columns) = weight.shape, scale_shape(weight.shape)
-    padded = torch.zeros(rows * SCALE_BLOCK, columns * SCALE_BLOCK)
-    padded[:n, :k] = weight
-    blocks = padded.view(rows, SCALE_BLOCK, columns, SCALE_BLOCK)
-    scale = blocks.abs().amax(dim=(1, 3)).clamp(min=1e-12) / 448
-    if power_of_two_scales:
-        scale = torch.exp2(scale.log2().ceil())
-    codes = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
-    return codes.view(padded.shape)[:n, :k].contiguous(), scale
-
-
-def random_weight(n: int, k: int, generator: torch.Generator) -> Tensor:
-    """[n, k] fp32 of a trained matrix's spread: columns of different size, and one value in a thousand far out."""
-    weight = torch.randn(n, k, generator=generator) * 0.02
-    weight *= torch.exp(0.4 * torch.randn(k, generator=generator))
-    outliers = torch.rand(n, k, generator=generator) < 1e-3
-    return torch.where(outliers, 8 * weight, weight)
 
 
 def _layer(

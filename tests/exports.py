@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from support import codes, powers
+from indexproj.indexer.synthetic import random_e4m3 as codes
+from indexproj.indexer.synthetic import random_e8m0 as powers
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
 

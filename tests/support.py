@@ -1,5 +1,6 @@
 """What tests of several folders need: weights with every block scale distinct, and small checkpoints."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -9,8 +10,9 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from indexproj.indexer.cli import app
-from indexproj.indexer.fixture import quantize_blocks, random_weight
-from indexproj.kernels import DenseMatrix, Fp4Matrix, Fp8Matrix, ProjectionWeights
+from indexproj.indexer.synthetic import random_matrix
+from indexproj.kernels import ProjectionWeights
+from indexproj.kernels.matrix import Kind
 from indexproj.loading import CheckpointError, load
 from indexproj.loading.checkpoint import INDEX
 from indexproj.loading.layer import BAD_VALUES
@@ -22,45 +24,14 @@ INDEXER = "model.layers.{}.self_attn.indexer."
 WK, SCALE, GATE = (INDEXER.format(0) + leaf for leaf in ("wk.weight", "wk.weight_scale_inv", "weights_proj.weight"))
 
 
-def dense(n, k):
-    return DenseMatrix(random_weight(n, k, torch.default_generator).bfloat16())
-
-
-def fp8(n, k):
-    """Block scales that differ by up to 2**6, so that one taken for another is a gross error."""
-    codes, scale = quantize_blocks(random_weight(n, k, torch.default_generator))
-    return Fp8Matrix(codes, scale * torch.exp2(6 * torch.rand(scale.shape)))
-
-
-def fp8_row(n, k):
-    return Fp8Matrix(codes(n, k), torch.exp2(6 * torch.rand(n, 1)) / 448)
-
-
-def mxfp8(n, k):
-    return Fp8Matrix(codes(n, k), powers(n, -(-k // 32)))
-
-
-def nvfp4(n, k):
-    scale = torch.exp2(6 * torch.rand(n, -(-k // 16))).to(torch.float8_e4m3fn)
-    return Fp4Matrix(torch.randint(0, 256, (n, k // 2), dtype=torch.uint8), scale, torch.rand(n, 1) / 448)
-
-
-def mxfp4(n, k):
-    return Fp4Matrix(torch.randint(0, 256, (n, k // 2), dtype=torch.uint8), powers(n, -(-k // 32)))
-
-
-def codes(n, k):
-    """Any e4m3fn codes but NaN."""
-    bits = torch.randint(0, 0x7F, (n, k), dtype=torch.uint8) | torch.randint(0, 2, (n, k), dtype=torch.uint8) << 7
-    return bits.view(torch.float8_e4m3fn)
-
-
-def powers(n, groups):
-    """E8M0 scales from 2**-13 to 2**-4."""
-    return torch.randint(114, 124, (n, groups), dtype=torch.uint8).view(torch.float8_e8m0fnu)
-
-
-MATRICES = {"dense": dense, "fp8": fp8, "fp8_row": fp8_row, "mxfp8": mxfp8, "nvfp4": nvfp4, "mxfp4": mxfp4}
+MATRICES = {
+    name: functools.partial(random_matrix, kind)
+    for name, kind in (
+        ("dense", Kind.BF16), ("fp8", Kind.FP8_BLOCK), ("fp8_row", Kind.FP8), ("mxfp8", Kind.MXFP8),
+        ("nvfp4", Kind.NVFP4), ("mxfp4", Kind.MXFP4),
+    )
+}  # fmt: skip
+dense, fp8, fp8_row, mxfp8, nvfp4, mxfp4 = MATRICES.values()
 # The pairs that published checkpoints hold, and FP8 per row, which requantized ones do.
 PAIRS = {
     f"{wk}-{gate}": (MATRICES[wk], MATRICES[gate])

@@ -1,0 +1,76 @@
+"""Made-up matrices, for tests, benchmarks and the checkpoints of fixture.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..kernels import DenseMatrix, Fp4Matrix, Fp8Matrix, Matrix
+from ..kernels.matrix import MX_GROUP, NVFP4_GROUP, SCALE_BLOCK, Kind, scale_shape
+
+
+def random_matrix(kind: Kind, n: int, k: int) -> Matrix:
+    """A matrix [n, k] of an e4m3fn, e2m1 or bf16 kind, from torch's default generator.
+
+    Scales differ by up to 2**6, so that one taken for another is a gross error.
+
+    Raises:
+        ValueError: an e4m3fnuz kind; see `Fp8Matrix.to_fnuz`.
+    """
+    if kind == Kind.BF16:
+        return DenseMatrix(random_weight(n, k, torch.default_generator).bfloat16())
+    if kind == Kind.FP8_BLOCK:
+        codes, scale = quantize_blocks(random_weight(n, k, torch.default_generator))
+        return Fp8Matrix(codes, scale * torch.exp2(6 * torch.rand(scale.shape)))
+    if kind == Kind.FP8:
+        return Fp8Matrix(random_e4m3(n, k), torch.exp2(6 * torch.rand(n, 1)) / 448)
+    groups = scale_shape((n, k), 1, NVFP4_GROUP if kind == Kind.NVFP4 else MX_GROUP)
+    if kind == Kind.MXFP8:
+        return Fp8Matrix(random_e4m3(n, k), random_e8m0(*groups))
+    pairs = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8)
+    if kind == Kind.MXFP4:
+        return Fp4Matrix(pairs, random_e8m0(*groups))
+    if kind == Kind.NVFP4:
+        scale = torch.exp2(6 * torch.rand(groups)).to(torch.float8_e4m3fn)
+        return Fp4Matrix(pairs, scale, torch.rand(n, 1) / 448)
+    raise ValueError(f"random_matrix: no values of {kind!r} are made up; convert those of an e4m3fn kind")
+
+
+def quantize_blocks(weight: Tensor, power_of_two_scales: bool = False) -> tuple[Tensor, Tensor]:
+    """Quantizes to e4m3fn with one scale per 128x128 block, the block's amax / 448.
+
+    Args:
+        weight: [N, K] fp32.
+        power_of_two_scales: rounds the scales up to powers of two first.
+
+    Returns:
+        codes [N, K] float8_e4m3fn and scale [ceil(N/128), ceil(K/128)] fp32.
+    """
+    (n, k), (rows, columns) = weight.shape, scale_shape(weight.shape)
+    padded = torch.zeros(rows * SCALE_BLOCK, columns * SCALE_BLOCK)
+    padded[:n, :k] = weight
+    blocks = padded.view(rows, SCALE_BLOCK, columns, SCALE_BLOCK)
+    scale = blocks.abs().amax(dim=(1, 3)).clamp(min=1e-12) / 448
+    if power_of_two_scales:
+        scale = torch.exp2(scale.log2().ceil())
+    codes = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+    return codes.view(padded.shape)[:n, :k].contiguous(), scale
+
+
+def random_weight(n: int, k: int, generator: torch.Generator) -> Tensor:
+    """[n, k] fp32 of a trained matrix's spread: columns of different size, and one value in a thousand far out."""
+    weight = torch.randn(n, k, generator=generator) * 0.02
+    weight *= torch.exp(0.4 * torch.randn(k, generator=generator))
+    outliers = torch.rand(n, k, generator=generator) < 1e-3
+    return torch.where(outliers, 8 * weight, weight)
+
+
+def random_e4m3(*shape: int) -> Tensor:
+    """Any e4m3fn codes but NaN."""
+    bits = torch.randint(0, 0x7F, shape, dtype=torch.uint8) | torch.randint(0, 2, shape, dtype=torch.uint8) << 7
+    return bits.view(torch.float8_e4m3fn)
+
+
+def random_e8m0(*shape: int) -> Tensor:
+    """Scales from 2**-13 to 2**-4."""
+    return torch.randint(114, 124, shape, dtype=torch.uint8).view(torch.float8_e8m0fnu)
