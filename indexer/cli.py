@@ -9,19 +9,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from datetime import date
 from importlib.metadata import version
-from itertools import groupby, product
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-if TYPE_CHECKING:
-    from ..kernels.gates import Row
-    from .verify import Measurement
+from .tables import compiled_tables, layer_cells, layer_table, measurement_cells, shape_cell, tuned_tables
 
 app = typer.Typer(
     add_completion=False,
@@ -35,6 +32,12 @@ app = typer.Typer(
 console = Console(width=max(132, shutil.get_terminal_size().columns), highlight=False, markup=False)
 
 CheckpointPath = Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint directory, or one .safetensors file.")]
+Shapes = Annotated[
+    list[str] | None, typer.Option("--shape", help="deepseek-v3.2 or glm-5; may be repeated. Default: both.")
+]
+Pairs = Annotated[
+    list[str] | None, typer.Option("--pair", help='Encodings, such as "NVFP4, BF16"; may be repeated. Default: all.')
+]
 Kind = Literal["deepseek-v3.2", "glm-5-bf16", "glm-5.2-fp8"]
 
 
@@ -92,10 +95,10 @@ def audit(
     if as_json:
         print(json.dumps(report, indent=2))
         raise typer.Exit(0 if report["loads"] else 2)
-    table = _table("D, H, K", "runs", "loads")
+    table = layer_table("D, H, K", "runs", "loads")
     for layer in report["layers"]:
         runs, loads = ("yes" if layer[key] else "no" for key in ("runs", "loads"))
-        table.add_row(*_layer_cells(layer), _shape_cell(layer), runs, loads)
+        table.add_row(*layer_cells(layer), shape_cell(layer), runs, loads)
     if report["layers"]:
         console.print(table)
     if counts := report["counts"]:
@@ -144,7 +147,7 @@ def verify(
     from .verify import verify as run
     from .verify import where
 
-    table = _table("M", "kernel", "error, ours", "error, upcast", "closer by", "verdict")
+    table = layer_table("M", "kernel", "error, ours", "error, upcast", "closer by", "verdict")
     all_passed = True
     try:
         census = Checkpoint(checkpoint)
@@ -154,7 +157,7 @@ def verify(
             for measurement in run(census, plans, rows, device):
                 all_passed &= measurement.passed
                 status.update(f"Layer {measurement.plan.layer}, M = {measurement.m}")
-                table.add_row(*_layer_cells(describe(measurement.plan)), *_measurement_cells(measurement))
+                table.add_row(*layer_cells(describe(measurement.plan)), *measurement_cells(measurement))
     except CheckpointError as error:
         _fail(str(error))
     console.print(table)
@@ -174,12 +177,8 @@ def compile_(
         list[str] | None, typer.Option(metavar="GPU", help="sm_90, for instance; may be repeated.")
     ] = None,
     all_targets: Annotated[bool, typer.Option("--all", help="All GPUs that there are gates for.")] = False,
-    shape: Annotated[
-        list[str] | None, typer.Option(help="deepseek-v3.2 or glm-5; may be repeated. Default: both.")
-    ] = None,
-    pair: Annotated[
-        list[str] | None, typer.Option(help='Encodings, such as "NVFP4, BF16"; may be repeated. Default: all.')
-    ] = None,
+    shape: Shapes = None,
+    pair: Pairs = None,
     cache: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Keep the binaries, for servers that run with TRITON_CACHE_DIR=DIR."),
@@ -195,8 +194,9 @@ def compile_(
     from dataclasses import asdict
 
     from ..kernels import TARGETS
-    from ..kernels.gates import CASES, OUTS, PAIRS, SHAPES, rows
+    from ..kernels.gates import CASES, PAIRS, SHAPES, rows
     from ..kernels.target import INTERPRETED
+    from ..kernels.tuned import OUTS
     from .rival import block_scaled_gemm
 
     if INTERPRETED:
@@ -205,9 +205,7 @@ def compile_(
     unknown = [name for name in names if name not in TARGETS]
     if unknown or not names:
         _fail(f"compile: --target is one of {', '.join(TARGETS)}, got {', '.join(unknown) or 'none'}")
-    for option, chosen, known in (("--shape", shape, SHAPES), ("--pair", pair, PAIRS)):
-        if strange := [name for name in chosen or () if name not in known]:
-            _fail(f"compile: {option} is one of {'; '.join(known)}; got {'; '.join(strange)}")
+    _check_names(shape, pair)
     cases = list(product(shape or SHAPES, pair or PAIRS)) if shape or pair else CASES
     if cache:
         try:
@@ -229,8 +227,8 @@ def compile_(
     if as_json:
         print(json.dumps([asdict(row) for row in found], indent=2))
     else:
-        for title, group in groupby(found, _title):
-            console.print(_compiled_table(title, group))
+        for table in compiled_tables(found):
+            console.print(table)
         console.print(
             "M: the largest one with this kernel. W and x: how often the programs of a launch ask for each\n"
             "byte; caches answer most. Loads: instructions x bytes per thread. vLLM's GEMM multiplies wk alone.",
@@ -248,69 +246,72 @@ def compile_(
         )
 
 
-def _title(row: Row) -> str:
-    return f"{row.target}, {row.shape}: {row.pair}; gate in {row.gate}"
+@app.command()
+def tune(
+    shape: Shapes = None,
+    pair: Pairs = None,
+    seconds: Annotated[float, typer.Option(min=1, help="For each shape; where they run out, less is tried.")] = 110,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where to keep it. Default: the user's config folder.")
+    ] = None,
+) -> None:
+    """Measure which kernel is fastest on this GPU, for 1 to 16384 rows, and keep a table of it.
+
+    From then on processes on such a GPU, with the same versions of indexproj, torch and Triton, run what was fastest;
+    where weights are BF16, that may be torch's GEMM. Entries for other shapes and pairs stay. What --output names is
+    used with INDEXPROJ_TUNED=FILE. Ends with 1 if a kernel is wrong.
+    """
+    import torch
+    from rich.progress import Progress
+
+    from ..kernels.gates import PAIRS, SHAPES
+    from ..kernels.target import INTERPRETED
+    from ..kernels.tuned import Case, Entry, Table, default_path, versions
+    from . import tune as module
+
+    _check_names(shape, pair)
+    if INTERPRETED or not torch.cuda.is_available():
+        _fail(f"tune: measures on a GPU, and {'TRITON_INTERPRET=1 is set' if INTERPRETED else 'there is none here'}")
+    device = torch.device("cuda", torch.cuda.current_device())
+    gpu = torch.cuda.get_device_name(device)
+    path = output or default_path(gpu)
+    entries: dict[Case, Entry] = {}
+    try:
+        if path.exists():
+            entries |= Table.read(path, gpu).by_case
+    except ValueError as error:
+        _complain(f"tune: replaces what is there: {error}")
+    except OSError as error:
+        _fail(f"tune: {error}")
+    for name in shape or SHAPES:
+        tasks = [module.Task(SHAPES[name], PAIRS[kinds]) for kinds in pair or PAIRS]
+        found = []
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            try:
+                measured = module.tune(tasks, device, seconds)
+                for entry in progress.track(measured, total=len(tasks) * len(module.MS), description=name):
+                    found.append(entry)
+            except module.WrongError as error:
+                _complain(f"tune: {error}")
+                raise typer.Exit(1) from error
+            except RuntimeError as error:
+                _fail(f"tune: {error}")
+        entries |= {entry.case: entry for entry in found}
+        try:
+            Table(gpu, date.today().isoformat(), versions(), tuple(entries.values())).write(path)
+        except OSError as error:
+            _fail(f"tune: {error}")
+        for table in tuned_tables(name, found):
+            console.print(table)
+    console.print(f"Kept in {path}.", soft_wrap=True)
 
 
-def _compiled_table(title: str, found: Iterable[Row]) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column("kernel", no_wrap=True)
-    numbers = ("M", "programs", "per SM", "registers", "shared", "MMA", "W", "x", "KB each", "loads", "verdict")
-    for column in numbers:
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in found:
-        cells = (
-            row.m,
-            row.programs,
-            row.per_sm,
-            row.registers,
-            row.shared_memory,
-            row.mma,
-            row.weight_reads,
-            row.x_reads,
-        )
-        loads = " ".join(f"{count}x{size}" for size, count in row.loads.items())
-        table.add_row(
-            row.kernel, *map(str, cells), f"{row.bytes_per_program / 1e3:.1f}", loads, "faulty" if row.faults else "ok"
-        )
-    return table
+def _check_names(shape: list[str] | None, pair: list[str] | None) -> None:
+    from ..kernels.gates import PAIRS, SHAPES
 
-
-def _table(*columns: str) -> Table:
-    table = Table()
-    for column in ("layer", "wk", "weights_proj"):
-        table.add_column(column, no_wrap=True)
-    for column in ("MB kept", "MB upcast", *columns):
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
-
-
-def _layer_cells(layer: dict[str, Any]) -> tuple[str, ...]:
-    name = f"{layer['layer']} (MTP)" if layer["is_mtp"] else f"{layer['layer']}"
-    matrices = layer["wk"], layer["weights_proj"]
-    encodings = (f"{m['encoding'] or '?'}{' to BF16' if m['in_memory'] == 'bf16' else ''}" for m in matrices)
-    sizes = (sum(m[key] for m in matrices) for key in ("kept_bytes", "upcast_bytes"))
-    return (name, *encodings, *(f"{size / 1e6:.2f}" if layer["loads"] else "-" for size in sizes))
-
-
-def _shape_cell(layer: dict[str, Any]) -> str:
-    if not layer["loads"]:
-        return "-"
-    (d, k), (h, _) = layer["wk"]["shape"], layer["weights_proj"]["shape"]
-    return f"{d}, {h}, {k}"
-
-
-def _measurement_cells(measurement: Measurement) -> tuple[str, ...]:
-    ours, upcast = measurement.error, measurement.upcast_error
-    closer = f"{upcast / ours:,.0f} times" if upcast > ours > 0 else "-"
-    return (
-        f"{measurement.m}",
-        measurement.regime,
-        f"{ours:.1e}",
-        f"{upcast:.1e}" if upcast else "none",
-        closer,
-        "ok" if measurement.passed else "WRONG",
-    )
+    for option, chosen, known in (("--shape", shape, SHAPES), ("--pair", pair, PAIRS)):
+        if strange := [name for name in chosen or () if name not in known]:
+            _fail(f"{option} is one of {'; '.join(known)}; got {'; '.join(strange)}")
 
 
 def _fail(message: str) -> None:

@@ -12,7 +12,8 @@ import torch
 from .matrix import Kind
 from .target import Target
 
-POWERS = [1, 2, 4, 8, 16, 32, 64, 128, 256]
+MAX_SPLIT_K = 16
+_POWERS = [1, 2, 4, 8, 16, 32, 64, 128, 256]
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,13 @@ class KernelConfig:
     def __post_init__(self) -> None:
         expected = {
             "regime": ("gemv", "split_k", "tiled"),
-            "block_m": POWERS[:9],
-            "block_n": POWERS[4:9],
+            "block_m": _POWERS[:9],
+            "block_n": _POWERS[4:9],
             "block_k": (32, 64, 128),  # whole groups of 32 values in one block of 128
-            "slices": POWERS[:6],
-            "split_k": range(1, 17),
+            "slices": _POWERS[:6],
+            "split_k": range(1, MAX_SPLIT_K + 1),
             "num_stages": range(1, 9),
-            "num_warps": POWERS[:5],
+            "num_warps": _POWERS[:5],
             "serial": (False, True),
             "pdl": (False, True),
         }
@@ -128,7 +129,7 @@ def _choose(
     is_wide = x_dtype != torch.bfloat16  # fp16 is multiplied in fp32, which takes twice the room
     # One step over 512 of K: enough programs to fill a GPU, each reading its weights in one go. NVIDIA's tensor cores
     # take 8 rows of x, AMD's 16; more than 32 would not fit beside the weights.
-    block_m, splits = min(max(m, 8 if target.is_cuda() else 16), 32), min(16, cdiv(k, 512))
+    block_m, splits = min(max(m, 8 if target.is_cuda() else 16), 32), min(MAX_SPLIT_K, cdiv(k, 512))
     decode = KernelConfig("split_k", block_m=block_m, block_k=64, slices=8, split_k=splits, num_stages=2)
     if batch_invariant:
         return replace(decode, serial=m > 64)
@@ -142,7 +143,7 @@ def _choose(
     # A third matrix and two blocks of 64 of K do not fit the 64 KiB of gfx942.
     block_k = 32 if is_wide or columns_together(*ns) > (320 if target.is_cuda() else 256) else 64
     fill = next_power_of_2(target.sm_count // (m // block_m) + 1) // 2  # largest power of two that fits, or 0
-    split_k = max(1, min(16, fill, cdiv(k, block_k)))
+    split_k = max(1, min(MAX_SPLIT_K, fill, cdiv(k, block_k)))
     num_warps = 4 if is_wide and not target.is_cuda() else 8  # 8 waves would load less than 16 bytes a thread
     return KernelConfig("tiled", block_m=block_m, block_k=block_k, split_k=split_k, num_stages=3, num_warps=num_warps)
 

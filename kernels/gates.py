@@ -10,12 +10,11 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from .compiled import MULTIPROCESSORS, Binary, compile_for
 from .dispatch import KernelConfig, choose
 from .matrix import Kind, operand_specs
 from .target import TARGETS
+from .tuned import OUTS
 
 # (D, H, K) of published models.
 SHAPES = {"deepseek-v3.2": (128, 64, 7168), "glm-5": (128, 32, 6144)}
@@ -33,8 +32,6 @@ PAIRS = {
 # Encodings decide over registers and instructions, K and H over little: one shape has all pairs, the other the usual.
 CASES = [("deepseek-v3.2", pair) for pair in PAIRS] + [("glm-5", "BF16, BF16"), ("glm-5", "FP8 128x128, BF16")]
 LARGEST_M = 65536
-# dtypes of k and gate, by that of gate: those of `project`, and one tensor for both, as vLLM's forward slices it.
-OUTS = {"fp32": (torch.bfloat16, torch.float32), "bf16": (torch.bfloat16, torch.bfloat16)}
 
 
 @dataclass(frozen=True)

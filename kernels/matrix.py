@@ -365,6 +365,10 @@ class ProjectionWeights:
             return self._split(fn(fused), self.shape[0])
         return dataclasses.replace(self, wk=self.wk.map(fn), gate=self.gate.map(fn))
 
+    def to_bf16(self) -> ProjectionWeights:
+        """Both matrices decoded and rounded to bf16, in one buffer; the same memory if they are that already."""
+        return self.pack(*(DenseMatrix(matrix.dequantize(torch.bfloat16)) for matrix in (self.wk, self.gate)))
+
     def matches(self, other: ProjectionWeights) -> bool:
         """True if the two differ in nothing but values."""
         return self.wk.matches(other.wk) and self.gate.matches(other.gate)

@@ -25,47 +25,48 @@ LARGEST_GRID = 65535  # programs in a grid's second and third direction
 
 Pick = KernelConfig | Literal["torch"]
 
+# dtypes of k and gate, by that of gate: those of `project`, and one tensor for both, as vLLM's forward slices it.
+OUTS = {"fp32": (torch.bfloat16, torch.float32), "bf16": (torch.bfloat16, torch.bfloat16)}
+
 
 @dataclass(frozen=True)
 class Case:
     """What an entry is for.
 
     Attributes:
-        m: rows of x, a power of two; it stands for all that round up to it.
+        m: rows of x, which is bf16: a power of two that stands for all that round up to it.
         shape: rows of each matrix, and K.
         kinds: of each matrix.
-        outs: dtype of each output. x is bf16.
     """
 
     m: int
     shape: tuple[int, ...]
     kinds: tuple[int, ...]
-    outs: tuple[torch.dtype, ...]
-
-    @property
-    def is_for_torch(self) -> bool:
-        """Whether torch's GEMM computes the same, without a second copy of the weights."""
-        return set(self.kinds) == {Kind.BF16}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Median microseconds of one case; None where there was nothing to measure.
+    """Median microseconds of one case.
 
     Attributes:
-        pick: the fastest, "torch" for torch's GEMM.
-        runner_up: the second fastest.
+        pick: the fastest kernel.
+        runner_up: the second fastest, None if only one was measured.
         default_us: of the config that `choose` reckons.
-        torch_us: of torch's GEMM, of bf16 weights even where pick cannot be it.
+        torch_us: of torch's GEMM with bf16 weights, by the keys of OUTS, as far as torch could be measured.
     """
 
     case: Case
-    pick: Pick
+    pick: KernelConfig
     us: float
-    runner_up: Pick | None
+    runner_up: KernelConfig | None
     runner_up_us: float | None
-    default_us: float | None
-    torch_us: float | None
+    default_us: float
+    torch_us: dict[str, float]
+
+    @property
+    def torch_for(self) -> list[str]:
+        """The keys of OUTS for which torch's GEMM is faster, and computes the same: it needs bf16 weights."""
+        return [outs for outs, us in self.torch_us.items() if us < self.us and set(self.case.kinds) == {Kind.BF16}]
 
 
 @dataclass(frozen=True)
@@ -84,14 +85,17 @@ class Table:
     entries: tuple[Entry, ...]
 
     @functools.cached_property
-    def picks(self) -> dict[Case, Pick]:
-        return {entry.case: entry.pick for entry in self.entries}
+    def by_case(self) -> dict[Case, Entry]:
+        return {entry.case: entry for entry in self.entries}
 
     def find(
         self, m: int, shape: tuple[int, ...], kinds: tuple[int, ...], outs: tuple[torch.dtype, ...]
     ) -> Pick | None:
-        """The fastest for m >= 1 rows of bf16 x; None if that was not measured."""
-        return self.picks.get(Case(next_power_of_2(m), shape, kinds, outs))
+        """The fastest for m >= 1 rows of bf16 x and outputs of these dtypes; None if that was not measured."""
+        entry = self.by_case.get(Case(next_power_of_2(m), shape, kinds))
+        if entry is None:
+            return None
+        return "torch" if outs in [OUTS[name] for name in entry.torch_for] else entry.pick
 
     @classmethod
     def read(cls, path: Path, gpu: str) -> Table:
@@ -112,7 +116,7 @@ class Table:
                 raise ValueError(
                     f"{path} was measured with another {what}: expected {expected}, got {had}; run `indexproj tune`"
                 )
-        if len(table.picks) < len(entries):
+        if len(table.by_case) < len(entries):
             raise ValueError(f"{path} has two entries for one case")
         return table
 
@@ -155,58 +159,40 @@ def table_of(device: torch.device) -> Table | None:
     return table
 
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
 def _fields(entry: Entry) -> dict[str, Any]:
-    """An entry as it is written; `_entry` is the inverse."""
-    case, names = entry.case, {dtype: name for name, dtype in _DTYPES.items()}
-    return {
-        "m": case.m,
-        "shape": case.shape,
-        "kinds": [Kind(kind).name for kind in case.kinds],
-        "outs": [names[dtype] for dtype in case.outs],
-        "pick": _pick_fields(entry.pick),
-        "us": entry.us,
-        "runner_up": entry.runner_up and _pick_fields(entry.runner_up),
-        "runner_up_us": entry.runner_up_us,
-        "default_us": entry.default_us,
-        "torch_us": entry.torch_us,
-    }
+    """An entry as it is written, with what follows from it for the reader; `_entry` is the inverse."""
+    fields = {field.name: getattr(entry, field.name) for field in dataclasses.fields(entry)}
+    case = fields.pop("case")
+    for name in ("pick", "runner_up"):
+        fields[name] = fields[name] and _config_fields(fields[name])
+    kinds = [Kind(kind).name for kind in case.kinds]
+    return {"m": case.m, "shape": case.shape, "kinds": kinds, **fields, "torch_for": entry.torch_for}
 
 
-def _pick_fields(pick: Pick) -> dict[str, Any] | str:
-    if isinstance(pick, str):
-        return pick
-    fields = {field.name: (getattr(pick, field.name), field.default) for field in dataclasses.fields(pick)}
+def _config_fields(config: KernelConfig) -> dict[str, Any]:
+    fields = {field.name: (getattr(config, field.name), field.default) for field in dataclasses.fields(config)}
     return {name: value for name, (value, default) in fields.items() if value != default}
 
 
 def _entry(number: int, fields: dict[str, Any]) -> Entry:
     try:
-        kinds, outs = (tuple(fields.pop(name)) for name in ("kinds", "outs"))
-        case = Case(
-            fields.pop("m"),
-            tuple(fields.pop("shape")),
-            tuple(int(Kind[kind]) for kind in kinds),
-            tuple(_DTYPES[dtype] for dtype in outs),
-        )
-        pick, runner_up = (_pick(fields.pop(name)) for name in ("pick", "runner_up"))
-        if pick is None or (isinstance(pick, str) and not (pick == "torch" and case.is_for_torch)):
-            raise ValueError(f"expected a config as its pick, or torch where all weights are BF16, got {pick}")
-        if not isinstance(case.m, int) or case.m < 1 or next_power_of_2(case.m) != case.m:
-            raise ValueError(f"expected a power of two as m, got {case.m}")
-        *ns, _ = case.shape
-        if not len(ns) == len(kinds) == len(outs):
-            raise ValueError(f"expected one kind and dtype for each of {len(ns)} matrices")
-        if isinstance(pick, KernelConfig) and max(pick.grid(case.m, *ns)[1:]) > LARGEST_GRID:
-            raise ValueError(f"{pick} needs a larger grid than GPUs have")
-        return Entry(case, pick, runner_up=runner_up, **fields)
+        m, shape, names, torch_for = (fields.pop(name) for name in ("m", "shape", "kinds", "torch_for"))
+        if not isinstance(m, int) or m < 1 or next_power_of_2(m) != m:
+            raise ValueError(f"expected a power of two as m, got {m!r}")
+        case = Case(m, tuple(shape), tuple(int(Kind[name]) for name in names))
+        if len(shape) != len(names) + 1:
+            raise ValueError(f"expected as many kinds as matrices, got {names} for {shape}")
+        pick, runner_up = (fields.pop(name) for name in ("pick", "runner_up"))
+        entry = Entry(case, KernelConfig(**pick), runner_up=runner_up and KernelConfig(**runner_up), **fields)
+        times = entry.us, entry.default_us, *entry.torch_us.values()
+        if not all(isinstance(us, float | int) and us > 0 for us in times) or not entry.torch_us.keys() <= OUTS.keys():
+            raise ValueError(f"expected microseconds, and those of torch by {' and '.join(OUTS)}, got {fields}")
+        if torch_for != entry.torch_for:
+            raise ValueError(f"expected torch_for to be {entry.torch_for} by what was measured, got {torch_for}")
+        if max(entry.pick.grid(m, *shape[:-1])[1:]) > LARGEST_GRID:
+            raise ValueError(f"{entry.pick} needs a larger grid than GPUs have")
+        return entry
     except KeyError as error:
         raise ValueError(f"entry {number}: {error} is missing or unknown") from error
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"entry {number}: {error}") from error
-
-
-def _pick(fields: dict[str, Any] | str | None) -> Any:
-    return KernelConfig(**fields) if isinstance(fields, dict) else fields

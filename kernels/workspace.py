@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import triton
 from torch import Tensor
@@ -37,6 +40,18 @@ def workspace(device: torch.device, partials: int, counters: int) -> tuple[Tenso
         partial = torch.empty(max(partials, 1 << 16), dtype=torch.float32, device=device)
         lent = _eager[stream] = partial, torch.zeros(max(counters, 1 << 10), dtype=torch.int32, device=device)
     return lent
+
+
+@contextmanager
+def counters_returned(device: torch.device) -> Iterator[None]:
+    """Takes back, in the end, the counters of all launches that were captured meanwhile; their graphs must be gone."""
+    workspace(device, 1, 1)  # which sets the reserve aside, if nothing has yet
+    before = _reserves.get(device)
+    try:
+        yield
+    finally:
+        if before is not None:
+            _reserves[device] = before
 
 
 def _reserved(device: torch.device, counters: int) -> Tensor:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
+from indexproj.indexer.tune import candidates
 from indexproj.kernels import (
     Fp4Matrix,
     Fp8Matrix,
@@ -166,11 +167,11 @@ def surrounded(w):
 @pytest.mark.parametrize(
     "config",
     [
-        KernelConfig("split_k", block_m=8, block_k=64, slices=2, split_k=0, num_stages=2),
-        KernelConfig("split_k", block_m=16, block_k=128, slices=1, split_k=0, num_stages=2, block_n=32),
-        KernelConfig("split_k", block_m=16, block_k=64, slices=2, split_k=0, num_stages=2, serial=True),
-        KernelConfig("tiled", block_m=16, block_k=64, split_k=0, num_stages=3),
-        KernelConfig("tiled", block_m=64, block_k=128, split_k=0, num_stages=3),
+        KernelConfig("split_k", block_m=8, block_k=64, slices=2, num_stages=2),
+        KernelConfig("split_k", block_m=16, block_k=128, slices=1, num_stages=2, block_n=32),
+        KernelConfig("split_k", block_m=16, block_k=64, slices=2, num_stages=2, serial=True),
+        KernelConfig("tiled", block_m=16, block_k=64, num_stages=3),
+        KernelConfig("tiled", block_m=64, block_k=128, num_stages=3),
     ],
     ids=lambda config: f"{config.regime}{'-serial' * config.serial}-{config.block_m}-{config.block_k}",
 )
@@ -223,6 +224,16 @@ def test_the_outermost_e8m0_scales_are_exact(name, scale, m, regime):
     k, gate = run(torch.eye(64, dtype=torch.bfloat16)[:2], w, config)
     assert torch.equal(k, torch.full_like(k, 2.0 ** (scale - 127)))
     assert torch.equal(gate, k)
+
+
+@pytest.mark.parametrize(("m", "regimes"), [(5, {"gemv", "split_k"}), (40, {"split_k", "tiled"})])
+def test_whatever_tuning_measures_is_right(m, regimes):
+    w = weights("fp8-dense", (128, 16, 300))
+    x = torch.randn(m, 300, dtype=torch.bfloat16)
+    found = candidates(m, w.shape, w.kinds, dataclasses.replace(SM90, sm_count=16))
+    assert {config.regime for config in found} == regimes
+    for config in found:
+        assert relative_error(run(x, w, config), reference(x, w)) <= 2e-6, config
 
 
 def test_identity_at_full_k():

@@ -18,8 +18,8 @@ GPU = "NVIDIA H100 80GB HBM3"
 BF16, FP32 = torch.bfloat16, torch.float32
 SPLIT = KernelConfig("split_k", block_m=16, block_k=64, split_k=6, slices=4, num_warps=4, num_stages=2)
 GEMV = KernelConfig("gemv", block_m=8, block_k=128, slices=8)
-FP8 = Case(16, GLM, (Kind.FP8_BLOCK, Kind.BF16), (BF16, FP32))
-DENSE = Case(16, GLM, (Kind.BF16, Kind.BF16), (BF16, BF16))
+FP8 = Case(16, GLM, (Kind.FP8_BLOCK, Kind.BF16))
+DENSE = Case(16, GLM, (Kind.BF16, Kind.BF16))
 
 
 def table(*entries):
@@ -27,8 +27,8 @@ def table(*entries):
 
 
 ENTRIES = (
-    Entry(FP8, SPLIT, 3.25, GEMV, 4.0, 3.5, 6.0),
-    Entry(DENSE, "torch", 3.0, None, None, None, 3.0),
+    Entry(FP8, SPLIT, 3.25, GEMV, 4.0, 3.5, {"fp32": 3.0, "bf16": 3.0}),
+    Entry(DENSE, SPLIT, 3.25, None, None, 3.25, {"fp32": 6.0, "bf16": 3.0}),
 )
 
 
@@ -49,9 +49,15 @@ def test_what_is_written_is_read_back(path):
 def test_a_pick_is_for_all_m_that_round_up_to_it(path):
     found = Table.read(path, GPU)
     for m, expected in ((8, None), (9, SPLIT), (16, SPLIT), (17, None)):
-        assert found.find(m, GLM, FP8.kinds, FP8.outs) == expected
-    assert found.find(16, (128, 64, 7168), FP8.kinds, FP8.outs) is None
-    assert found.find(16, GLM, FP8.kinds, (BF16, BF16)) is None
+        assert found.find(m, GLM, FP8.kinds, (BF16, FP32)) == expected
+    assert found.find(16, (128, 64, 7168), FP8.kinds, (BF16, FP32)) is None
+    assert found.find(16, GLM, (Kind.NVFP4, Kind.BF16), (BF16, FP32)) is None
+
+
+def test_torch_is_picked_where_it_was_faster_and_computes_the_same(path):
+    found = Table.read(path, GPU)
+    assert [found.find(16, GLM, DENSE.kinds, outs) for outs in ((BF16, BF16), (BF16, FP32))] == ["torch", SPLIT]
+    assert found.find(16, GLM, FP8.kinds, (BF16, BF16)) == SPLIT  # torch would need another copy of the weights
 
 
 def changed(place, **fields):
@@ -72,17 +78,21 @@ def changed(place, **fields):
         (lambda content: content["entries"].append(content["entries"][0]), "two entries for one case"),
         (lambda content: content["entries"][1].pop("us"), "entry 2: .*us"),
         (lambda content: content["entries"][1].pop("m"), "entry 2: 'm' is missing"),
-        (changed(0, pick="torch"), "entry 1: expected a config as its pick, or torch where all weights are BF16"),
-        (changed(0, pick="cublas"), "entry 1: expected a config .* got cublas"),
-        (changed(0, pick=None), "entry 1: expected a config"),
+        (changed(0, pick="torch"), "entry 1: "),
+        (changed(0, pick=None), "entry 1: "),
+        (changed(0, torch_for=["bf16"]), r"entry 1: expected torch_for to be \[\] .* got \['bf16'\]"),
+        (changed(1, us=2.5), r"entry 2: expected torch_for to be \[\]"),
+        (changed(1, us="3.25"), "entry 2: "),
+        (changed(1, us=-1), "entry 2: expected microseconds"),
+        (changed(1, torch_us={"fp64": 3.0}, torch_for=["fp64"]), "entry 2: expected microseconds"),
         (changed(0, pick={"regime": "tiled", "block_m": 24, "block_k": 64}), "entry 1: KernelConfig: block_m"),
         (changed(0, pick={"regime": "tiled", "block_n": 16}), "entry 1: .*block_m"),
         (changed(0, pick={"regime": "gemv", "block_m": 1, "block_k": 64}, m=65536), "entry 1: .* larger grid"),
         (changed(0, m=15), "entry 1: expected a power of two as m, got 15"),
-        (changed(0, m="16"), "entry 1: expected a power of two as m, got 16"),
+        (changed(0, m="16"), "entry 1: expected a power of two as m, got '16'"),
         (changed(0, kinds=["INT4", "BF16"]), "entry 1: 'INT4' is missing or unknown"),
-        (changed(0, outs=["bf16"]), "entry 1: expected one kind and dtype for each of 2 matrices"),
-        (changed(0, shape=[128]), "entry 1: expected one kind and dtype for each of 0 matrices"),
+        (changed(0, kinds=["BF16"]), "entry 1: expected as many kinds as matrices"),
+        (changed(0, shape=[128]), "entry 1: expected as many kinds as matrices"),
         (changed(0, shape=None), "entry 1: "),
         (lambda content: content["entries"].insert(0, 3), "entry 1: "),
     ],
@@ -149,16 +159,17 @@ def driver(tmp_path, monkeypatch):
         yield stub
 
 
-def test_a_launch_has_the_config_that_was_fastest(driver):
+@pytest.mark.parametrize("gate_dtype", [FP32, BF16])
+def test_a_launch_has_the_config_that_was_fastest(driver, gate_dtype):
     w, reckoned = weights("fp8-dense", GLM), choose(16, GLM, FP8.kinds, TARGETS["sm_90"])
     x = torch.zeros(16, GLM[2], dtype=BF16)
     assert SPLIT.grid(16, 128, 32) != reckoned.grid(16, 128, 32)
     for m in (9, 16):
         for _ in range(2):
-            project(x[:m], w)
+            project(x[:m], w, gate_dtype=gate_dtype)
             assert driver.grid == SPLIT.grid(m, 128, 32)
     for run in (
-        lambda: project(x, w, gate_dtype=BF16),  # not measured
+        lambda: project(x, weights("nvfp4-nvfp4", GLM)),  # not measured
         lambda: project(x.half(), w),
         lambda: project(x, w, batch_invariant=True),
     ):
@@ -194,7 +205,7 @@ def test_torch_does_not_multiply_what_it_would_round_twice(driver):
 
 def test_torch_gives_the_gate_in_fp32_where_that_is_asked_for(driver, monkeypatch):
     """On GPUs: `out_dtype` is not there for CPUs, so one that rounds nothing stands in."""
-    entry = dataclasses.replace(ENTRIES[1], case=dataclasses.replace(DENSE, outs=(BF16, FP32)))
+    entry = dataclasses.replace(ENTRIES[1], torch_us={"fp32": 3.0})
     monkeypatch.setattr(launch, "table_of", lambda device: table(entry))
     library = torch.library.Library("aten", "IMPL")
     library.impl("mm.dtype_out", lambda a, b, dtype, *, out: out.copy_(a.to(dtype) @ b.to(dtype)), "CPU")

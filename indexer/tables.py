@@ -1,0 +1,102 @@
+"""What the commands print as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from ..kernels.gates import Row
+    from ..kernels.tuned import Entry
+    from .verify import Measurement
+
+
+def compiled_tables(found: Iterable[Row]) -> Iterator[Table]:
+    """One for each target, shape, pair and gate, of rows that stand together."""
+    for title, group in groupby(found, lambda row: f"{row.target}, {row.shape}: {row.pair}; gate in {row.gate}"):
+        yield _compiled_table(title, group)
+
+
+def _compiled_table(title: str, found: Iterable[Row]) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("kernel", no_wrap=True)
+    numbers = ("M", "programs", "per SM", "registers", "shared", "MMA", "W", "x", "KB each", "loads", "verdict")
+    for column in numbers:
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in found:
+        cells = (
+            row.m,
+            row.programs,
+            row.per_sm,
+            row.registers,
+            row.shared_memory,
+            row.mma,
+            row.weight_reads,
+            row.x_reads,
+        )
+        loads = " ".join(f"{count}x{size}" for size, count in row.loads.items())
+        table.add_row(
+            row.kernel, *map(str, cells), f"{row.bytes_per_program / 1e3:.1f}", loads, "faulty" if row.faults else "ok"
+        )
+    return table
+
+
+def tuned_tables(shape: str, entries: Iterable[Entry]) -> Iterator[Table]:
+    """One for each pair of encodings, of entries for one shape that stand together."""
+    for kinds, group in groupby(entries, lambda entry: entry.case.kinds):
+        table = Table(title=f"{shape}: {', '.join(kind.name for kind in kinds)}; us", title_justify="left")
+        for column in ("M", "fastest", "", "runner-up", "", "untuned", "torch, fp32 gate", "torch, bf16 gate"):
+            table.add_column(column, justify="left" if column in ("fastest", "runner-up") else "right", no_wrap=True)
+        for entry in group:
+            times = (entry.runner_up_us, entry.default_us, entry.torch_us.get("fp32"), entry.torch_us.get("bf16"))
+            runner_up, *others = (f"{us:.2f}" if us is not None else "-" for us in times)
+            torch_for = f", torch for {' and '.join(entry.torch_for)}" if entry.torch_for else ""
+            table.add_row(
+                str(entry.case.m),
+                f"{entry.pick}{torch_for}",
+                f"{entry.us:.2f}",
+                str(entry.runner_up or "-"),
+                runner_up,
+                *others,
+            )
+        yield table
+
+
+def layer_table(*columns: str) -> Table:
+    table = Table()
+    for column in ("layer", "wk", "weights_proj"):
+        table.add_column(column, no_wrap=True)
+    for column in ("MB kept", "MB upcast", *columns):
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def layer_cells(layer: dict[str, Any]) -> tuple[str, ...]:
+    name = f"{layer['layer']} (MTP)" if layer["is_mtp"] else f"{layer['layer']}"
+    matrices = layer["wk"], layer["weights_proj"]
+    encodings = (f"{m['encoding'] or '?'}{' to BF16' if m['in_memory'] == 'bf16' else ''}" for m in matrices)
+    sizes = (sum(m[key] for m in matrices) for key in ("kept_bytes", "upcast_bytes"))
+    return (name, *encodings, *(f"{size / 1e6:.2f}" if layer["loads"] else "-" for size in sizes))
+
+
+def shape_cell(layer: dict[str, Any]) -> str:
+    if not layer["loads"]:
+        return "-"
+    (d, k), (h, _) = layer["wk"]["shape"], layer["weights_proj"]["shape"]
+    return f"{d}, {h}, {k}"
+
+
+def measurement_cells(measurement: Measurement) -> tuple[str, ...]:
+    ours, upcast = measurement.error, measurement.upcast_error
+    closer = f"{upcast / ours:,.0f} times" if upcast > ours > 0 else "-"
+    return (
+        f"{measurement.m}",
+        measurement.regime,
+        f"{ours:.1e}",
+        f"{upcast:.1e}" if upcast else "none",
+        closer,
+        "ok" if measurement.passed else "WRONG",
+    )

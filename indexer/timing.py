@@ -1,0 +1,46 @@
+"""GPU time of calls that are too short to be timed one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+CALLS = 64  # at least, in one replay: the few microseconds that starting a replay takes are shared by so many
+
+
+def copies_to_outgrow_l2(nbytes: int, device: torch.device) -> int:
+    """How many copies of weights of so many bytes to go through, so that none is still in L2 when its turn comes."""
+    return 1 + -(-2 * torch.cuda.get_device_properties(device).L2_cache_size // nbytes)
+
+
+class Replay:
+    """A CUDA graph of calls, which replays without Python.
+
+    It has to be gone before the block of `counters_returned` ends in which it was made.
+    """
+
+    def __init__(self, calls: Sequence[Callable[[], object]]) -> None:
+        """Runs each of the calls once, then captures all of them, over and over until they are CALLS or more."""
+        for call in calls:
+            call()
+        torch.cuda.synchronize()
+        self.calls = [*calls] * -(-CALLS // len(calls))
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            for call in self.calls:
+                call()
+        self._graph.replay()
+        torch.cuda.synchronize()
+
+    def __call__(self) -> None:
+        self._graph.replay()
+
+    def microseconds(self) -> float:
+        """GPU time per call, of one replay."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        self._graph.replay()
+        end.record()
+        end.synchronize()
+        return 1e3 * float(start.elapsed_time(end)) / len(self.calls)
