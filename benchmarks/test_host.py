@@ -2,7 +2,7 @@
 
 Times are CPU time of one thread, for DeepSeek-V3.2 with FP8 wk and M = 1 (gemv) or 16 (split_k). "JITFunction" is
 Triton's own way to a kernel with every argument at hand; the others begin with weights and x, and choose kernel, grid
-and workspace besides. "launch, by JITFunction" is `launch` without its memory.
+and workspace besides.
 """
 
 import time
@@ -10,10 +10,15 @@ import time
 import pytest
 import torch
 
-from cuda_stub import stub_driver
-from indexproj.kernels import TARGETS, choose, project
+from indexproj.benchmarks.stub import stub_driver
+from indexproj.indexer.synthetic import random_matrix
+from indexproj.kernels import TARGETS, ProjectionWeights, choose, project
 from indexproj.kernels import launch as module
-from support import DEEPSEEK, weights
+from indexproj.kernels.gates import SHAPES
+from indexproj.kernels.matrix import Kind
+
+MS = QUICK_MS = (1, 16)
+DEEPSEEK = SHAPES["deepseek-v3.2"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -22,15 +27,8 @@ def _driver(tmp_path_factory):
         yield
 
 
-class Nothing(dict):
-    """Keeps nothing, so that every launch goes the way of the first one."""
-
-    def __setitem__(self, key, value):
-        pass
-
-
 def contenders(m):
-    w = weights("fp8-dense", DEEPSEEK)
+    w = ProjectionWeights(random_matrix(Kind.FP8_BLOCK, 128, 7168), random_matrix(Kind.BF16, 64, 7168))
     x, outs = (
         torch.zeros(m, 7168, dtype=torch.bfloat16),
         (torch.empty(m, 128, dtype=torch.bfloat16), torch.empty(m, 64)),
@@ -46,7 +44,6 @@ def contenders(m):
     options = module.options(config, target)
     return {
         "JITFunction": lambda: kernel[grid](*ready, **options),
-        "launch, by JITFunction": lambda: module.launch(x, matrices, kinds, outs, (1.0, 1.0)),
         "launch": lambda: module.launch(x, matrices, kinds, outs, (1.0, 1.0)),
         "torch.library op": lambda: torch.ops.indexproj.project(
             x, operands, list(kinds), [1.0, 1.0], False, [False, True]
@@ -55,12 +52,12 @@ def contenders(m):
     }
 
 
-@pytest.mark.parametrize("name", ["JITFunction", "launch, by JITFunction", "launch", "torch.library op", "project"])
-@pytest.mark.parametrize("m", [1, 16])
+@pytest.mark.parametrize("name", ["JITFunction", "launch", "torch.library op", "project"])
 @pytest.mark.benchmark(timer=time.thread_time)
-def test_host(benchmark, monkeypatch, m, name):
-    monkeypatch.setattr(module, "_ready", Nothing() if name == "launch, by JITFunction" else {})
-    benchmark.group = f"M = {m}"
+def test_host(benchmark, monkeypatch, m, name, quick):
+    monkeypatch.setattr(module, "_ready", {})
+    benchmark.group = "Host, CPU time of a projection"
+    benchmark.extra_info |= {"row": name, "column": m, "unit": "us"}
     run = contenders(m)[name]
     run()
-    benchmark.pedantic(run, rounds=30, iterations=500, warmup_rounds=2)
+    benchmark.pedantic(run, rounds=10 if quick else 30, iterations=500, warmup_rounds=2)

@@ -29,7 +29,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 all is well, 1 a kernel is wrong, 2 bad input.",
 )
 # Never narrower than the tables: a long line that the terminal folds is better than a number that is cut.
-console = Console(width=max(132, shutil.get_terminal_size().columns), highlight=False, markup=False)
+console = Console(width=max(144, shutil.get_terminal_size().columns), highlight=False, markup=False)
 
 CheckpointPath = Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint directory, or one .safetensors file.")]
 Shapes = Annotated[
@@ -304,6 +304,52 @@ def tune(
         for table in tuned_tables(name, found):
             console.print(table)
     console.print(f"Kept in {path}.", soft_wrap=True)
+
+
+@app.command()
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer sizes and rounds.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what pytest-benchmark writes.")] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="DIR", help="Write a PNG of each table there.")] = None,
+) -> None:
+    """Run the benchmarks: the projection against what else computes it, loading, the host, compilation.
+
+    Without a GPU, the projection is not measured; instead, what the compiler made of the kernels for an H100 is shown
+    beside vLLM's GEMM, where vLLM is installed.
+    """
+    import torch
+
+    from . import bench as module
+
+    try:
+        found = module.run(quick)
+    except RuntimeError as error:
+        _fail(f"bench: {error}")
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        for table in module.tables(found):
+            console.print(table)
+        if not torch.cuda.is_available():
+            _print_static(quick)
+    if plot:
+        try:
+            paths = module.plot(found, plot)
+        except (OSError, ImportError) as error:
+            _fail(f"bench: --plot {error}")
+        Console(stderr=True, soft_wrap=True).print(f"Plots: {', '.join(map(str, paths))}")
+
+
+def _print_static(quick: bool) -> None:
+    """What compiled kernels show, in place of times on a GPU."""
+    from ..kernels.gates import CASES, rows
+    from .rival import block_scaled_gemm
+
+    console.print("No GPU here: the projection was not measured. What the compiler made of the kernels for an H100:")
+    cases = [("deepseek-v3.2", "FP8 128x128, BF16")] if quick else CASES
+    found = [*rows(["sm_90"], cases), *block_scaled_gemm("sm_90", (1, 64, 65536))]
+    for table in compiled_tables(found):
+        console.print(table)
 
 
 def _check_names(shape: list[str] | None, pair: list[str] | None) -> None:

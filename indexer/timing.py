@@ -6,7 +6,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-CALLS = 64  # at least, in one replay: the few microseconds that starting a replay takes are shared by so many
+Call = Callable[[], object]
+CALLS = 64  # at least, in one measurement: the few microseconds that it takes to begin one are shared by so many
+
+
+def enough(calls: Sequence[Call]) -> list[Call]:
+    """All of them, over and over until they are CALLS or more."""
+    return [*calls] * -(-CALLS // len(calls))
 
 
 def copies_to_outgrow_l2(nbytes: int, device: torch.device) -> int:
@@ -20,15 +26,16 @@ class Replay:
     It has to be gone before the block of `counters_returned` ends in which it was made.
     """
 
-    def __init__(self, calls: Sequence[Callable[[], object]]) -> None:
-        """Runs each of the calls once, then captures all of them, over and over until they are CALLS or more."""
+    def __init__(self, calls: Sequence[Call]) -> None:
+        """Runs each of the calls once, then captures `enough` of them."""
         for call in calls:
             call()
         torch.cuda.synchronize()
-        self.calls = [*calls] * -(-CALLS // len(calls))
+        captured = enough(calls)
+        self._count = len(captured)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            for call in self.calls:
+            for call in captured:
                 call()
         self._graph.replay()
         torch.cuda.synchronize()
@@ -43,4 +50,4 @@ class Replay:
         self._graph.replay()
         end.record()
         end.synchronize()
-        return 1e3 * float(start.elapsed_time(end)) / len(self.calls)
+        return 1e3 * float(start.elapsed_time(end)) / self._count

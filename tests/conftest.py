@@ -22,3 +22,13 @@ def poison():
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def mm_to_fp32():
+    """torch.mm with out_dtype, which it has for GPUs only: one that rounds nothing on the way."""
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("mm.dtype_out", lambda a, b, dtype, *, out: out.copy_(a.to(dtype) @ b.to(dtype)), "CPU")
+    library.impl("mm.dtype", lambda a, b, dtype: a.to(dtype) @ b.to(dtype), "CPU")
+    yield
+    library._destroy()

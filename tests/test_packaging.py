@@ -62,12 +62,12 @@ def test_what_the_wheel_holds(installed):
     files = run(installed, "import importlib.metadata as m; print(*m.files('indexproj'), sep='\\n')").splitlines()
     sources = {
         f"indexproj/{path.relative_to(ROOT)}"
-        for name in ("kernels", "loading", "indexer")
+        for name in ("kernels", "loading", "indexer", "benchmarks")
         for path in (ROOT / name).glob("*.py")
     }
     assert {file for file in files if file.endswith(".py")} == sources
     assert {file for file in files if file.endswith("py.typed")} == {
-        f"indexproj/{name}/py.typed" for name in ("kernels", "loading", "indexer")
+        f"indexproj/{name}/py.typed" for name in ("kernels", "loading", "indexer", "benchmarks")
     }
     assert any(file.endswith("LICENSE") for file in files)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import triton
 
-from cuda_stub import stub_driver
+from indexproj.benchmarks.stub import stub_driver
 from indexproj.kernels import launch, project
 from indexproj.kernels.gates import PAIRS, configs
 from indexproj.kernels.target import INTERPRETED

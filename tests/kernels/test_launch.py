@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cuda_stub import stub_driver
+from indexproj.benchmarks.stub import stub_driver
 from indexproj.kernels import TARGETS, choose, project
 from indexproj.kernels import launch as module
 from support import DEEPSEEK, PAIRS, weights

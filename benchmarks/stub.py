@@ -14,7 +14,7 @@ from triton.backends.nvidia import driver as nvidia
 
 from indexproj.kernels import TARGETS, launch
 
-SOURCE = Path(__file__).with_name("cuda_stub.c")
+SOURCE = Path(__file__).with_name("stub.c")
 
 
 class Stub:

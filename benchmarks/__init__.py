@@ -1,0 +1,1 @@
+"""pytest-benchmark suites; `indexproj bench` runs them and shows what they find."""

@@ -1,0 +1,34 @@
+import pytest
+import torch
+
+import indexproj.benchmarks.gpu as gpu
+from indexproj.kernels.tuned import versions
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="fewer sizes and rounds")
+
+
+@pytest.fixture
+def quick(request):
+    return request.config.getoption("quick")
+
+
+def pytest_generate_tests(metafunc):
+    """m is QUICK_MS or MS of the suite."""
+    if "m" in metafunc.fixturenames:
+        module, is_quick = metafunc.module, metafunc.config.getoption("quick")
+        metafunc.parametrize("m", module.QUICK_MS if is_quick else module.MS)
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info |= {"versions": versions(), "gpu": gpu.description()}
+
+
+@pytest.fixture
+def one_thread():
+    """As engines have it, which run one process per GPU."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,125 @@
+"""Ways to compute the projection: ours, torch's, and vLLM's and DeepGEMM's where they are installed.
+
+A contender takes x [M, K] bf16 and weights, and returns a call that gives k and gate. What it does to the weights
+beforehand is not timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from indexproj.kernels import Fp8Matrix, ProjectionWeights, project
+
+Call = Callable[[], tuple[Tensor, Tensor]]
+
+FP8_UTILS = "vllm.model_executor.layers.quantization.utils.fp8_utils"
+SKINNY = "vllm.model_executor.kernels.linear.cute_dsl.skinny_gemm"
+DEEP_GEMM = "vllm.utils.deep_gemm"
+
+
+class UnavailableError(Exception):
+    """A contender that is not installed, or that does not take this."""
+
+
+def ours(x: Tensor, weights: ProjectionWeights) -> Call:
+    """k in bf16, gate in fp32."""
+    return lambda: project(x, weights)
+
+
+def ours_in_vllm(x: Tensor, weights: ProjectionWeights) -> Call:
+    """Both in bf16, in one tensor, as vLLM's forward slices it."""
+    out = x.new_empty(len(x), sum(weights.shape[:2]))
+    return lambda: project(x, weights, out=out)
+
+
+def torch_linear(x: Tensor, weights: ProjectionWeights) -> Call:
+    """What vLLM does: weights upcast to bf16 and put together when they are loaded, both outputs in bf16."""
+    d, h, _ = weights.shape
+    fused = weights.to_bf16().fused_weight
+    assert fused is not None
+    return lambda: linear(x, fused).split((d, h), 1)
+
+
+def torch_mm_fp32(x: Tensor, weights: ProjectionWeights) -> Call:
+    """The same with both outputs in fp32."""
+    d, h, _ = weights.shape
+    fused = weights.to_bf16().fused_weight
+    assert fused is not None
+    return lambda: torch.mm(x, fused.T, out_dtype=torch.float32).split((d, h), 1)
+
+
+def torch_two_linears(x: Tensor, weights: ProjectionWeights) -> Call:
+    """Two GEMMs, as before vLLM put them together; the weights upcast all the same."""
+    wk, gate = (matrix.weight for matrix in (weights.to_bf16().wk, weights.to_bf16().gate))
+    return lambda: (linear(x, wk), linear(x, gate))
+
+
+def vllm_block_scaled(x: Tensor, weights: ProjectionWeights) -> Call:
+    """wk in FP8 as the checkpoint has it, with activations quantized per 128, by vLLM's Triton GEMM; gate by torch."""
+    wk, gate = _fp8_wk_and_gate(weights)
+    quantize, multiply = (
+        _installed(FP8_UTILS, name) for name in ("per_token_group_quant_fp8", "w8a8_triton_block_scaled_mm")
+    )
+
+    def call() -> tuple[Tensor, Tensor]:
+        codes, scale = quantize(x, 128)
+        return multiply(codes, wk.codes, scale, wk.scale, [128, 128], x.dtype), linear(x, gate)
+
+    return call
+
+
+def deep_gemm(x: Tensor, weights: ProjectionWeights) -> Call:
+    """The same by DeepGEMM, as vLLM calls it."""
+    wk, gate = _fp8_wk_and_gate(weights)
+    if not _installed(DEEP_GEMM, "is_deep_gemm_supported")():
+        raise UnavailableError("DeepGEMM is not installed, or not for this GPU")
+    quantize, multiply = _installed(FP8_UTILS, "per_token_group_quant_fp8"), _installed(DEEP_GEMM, "fp8_gemm_nt")
+
+    def call() -> tuple[Tensor, Tensor]:
+        codes, scale = quantize(x, 128, column_major_scales=True)
+        k = x.new_empty(len(x), len(wk.codes))
+        multiply((codes, scale), (wk.codes, wk.scale), k)
+        return k, linear(x, gate)
+
+    return call
+
+
+def vllm_skinny(x: Tensor, weights: ProjectionWeights) -> Call:
+    """vLLM's CuTe GEMM for up to 16 rows, in bf16."""
+    d, h, _ = weights.shape
+    fused = weights.to_bf16().fused_weight
+    multiply = _installed(SKINNY, "shape_dynamic_skinny_gemm")
+    if not multiply.is_available():
+        raise UnavailableError("vLLM's skinny GEMM needs nvidia-cutlass-dsl")
+    if len(x) > 16:
+        raise UnavailableError("vLLM's skinny GEMM takes up to 16 rows")
+    return lambda: multiply(x, fused).split((d, h), 1)
+
+
+OURS = {"indexproj": ours, "indexproj, one bf16 output": ours_in_vllm}
+OTHERS = {
+    "torch linear": torch_linear,
+    "torch mm, fp32": torch_mm_fp32,
+    "torch, two linears": torch_two_linears,
+    "vLLM block-scaled": vllm_block_scaled,
+    "vLLM skinny": vllm_skinny,
+    "DeepGEMM": deep_gemm,
+}
+
+
+def _installed(module: str, name: str):
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UnavailableError(f"not installed: {error}") from error
+
+
+def _fp8_wk_and_gate(weights: ProjectionWeights) -> tuple[Fp8Matrix, Tensor]:
+    if not (isinstance(weights.wk, Fp8Matrix) and weights.wk.group == (128, 128)):
+        raise UnavailableError("takes wk in FP8 with 128x128 blocks")
+    return weights.wk, weights.gate.dequantize(torch.bfloat16)

@@ -1,0 +1,150 @@
+"""`indexproj bench`: what it shows of made-up measurements on a GPU, and of real ones on the CPU."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib import pyplot
+from rich.console import Console
+
+from indexproj.benchmarks.contenders import OTHERS, OURS, UnavailableError
+from indexproj.benchmarks.gpu import floors
+from indexproj.benchmarks.test_projection import MS
+from indexproj.indexer import bench
+from indexproj.kernels import reference
+from indexproj.kernels.gates import PAIRS, SHAPES
+from support import PAIRS as MAKERS
+from support import weights
+
+ROOT = Path(__file__).parents[2]
+# pytest-benchmark measures nothing where it believes itself to be one of xdist's workers.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+
+
+def run(*command, folder):
+    options = {"cwd": folder, "env": ENVIRONMENT, "capture_output": True, "text": True, "timeout": 600}
+    return subprocess.run(command, **options)
+
+
+@pytest.fixture
+def measured():
+    """As a run on an H100 would write it, with times that nobody measured."""
+    benchmarks = []
+    for shape in SHAPES:
+        contenders = [(f"indexproj: {pair}", pair) for pair in PAIRS] + [(name, "BF16, BF16") for name in OTHERS]
+        for place, (name, pair) in enumerate(contenders):
+            for m in MS:
+                if name == "vLLM skinny" and m > 16:
+                    continue
+                us = (2 + 0.3 * place) * (1 + m / 256)
+                info = {"row": name, "column": m, "unit": "us"}
+                info |= floors("NVIDIA H100 80GB HBM3", shape, pair, m, us / 1e6)
+                stats = {"q1": us * 0.98e-6, "median": us * 1e-6, "q3": us * 1.05e-6}
+                benchmarks.append({"group": f"{shape}, device", "extra_info": info, "stats": stats})
+    return {"machine_info": {"gpu": {"name": "a GPU that is made up"}}, "benchmarks": benchmarks}
+
+
+def text_of(table):
+    console = Console(width=200, file=io.StringIO())
+    console.print(table)
+    return console.file.getvalue()
+
+
+def test_one_table_for_each_shape(measured):
+    first, second = map(text_of, bench.tables(measured))
+    assert "deepseek-v3.2, device; us" in first
+    assert "glm-5, device; us" in second
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in first.splitlines() if "│" in line]
+    lines = {name: cells for name, *cells in rows}
+    assert list(lines) == [f"indexproj: {pair}" for pair in PAIRS] + list(OTHERS)
+    assert lines["indexproj: BF16, BF16"][:3] == ["2.01", "2.02", "2.03"]
+    assert lines["indexproj: BF16, BF16"][-1] == "130"
+    assert [cell == "-" for cell in lines["vLLM skinny"]] == [m > 16 for m in MS]
+    assert all(len(cells) == len(MS) for cells in lines.values())
+
+
+def test_a_line_for_each_contender_and_the_floors(measured, tmp_path):
+    paths = bench.plot(measured, tmp_path / "plots")
+    assert [path.name for path in paths] == ["deepseek-v3.2-device.png", "glm-5-device.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+    _, axes = pyplot.subplots()
+    bench._plot_lines(axes, bench.groups(measured)["glm-5, device"])
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    assert len(lines) == len(PAIRS) + len(OTHERS) + 2
+    assert list(lines["torch linear"].get_xdata()) == list(MS)
+    memory = lines["memory floor, by the data sheet"].get_ydata()
+    least = (128 + 32) * 6144 * (1 / 2 + 1 / 32)  # MXFP4
+    assert memory[0] == pytest.approx((least + 2 * 6144 + 2 * 128 + 4 * 32) / 3.35e6)
+    assert lines["compute floor, by the data sheet"].get_ydata()[-1] == pytest.approx(2 * 16384 * 6144 * 160 / 989e6)
+    pyplot.close("all")
+
+
+def test_floors_of_a_gpu_that_is_not_known_are_left_out():
+    assert list(floors("NVIDIA GeForce RTX 5090", "glm-5", "BF16, BF16", 1, 1e-6)) == ["TB/s"]
+    known = floors("NVIDIA H200", "deepseek-v3.2", "FP8 128x128, BF16", 1, 2e-6)
+    moved = 128 * 7168 + 56 * 4 + 2 * 64 * 7168 + 2 * 7168 + 2 * 128 + 4 * 64
+    assert known["TB/s"] == pytest.approx(moved / 2e-6 / 1e12)
+    assert known["memory floor"] == pytest.approx(moved / 4.8e6)
+    assert known["share of the roofline"] == pytest.approx(moved / 4.8e6 / 2)
+
+
+@pytest.mark.parametrize("name", [name for name in OTHERS if name.startswith("torch")])
+@pytest.mark.parametrize("pair", MAKERS)
+def test_torch_contenders_compute_the_projection(name, pair, mm_to_fp32):
+    w, x = weights(pair, (128, 32, 512)), torch.randn(5, 512).bfloat16()
+    for output, exact in zip(OTHERS[name](x, w)(), reference(x, w), strict=True):
+        assert output.shape == exact.shape
+        assert (output.double() - exact).abs().max() <= 2**-6 * exact.abs().max()
+
+
+@pytest.mark.parametrize("name", [name for name in OTHERS if not name.startswith("torch")])
+def test_what_is_not_installed_says_so(name):
+    w, x = weights("fp8-dense", (128, 32, 512)), torch.randn(5, 512).bfloat16()
+    with pytest.raises(UnavailableError, match="not installed"):
+        OTHERS[name](x, w)
+    if name != "vLLM skinny":
+        with pytest.raises(UnavailableError, match="takes wk in FP8"):
+            OTHERS[name](x, weights("dense-dense", (128, 32, 512)))
+
+
+def test_ours_are_in_the_suite():
+    assert list(OURS) == ["indexproj", "indexproj, one bf16 output"]
+
+
+def test_the_suites_run_without_a_gpu_and_say_what_they_leave_out(tmp_path):
+    result = run(Path(sys.executable).with_name("indexproj"), "bench", "--quick", "--plot", "plots", folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for text in (
+        "Host, CPU time", "JITFunction", "streaming and upcasting", "MB beyond weights", "First launch", " x │",
+        "No GPU here: the projection was not measured", "split_k 16x16x512",
+    ):  # fmt: skip
+        assert text in result.stdout
+    assert "…" not in result.stdout  # nothing is cut off
+    assert "there is none here" in result.stderr  # why the suite on a GPU is skipped
+    plots = {path.name for path in (tmp_path / "plots").iterdir()}
+    assert {"host-cpu-time-of-a-projection.png", "first-launch-on-an-h100.png"} <= plots
+    assert [path.name for path in tmp_path.iterdir()] == ["plots"]
+
+
+def test_two_runs_can_be_compared(tmp_path):
+    suite = [sys.executable, "-m", "pytest", ROOT / "benchmarks/test_compile.py", "--quick", "-k", "16 and cache"]
+    storage = [f"--benchmark-storage={tmp_path}", "--benchmark-autosave"]
+    for arguments in ([], ["--benchmark-compare"]):
+        result = run(*suite, *storage, *arguments, folder=tmp_path)
+        assert result.returncode == 0, result.stdout
+    assert "(NOW)" in result.stdout
+    assert "(0001" in result.stdout
+    (saved, _) = sorted(tmp_path.rglob("*.json"))
+    content = json.loads(saved.read_text())
+    assert content["machine_info"]["versions"].keys() == {"indexproj", "torch", "triton"}
+
+
+def test_a_suite_that_fails_is_no_result(monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1))
+    with pytest.raises(RuntimeError, match="the suites ended with 1"):
+        bench.run(quick=True)
