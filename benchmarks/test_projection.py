@@ -20,6 +20,7 @@ from indexproj.kernels.workspace import counters_returned
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="measured on a GPU, and there is none here")
 
+DEVICE = torch.device("cuda")
 MS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096, 8192, 16384)
 QUICK_MS = (1, 16, 256, 8192)
 FP8 = "FP8 128x128, BF16"
@@ -61,8 +62,8 @@ def copies():
             weights = ProjectionWeights.pack(
                 *(random_matrix(kind, n, k) for kind, n in zip(PAIRS[pair], ns, strict=True))
             )
-            count = copies_to_outgrow_l2(weights.nbytes, torch.device("cuda"))
-            kept[shape, pair] = [weights.map(lambda tensor: tensor.to("cuda", copy=True)) for _ in range(count)]
+            count = copies_to_outgrow_l2(weights.nbytes, DEVICE)
+            kept[shape, pair] = [weights.map(lambda tensor: tensor.to(DEVICE, copy=True)) for _ in range(count)]
         return kept[shape, pair]
 
     return of
@@ -74,7 +75,7 @@ def copies():
 @pytest.mark.benchmark(timer=CLOCK)
 def test_projection(benchmark, copies, shape, name, contender, pair, m, how, quick):
     weights = copies(shape, pair)
-    x = torch.randn(m, SHAPES[shape][-1], device="cuda").bfloat16()
+    x = torch.randn(m, SHAPES[shape][-1], device=DEVICE).bfloat16()
     try:
         calls = [contender(x, one) for one in weights]
         outputs = calls[0]()

@@ -1,34 +1,58 @@
 """`indexproj bench`: what it shows of made-up measurements on a GPU, and of real ones on the CPU."""
 
+import functools
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from matplotlib import pyplot
 from rich.console import Console
 
+from indexproj.benchmarks import test_projection as suite
 from indexproj.benchmarks.contenders import OTHERS, OURS, UnavailableError
 from indexproj.benchmarks.gpu import floors
-from indexproj.benchmarks.test_projection import MS
 from indexproj.indexer import bench
 from indexproj.kernels import reference
 from indexproj.kernels.gates import PAIRS, SHAPES
+from support import GLM, weights
 from support import PAIRS as MAKERS
-from support import weights
 
+MS = suite.MS
 ROOT = Path(__file__).parents[2]
 # pytest-benchmark measures nothing where it believes itself to be one of xdist's workers.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
 
 
-def run(*command, folder):
+ENVIRONMENT["PATH"] = f"{Path(sys.executable).parent}:{ENVIRONMENT['PATH']}"
+PAGE = (ROOT / "docs/benchmarks.md").read_text()
+COMMANDS = [
+    line for block in re.findall(r"^```bash\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL) for line in block.splitlines()
+]
+
+
+def run(command, folder):
     options = {"cwd": folder, "env": ENVIRONMENT, "capture_output": True, "text": True, "timeout": 600}
-    return subprocess.run(command, **options)
+    return subprocess.run(command, shell=True, **options)
+
+
+def command(*words):
+    """The lines of the page that begin so."""
+    return [line for line in COMMANDS if line.split()[: len(words)] == [*words]]
+
+
+def test_commands_of_the_page_are_all_run():
+    """Here, and by tests/compile_only/test_command.py."""
+    assert [line.split()[:2] for line in COMMANDS] == [
+        ["pip", "install"], ["indexproj", "bench"], *[["pytest", "benchmarks/test_host.py"]] * 2,
+        ["indexproj", "tune"], ["indexproj", "compile"],
+    ]  # fmt: skip
 
 
 @pytest.fixture
@@ -112,12 +136,62 @@ def test_what_is_not_installed_says_so(name):
             OTHERS[name](x, weights("dense-dense", (128, 32, 512)))
 
 
-def test_ours_are_in_the_suite():
-    assert list(OURS) == ["indexproj", "indexproj, one bf16 output"]
+class Benchmark:
+    """In place of pytest-benchmark's fixture."""
+
+    def __init__(self):
+        self.extra_info, self.rounds = {}, 0
+        self.stats = SimpleNamespace(stats=SimpleNamespace(median=2e-6))
+
+    def pedantic(self, run, rounds, warmup_rounds):
+        for _ in range(rounds + warmup_rounds):
+            run()
+        self.rounds = rounds
+
+
+@pytest.mark.parametrize("how", ["device", "eager"])
+def test_the_suite_for_gpus_times_what_it_has_checked(monkeypatch, mm_to_fp32, how):
+    """All of it but the GPU: graphs are lists of calls."""
+    calls, w = [], weights("fp8-dense", GLM)
+    copies = [w, w.map(torch.clone), w.map(torch.clone)]
+    monkeypatch.setattr(suite, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(suite, "Replay", lambda given: functools.partial(suite.run_all, given * 22))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+
+    def contender(x, one):
+        assert x.shape == (5, GLM[2])
+        call = OTHERS["torch linear"](x, one)
+        return lambda: calls.append(one) or call()
+
+    def measure(contender, name="torch linear"):
+        benchmark = Benchmark()
+        suite.test_projection(benchmark, lambda *_: copies, "glm-5", name, contender, suite.FP8, 5, how, True)
+        return benchmark
+
+    benchmark = measure(contender)
+    assert len(calls) == 1 + 7 * 66  # checked, then 7 rounds of 64 calls at least
+    assert [calls[1:].count(one) for one in copies] == [7 * 22] * 3
+    assert (suite.CLOCK.calls, benchmark.rounds, benchmark.group) == (66, 5, f"glm-5, {how}")
+    assert benchmark.extra_info["row"] == "torch linear"
+    moved = 2 * 160 * 6144 + 5 * (2 * 6144 + 2 * 128 + 4 * 32)
+    assert benchmark.extra_info["memory floor"] == pytest.approx(moved / 4.8e6)
+    with pytest.raises(AssertionError):
+        measure(lambda x, one: lambda: tuple(2 * output for output in contender(x, one)()))
+    with pytest.raises(AssertionError):  # ours round less, and are held to it
+        measure(lambda x, one: lambda: tuple(1.01 * output for output in contender(x, one)()), next(iter(OURS)))
+    with pytest.raises(pytest.skip.Exception, match="vLLM skinny: not installed"):
+        measure(OTHERS["vLLM skinny"], "vLLM skinny")
+
+
+def test_every_pair_and_contender_is_in_the_suite():
+    assert len(suite.CASES) == 2 * len(PAIRS) + len(OTHERS)
+    assert MS == (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096, 8192, 16384)
+    assert set(suite.QUICK_MS) <= set(MS)
 
 
 def test_the_suites_run_without_a_gpu_and_say_what_they_leave_out(tmp_path):
-    result = run(Path(sys.executable).with_name("indexproj"), "bench", "--quick", "--plot", "plots", folder=tmp_path)
+    (line,) = command("indexproj", "bench")
+    result = run(line, tmp_path)
     assert result.returncode == 0, result.stderr
     for text in (
         "Host, CPU time", "JITFunction", "streaming and upcasting", "MB beyond weights", "First launch", " x │",
@@ -132,16 +206,21 @@ def test_the_suites_run_without_a_gpu_and_say_what_they_leave_out(tmp_path):
 
 
 def test_two_runs_can_be_compared(tmp_path):
-    suite = [sys.executable, "-m", "pytest", ROOT / "benchmarks/test_compile.py", "--quick", "-k", "16 and cache"]
-    storage = [f"--benchmark-storage={tmp_path}", "--benchmark-autosave"]
-    for arguments in ([], ["--benchmark-compare"]):
-        result = run(*suite, *storage, *arguments, folder=tmp_path)
+    for line in command("pytest"):
+        result = run(f"{line} --quick --benchmark-storage={tmp_path}", ROOT)
         assert result.returncode == 0, result.stdout
     assert "(NOW)" in result.stdout
     assert "(0001" in result.stdout
     (saved, _) = sorted(tmp_path.rglob("*.json"))
     content = json.loads(saved.read_text())
     assert content["machine_info"]["versions"].keys() == {"indexproj", "torch", "triton"}
+
+
+def test_tuning_without_a_gpu_ends_with_its_reason(tmp_path):
+    (line,) = command("indexproj", "tune")
+    result = run(line, tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "there is none here" in result.stderr
 
 
 def test_a_suite_that_fails_is_no_result(monkeypatch):
