@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import KernelConfig, choose, next_power_of_2
+from .dispatch import KernelConfig, choose
 from .gemv import gemv_kernel
 from .matrix import Operands
 from .split_k import split_k_kernel
@@ -24,34 +26,49 @@ _NOTHING: AbstractContextManager[Any] = nullcontext()
 # Triton's interpreter keeps the program that it runs in one global.
 _TURN: AbstractContextManager[Any] = threading.Lock() if INTERPRETED else _NOTHING
 
-# Compiled kernels with their configs and compile-time arguments, by all that these depend on.
-_ready: dict[Any, tuple[Any, KernelConfig, tuple[Any, ...]]] = {}
+
+class Problem(NamedTuple):
+    """All that a launch depends on, but for M, addresses and strides.
+
+    Attributes:
+        ns: rows of each matrix.
+        kinds: `Matrix.kind` of each.
+        factors: of each output.
+        dtypes: of each output.
+    """
+
+    device: torch.device
+    x_dtype: torch.dtype
+    k: int
+    ns: tuple[int, ...]
+    kinds: tuple[int, ...]
+    factors: tuple[float, ...]
+    dtypes: tuple[torch.dtype, ...]
+    batch_invariant: bool = False
+
+
+# Compiled kernels with their grids, sizes of workspace and compile-time arguments, by all that these depend on.
+_ready: dict[Any, tuple[Any, tuple[int, ...], tuple[int, ...], tuple[Any, ...]]] = {}
 
 
 def launch(
     x: Tensor,
     matrices: tuple[Operands, ...],
-    kinds: tuple[int, ...],
     outs: tuple[Tensor, ...],
-    factors: tuple[float, ...],
-    *,
-    batch_invariant: bool = False,
+    problem: Problem,
     config: KernelConfig | None = None,
 ) -> None:
     """out [M, N] = factor * x [M, K] @ matrix.T of each matrix: one launch, or none where M is 0. Checks nothing.
 
     Args:
         matrices: `Matrix.operands` of each.
-        kinds: `Matrix.kind` of each.
         config: for tests and tuning; left out, `choose` decides.
     """
-    m, k = x.shape
+    m = x.shape[0]
     if m == 0:
         return
-    ns = tuple([out.shape[1] for out in outs])
-    dtypes = tuple([out.dtype for out in outs])
+    device, ns = problem.device, problem.ns
     stride_xm, strides_om = x.stride(0), tuple([out.stride(0) for out in outs])
-    key = x.device, next_power_of_2(m), k, ns, kinds, factors, x.dtype, dtypes, batch_invariant, config
     # One compiled kernel serves all launches whose addresses and strides are multiples of 16, and whose tensors reach
     # no further than 2 GB: within these, Triton counts on 32-bit offsets on AMD. For the others Triton's own launcher,
     # which looks at each argument, finds or compiles one.
@@ -63,20 +80,36 @@ def launch(
             if operand is not None:
                 bits |= operand.data_ptr()
     is_usual = not (bits & 15 or INTERPRETED) and m * max(stride_xm, *strides_om) < 2**29  # times 4 bytes at most
+    key = problem, m, config
     ready = _ready.get(key) if is_usual else None
-    if ready is None:
-        target = target_of(x.device)
-        config = config or choose(m, (*ns, k), target, x.dtype, batch_invariant=batch_invariant)
-        constexprs = tuple(constants(config, (*ns, k), kinds, factors, x.dtype, target).values())
-        kernel, chosen = KERNELS[config.regime], options(config, target)
+    if ready is not None:
+        compiled, grid, needs, constexprs = ready
     else:
-        (kernel, config, constexprs), chosen = ready, {}
-    grid = config.grid(m, *ns)
-    with _turn(x.device):
-        lent = () if config.regime == "gemv" else workspace(x.device, *config.workspace(grid, *ns))
-        compiled = kernel[grid](x, matrices, outs, *lent, m, stride_xm, strides_om, *constexprs, **chosen)
-    if is_usual and ready is None:
-        _ready[key] = compiled, config, constexprs
+        target, shape = target_of(device), (*ns, problem.k)
+        config = config or choose(m, shape, target, problem.x_dtype, batch_invariant=problem.batch_invariant)
+        known = constants(config, shape, problem.kinds, problem.factors, problem.x_dtype, target)
+        grid, constexprs = config.grid(m, *ns), tuple(known.values())
+        needs = () if config.regime == "gemv" else config.workspace(grid, *ns)
+        compile_and_run = functools.partial(KERNELS[config.regime][grid], **options(config, target))
+    with _turn(device):
+        lent = workspace(device, *needs) if needs else ()
+        arguments = x, matrices, outs, *lent, m, stride_xm, strides_om, *constexprs
+        if ready is not None:
+            _run(compiled, grid, device, arguments)
+        else:
+            compiled = compile_and_run(*arguments)
+            if is_usual:
+                _ready[key] = compiled, grid, needs, constexprs
+
+
+def _run(compiled: Any, grid: tuple[int, ...], device: torch.device, arguments: tuple[Any, ...]) -> None:
+    """What `compiled[grid](*arguments)` does, less what it prepares for hooks that only profilers set."""
+    enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+        compiled[grid](*arguments)
+    else:
+        stream = triton.runtime.driver.active.get_current_stream(device.index)
+        compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
 
 
 def _turn(device: torch.device) -> AbstractContextManager[Any]:
