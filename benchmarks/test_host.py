@@ -1,8 +1,8 @@
 """What one projection costs the host, in Python and in Triton's launcher, with the CUDA driver replaced by a stub.
 
 Times are CPU time of one thread, for DeepSeek-V3.2 with FP8 wk and M = 1 (gemv) or 16 (split_k). "JITFunction" is
-Triton's own way to a kernel with every argument at hand; the others find kernel, grid and workspace besides. "launch, by
-JITFunction" is `launch` without its memory.
+Triton's own way to a kernel with every argument at hand; the others find kernel, grid and workspace besides. "launch,
+by JITFunction" is `launch` without its memory.
 """
 
 import time
