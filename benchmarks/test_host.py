@@ -1,8 +1,7 @@
 """What one projection costs the host, in Python and in Triton's launcher, with the CUDA driver replaced by a stub.
 
 Times are CPU time of one thread, for DeepSeek-V3.2 with FP8 wk and M = 1 (gemv) or 16 (split_k). "JITFunction" is
-Triton's own way to a kernel with every argument at hand; the others begin with weights and x, and choose kernel, grid
-and workspace besides.
+Triton's own way to a kernel with every argument at hand; the others find kernel, grid and workspace besides.
 """
 
 import time
@@ -35,6 +34,7 @@ def contenders(m):
     )
     matrices, kinds = (w.wk.operands, w.gate.operands), (int(w.wk.kind), int(w.gate.kind))
     operands = [operand for matrix in matrices for operand in matrix if operand is not None]
+    problem = module.Problem(x.device, x.dtype, 7168, (128, 64), kinds, (1.0, 1.0), (x.dtype, torch.float32))
     target = TARGETS["sm_90"]
     config = choose(m, DEEPSEEK, kinds, target)
     kernel, grid = module.KERNELS[config.regime], config.grid(m, 128, 64)
@@ -44,10 +44,8 @@ def contenders(m):
     options = module.options(config, target)
     return {
         "JITFunction": lambda: kernel[grid](*ready, **options),
-        "launch": lambda: module.launch(x, matrices, kinds, outs, (1.0, 1.0)),
-        "torch.library op": lambda: torch.ops.indexproj.project(
-            x, operands, list(kinds), [1.0, 1.0], False, [False, True]
-        ),
+        "launch": lambda: module.launch(x, matrices, outs, problem),
+        "torch.library op": lambda: torch.ops.indexproj.project(x, operands, "FP8_BLOCK BF16:fp32"),
         "project": lambda: project(x, w),
     }
 

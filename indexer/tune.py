@@ -21,7 +21,7 @@ from triton.errors import TritonError
 from ..kernels import KernelConfig, ProjectionWeights, Target, choose, reference
 from ..kernels.compiled import warm_up
 from ..kernels.dispatch import MAX_SPLIT_K, cdiv, next_power_of_2
-from ..kernels.launch import launch, multiply_by_torch
+from ..kernels.launch import launch, multiply_by_torch, problem_of
 from ..kernels.matrix import Kind
 from ..kernels.target import target_of
 from ..kernels.tuned import OUTS, Case, Entry
@@ -215,7 +215,7 @@ class Sampler:
     def _run(self, choice: Choice, weights: ProjectionWeights, outs: tuple[Tensor, ...]) -> None:
         operands = weights.wk.operands, weights.gate.operands
         if isinstance(choice, KernelConfig):
-            launch(self._x, operands, self._case.kinds, outs, (1.0, 1.0), config=choice)
+            launch(self._x, operands, outs, problem_of(weights, *OUTS["fp32"]), choice)
         else:
             multiply_by_torch(self._x, [weight for weight, _, _ in operands], outs)
 

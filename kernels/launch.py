@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import KernelConfig, choose, next_power_of_2
+from .dispatch import KernelConfig, choose
 from .gemv import gemv_kernel
-from .matrix import Operands, joined
+from .matrix import Operands, ProjectionWeights, joined
 from .split_k import split_k_kernel
 from .target import INTERPRETED, Target, target_of
 from .tiled import tiled_kernel
@@ -26,34 +28,55 @@ _NOTHING: AbstractContextManager[Any] = nullcontext()
 # Triton's interpreter keeps the program that it runs in one global.
 _TURN: AbstractContextManager[Any] = threading.Lock() if INTERPRETED else _NOTHING
 
-# Compiled kernels with their configs and compile-time arguments, by all that these depend on.
-_ready: dict[Any, tuple[Any, KernelConfig, tuple[Any, ...]]] = {}
+
+class Problem(NamedTuple):
+    """All that a launch depends on, but for M, addresses and strides.
+
+    Attributes:
+        ns: rows of each matrix.
+        kinds: `Matrix.kind` of each.
+        factors: of each output.
+        dtypes: of each output.
+    """
+
+    device: torch.device
+    x_dtype: torch.dtype
+    k: int
+    ns: tuple[int, ...]
+    kinds: tuple[int, ...]
+    factors: tuple[float, ...]
+    dtypes: tuple[torch.dtype, ...]
+    batch_invariant: bool = False
+
+
+def problem_of(weights: ProjectionWeights, *dtypes: torch.dtype) -> Problem:
+    """The projection of bf16 activations, with outputs of these dtypes."""
+    *ns, k = weights.shape
+    return Problem(weights.device, torch.bfloat16, k, tuple(ns), weights.kinds, (1.0, 1.0), dtypes)
+
+
+# Compiled kernels with their grids, sizes of workspace and compile-time arguments, by all that these depend on.
+_ready: dict[Any, tuple[Any, tuple[int, ...], tuple[int, ...], tuple[Any, ...]]] = {}
 
 
 def launch(
     x: Tensor,
     matrices: tuple[Operands, ...],
-    kinds: tuple[int, ...],
     outs: tuple[Tensor, ...],
-    factors: tuple[float, ...],
-    *,
-    batch_invariant: bool = False,
+    problem: Problem,
     config: Pick | None = None,
 ) -> None:
     """out [M, N] = factor * x [M, K] @ matrix.T of each matrix: one launch, or none where M is 0. Checks nothing.
 
     Args:
         matrices: `Matrix.operands` of each.
-        kinds: `Matrix.kind` of each.
         config: for tests and tuning; left out, `decide` does.
     """
-    m, k = x.shape
+    m = x.shape[0]
     if m == 0:
         return
-    ns = tuple([out.shape[1] for out in outs])
-    dtypes = tuple([out.dtype for out in outs])
+    device, ns = problem.device, problem.ns
     stride_xm, strides_om = x.stride(0), tuple([out.stride(0) for out in outs])
-    key = x.device, next_power_of_2(m), k, ns, kinds, factors, x.dtype, dtypes, batch_invariant, config
     # One compiled kernel serves all launches whose addresses and strides are multiples of 16, and whose tensors reach
     # no further than 2 GB: within these, Triton counts on 32-bit offsets on AMD. For the others Triton's own launcher,
     # which looks at each argument, finds or compiles one.
@@ -65,40 +88,50 @@ def launch(
             if operand is not None:
                 bits |= operand.data_ptr()
     is_usual = not (bits & 15 or INTERPRETED) and m * max(stride_xm, *strides_om) < 2**29  # times 4 bytes at most
+    key = problem, m, config
     ready = _ready.get(key) if is_usual else None
-    if ready is None:
-        config = config or decide(m, (*ns, k), kinds, dtypes, x.device, x.dtype, factors, batch_invariant)
+    if ready is not None:
+        compiled, grid, needs, constexprs = ready
+    else:
+        config = config or decide(m, problem)
         if config == "torch":
             multiply_by_torch(x, [weight for weight, _, _ in matrices], outs)
             return
-        target = target_of(x.device)
-        constexprs = tuple(constants(config, (*ns, k), kinds, factors, x.dtype, target).values())
-        kernel, chosen = KERNELS[config.regime], options(config, target)
+        target, shape = target_of(device), (*ns, problem.k)
+        known = constants(config, shape, problem.kinds, problem.factors, problem.x_dtype, target)
+        grid, constexprs = config.grid(m, *ns), tuple(known.values())
+        needs = () if config.regime == "gemv" else config.workspace(grid, *ns)
+        compile_and_run = functools.partial(KERNELS[config.regime][grid], **options(config, target))
+    with _turn(device):
+        lent = workspace(device, *needs) if needs else ()
+        arguments = x, matrices, outs, *lent, m, stride_xm, strides_om, *constexprs
+        if ready is not None:
+            _run(compiled, grid, device, arguments)
+        else:
+            compiled = compile_and_run(*arguments)
+            if is_usual:
+                _ready[key] = compiled, grid, needs, constexprs
+
+
+def _run(compiled: Any, grid: tuple[int, ...], device: torch.device, arguments: tuple[Any, ...]) -> None:
+    """What `compiled[grid](*arguments)` does, less what it prepares for hooks that only profilers set."""
+    enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+        compiled[grid](*arguments)
     else:
-        (kernel, config, constexprs), chosen = ready, {}
-    grid = config.grid(m, *ns)
-    with _turn(x.device):
-        lent = () if config.regime == "gemv" else workspace(x.device, *config.workspace(grid, *ns))
-        compiled = kernel[grid](x, matrices, outs, *lent, m, stride_xm, strides_om, *constexprs, **chosen)
-    if is_usual and ready is None:
-        _ready[key] = compiled, config, constexprs
+        stream = triton.runtime.driver.active.get_current_stream(device.index)
+        compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
 
 
-def decide(
-    m: int,
-    shape: tuple[int, ...],
-    kinds: tuple[int, ...],
-    outs: tuple[torch.dtype, ...],
-    device: torch.device,
-    x_dtype: torch.dtype = torch.bfloat16,
-    factors: tuple[float, ...] = (),
-    batch_invariant: bool = False,
-) -> Pick:
-    """What runs on a device: what was fastest there, if a table says so, or else what `choose` reckons."""
-    table = None if batch_invariant or x_dtype != torch.bfloat16 else table_of(device)
-    pick = table.find(m, shape, kinds, outs) if table else None
-    if pick is None or (pick == "torch" and any(factor != 1 for factor in factors)):  # torch would round twice
-        return choose(m, shape, kinds, target_of(device), x_dtype, batch_invariant=batch_invariant)
+def decide(m: int, problem: Problem) -> Pick:
+    """What runs: what was fastest on the device, if a table says so, or else what `choose` reckons."""
+    shape, x_dtype = (*problem.ns, problem.k), problem.x_dtype
+    has_table = x_dtype == torch.bfloat16 and not problem.batch_invariant
+    table = table_of(problem.device) if has_table else None
+    pick = table.find(m, shape, problem.kinds, problem.dtypes) if table else None
+    if pick is None or (pick == "torch" and set(problem.factors) != {1.0}):  # torch would round twice
+        target = target_of(problem.device)
+        return choose(m, shape, problem.kinds, target, x_dtype, batch_invariant=problem.batch_invariant)
     return pick
 
 

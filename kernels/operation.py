@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import columns_together
-from .launch import launch
+from .launch import Problem, launch
 from .matrix import MAX_ROWS, MAX_ROWS_TOGETHER, Kind, Matrix, Operands, ProjectionWeights, operand_specs
 
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float16)
@@ -66,7 +66,7 @@ def project(
         x,
         (weights.wk, weights.gate),
         dtypes=dtypes,
-        factors=(1.0, gate_scale),
+        factors=None if gate_scale == 1 else (1.0, gate_scale),
         out=out,
         batch_invariant=batch_invariant,
     )
@@ -99,28 +99,33 @@ def project_all(
         As `project`.
     """
     operands = [operand for matrix in matrices for operand in matrix.operands if operand is not None]
-    kinds = [int(matrix.kind) for matrix in matrices]
-    scales = [1.0] * len(kinds) if factors is None else list(map(float, factors))
+    options = (None if factors is None else list(map(float, factors))), batch_invariant
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, out, *operands)):
         raise RuntimeError(
             "project: a tensor requires grad, and the projection is not differentiable; use torch.no_grad() or detach()"
         )
+    kinds = [matrix.kind.name for matrix in matrices]
     if out is None:
-        for dtype in dtypes or ():
+        dtypes = dtypes or [x.dtype] * len(kinds)
+        if len(dtypes) != len(kinds):
+            raise ValueError(f"project: {len(kinds)} matrices, but dtypes of {len(dtypes)} outputs")
+        for place, dtype in enumerate(dtypes):
             _check_dtype("an output", dtype, x.dtype)
-        fp32 = [dtype == torch.float32 for dtype in dtypes] if dtypes else [False] * len(kinds)
-        return tuple(torch.ops.indexproj.project(x, operands, kinds, scales, batch_invariant, fp32))
+            kinds[place] += ":fp32" if dtype == torch.float32 else ""
+        return tuple(torch.ops.indexproj.project.default(x, operands, " ".join(kinds), *options))
     if dtypes is not None:
         raise ValueError("project: dtypes do not go with out=, whose dtype they would contradict")
-    torch.ops.indexproj.project_out(x, operands, kinds, scales, batch_invariant, out)
+    torch.ops.indexproj.project_out.default(x, operands, " ".join(kinds), out, *options)
     return tuple(torch.split(out, [matrix.shape[0] for matrix in matrices], -1))
 
 
-# The operations take the kinds of all matrices, and the tensors that each kind has. "CUDA" is also ROCm's
-# dispatch key; on the CPU the kernels run in Triton's interpreter or not at all.
-_INPUTS = "Tensor x, Tensor[] operands, int[] kinds, float[] factors, bool batch_invariant"
-torch.library.define("indexproj::project", f"({_INPUTS}, bool[] fp32) -> Tensor[]")
-torch.library.define("indexproj::project_out", f"({_INPUTS}, Tensor(a!) out) -> ()")
+# The operations take the tensors of all matrices, and a form that says how to read them: of each matrix its kind, and
+# ":fp32" where its output is fp32, as in "FP8_BLOCK BF16:fp32". One string costs the dispatcher less than lists would.
+# "CUDA" is also ROCm's dispatch key; on the CPU the kernels run in Triton's interpreter or not at all.
+_INPUTS = "Tensor x, Tensor[] operands, str form"
+_OPTIONS = "float[]? factors=None, bool batch_invariant=False"
+torch.library.define("indexproj::project", f"({_INPUTS}, {_OPTIONS}) -> Tensor[]")
+torch.library.define("indexproj::project_out", f"({_INPUTS}, Tensor(a!) out, {_OPTIONS}) -> ()")
 
 
 # Python refuses what requires grad; here autograd would only cost time.
@@ -132,72 +137,98 @@ for _operation in ("project", "project_out"):
 
 @torch.library.impl("indexproj::project", ("CPU", "CUDA"))
 def _project(
-    x: Tensor, operands: list[Tensor], kinds: list[int], factors: list[float], batch_invariant: bool, fp32: list[bool]
+    x: Tensor,
+    operands: list[Tensor],
+    form: str,
+    factors: list[float] | None = None,
+    batch_invariant: bool = False,
 ) -> list[Tensor]:
-    ns, matrices = _check_inputs(x, operands, kinds, factors)
-    outs = _allocate(x, ns, fp32)
-    rows = tuple([_rows(out) for out in outs])
-    launch(_rows(x), matrices, tuple(kinds), rows, tuple(factors), batch_invariant=batch_invariant)
+    problem, matrices = _check_inputs(x, operands, form, x.dtype, factors, batch_invariant)
+    outs = _allocate(x, problem)
+    launch(_rows(x), matrices, tuple([_rows(out) for out in outs]), problem)
     return outs
 
 
 def _fake_project(
-    x: Tensor, operands: list[Tensor], kinds: list[int], factors: list[float], batch_invariant: bool, fp32: list[bool]
+    x: Tensor,
+    operands: list[Tensor],
+    form: str,
+    factors: list[float] | None = None,
+    batch_invariant: bool = False,
 ) -> list[Tensor]:
-    ns, _ = _check_inputs(x, operands, kinds, factors, _check_matrices.__wrapped__)
-    return _allocate(x, ns, fp32)
+    problem, _ = _check_inputs(x, operands, form, x.dtype, factors, batch_invariant, _check_metadata.__wrapped__)
+    return _allocate(x, problem)
 
 
 @torch.library.impl("indexproj::project_out", ("CPU", "CUDA"))
 def _project_out(
-    x: Tensor, operands: list[Tensor], kinds: list[int], factors: list[float], batch_invariant: bool, out: Tensor
+    x: Tensor,
+    operands: list[Tensor],
+    form: str,
+    out: Tensor,
+    factors: list[float] | None = None,
+    batch_invariant: bool = False,
 ) -> None:
-    ns, matrices = _check_inputs(x, operands, kinds, factors)
-    _check_out(out, x, sum(ns))
+    problem, matrices = _check_inputs(x, operands, form, out.dtype, factors, batch_invariant)
+    _check_out(out, x, sum(problem.ns))
     first, end = _extent(out)
     for name, tensor in (("x", x), *[("the weights", operand) for operand in operands]):
         start, stop = _extent(tensor)
         if start < end and first < stop:
             raise ValueError(f"project: out overlaps {name} in memory, which is read while out is written")
-    outs = torch.split(_rows(out), ns, 1)
-    launch(_rows(x), matrices, tuple(kinds), tuple(outs), tuple(factors), batch_invariant=batch_invariant)
+    launch(_rows(x), matrices, torch.split(_rows(out), list(problem.ns), 1), problem)
 
 
 def _fake_project_out(
-    x: Tensor, operands: list[Tensor], kinds: list[int], factors: list[float], batch_invariant: bool, out: Tensor
+    x: Tensor,
+    operands: list[Tensor],
+    form: str,
+    out: Tensor,
+    factors: list[float] | None = None,
+    batch_invariant: bool = False,
 ) -> None:
-    ns, _ = _check_inputs(x, operands, kinds, factors, _check_matrices.__wrapped__)
-    _check_out(out, x, sum(ns))
+    problem, _ = _check_inputs(x, operands, form, out.dtype, factors, batch_invariant, _check_metadata.__wrapped__)
+    _check_out(out, x, sum(problem.ns))
 
 
 torch.library.register_fake("indexproj::project", _fake_project)
 torch.library.register_fake("indexproj::project_out", _fake_project_out)
 
 
-def _allocate(x: Tensor, ns: list[int], fp32: list[bool]) -> list[Tensor]:
-    """Outputs in x.dtype or, where fp32 says so, in fp32."""
-    if len(fp32) != len(ns):
-        raise ValueError(f"project: {len(ns)} matrices, but dtypes of {len(fp32)} outputs")
-    leading, narrow = x.shape[:-1], x.dtype
-    return [
-        x.new_empty((*leading, n), dtype=torch.float32 if wide else narrow) for n, wide in zip(ns, fp32, strict=True)
-    ]
+def _allocate(x: Tensor, problem: Problem) -> list[Tensor]:
+    *leading, _ = x.shape
+    return [x.new_empty(*leading, n, dtype=dtype) for n, dtype in zip(problem.ns, problem.dtypes, strict=True)]
 
 
 @functools.lru_cache(maxsize=4096)
-def _check_matrices(
-    k: int, device: torch.device, kinds: tuple[int, ...], factors: tuple[float, ...], *found: Any
-) -> tuple[list[int], list[tuple[int, int, int]]]:
-    """The number of rows of each matrix, and which of the tensors are its three operands, -1 for none.
+def _check_metadata(
+    x_dtype: torch.dtype,
+    k: int,
+    device: torch.device,
+    form: str,
+    out_dtype: torch.dtype,
+    factors: tuple[float, ...] | None,
+    batch_invariant: bool,
+    *found: Any,
+) -> tuple[Problem, list[tuple[int, int, int]]]:
+    """What to launch, and which of the tensors are the three operands of each matrix, -1 for none.
 
     Depends on metadata alone, so that it is done once and not in every step of a model.
     """
-    if not kinds:
+    if x_dtype not in ACTIVATION_DTYPES:
+        raise TypeError(f"project: x must be torch.bfloat16 or torch.float16, got {x_dtype}")
+    parts = [part.partition(":")[::2] for part in form.split()]
+    if not parts:
         raise ValueError("project: expected at least one matrix, got none")
+    names, outputs = zip(*parts, strict=True)
+    if not set(names) <= set(Kind.__members__) or not set(outputs) <= {"", "fp32"}:
+        raise ValueError(
+            f'project: a form is made up of {", ".join(Kind.__members__)}, each with ":fp32" or without, got "{form}"'
+        )
+    kinds = tuple([int(Kind[name]) for name in names])
+    factors = (1.0,) * len(kinds) if factors is None else factors
     if len(factors) != len(kinds) or not all(abs(factor) <= LARGEST_FACTOR for factor in factors):
         raise ValueError(f"project: expected {len(kinds)} finite factors, in fp32, one per matrix, got {list(factors)}")
-    if not set(kinds) <= set(Kind):
-        raise ValueError(f"project: kinds are {list(map(int, Kind))}, got {list(kinds)}")
     ns, slots, place = [], [], 0
     for kind in kinds:
         # A matrix comes from `Matrix.operands`, which is right; another caller of the operation may be wrong.
@@ -232,35 +263,39 @@ def _check_matrices(
             f"{MAX_ROWS_TOGETHER} of them together"
         )
     if place != len(found):
-        raise ValueError(f"project: {place} operands expected for kinds {list(kinds)}, got {len(found)}")
-    return ns, slots
+        raise ValueError(f"project: {place} operands expected for {form}, got {len(found)}")
+    dtypes = tuple([torch.float32 if output else out_dtype for output in outputs])
+    return Problem(device, x_dtype, k, tuple(ns), kinds, factors, dtypes, batch_invariant), slots
 
 
 def _check_inputs(
     x: Tensor,
     operands: list[Tensor],
-    kinds: list[int],
-    factors: list[float],
-    check: Callable[..., tuple[list[int], list[tuple[int, int, int]]]] = _check_matrices,
-) -> tuple[list[int], tuple[Operands, ...]]:
-    """The number of rows and the operands of each matrix, all of them being what x and their kinds ask for.
+    form: str,
+    out_dtype: torch.dtype,
+    factors: list[float] | None,
+    batch_invariant: bool,
+    check: Callable[..., tuple[Problem, list[tuple[int, int, int]]]] = _check_metadata,
+) -> tuple[Problem, tuple[Operands, ...]]:
+    """What to launch, and the operands of each matrix, all of them being what x and the form ask for.
 
     Args:
-        check: `_check_matrices`, for fake tensors without its cache, as their sizes cannot be hashed.
+        out_dtype: of the outputs that the form does not call fp32.
+        check: `_check_metadata`, for fake tensors without its cache, as their sizes cannot be hashed.
     """
-    if x.dtype not in ACTIVATION_DTYPES:
-        raise TypeError(f"project: x must be torch.bfloat16 or torch.float16, got {x.dtype}")
-    if x.ndim == 0:
+    shape = x.shape
+    if not shape:
         raise ValueError("project: x must be [..., K] to fit the weights, got []")
-    k = x.shape[-1]
+    k = shape[-1]
     if x.stride(-1) != 1 and k > 1:
         raise ValueError(
             f"project: x must be contiguous in its last dimension, got strides {x.stride()}; call x.contiguous()"
         )
     found = [(operand.dtype, operand.shape, operand.device, operand.is_contiguous()) for operand in operands]
-    ns, slots = check(k, x.device, tuple(kinds), tuple(factors), *found)
+    given = None if factors is None else tuple(factors)
+    problem, slots = check(x.dtype, k, x.device, form, out_dtype, given, batch_invariant, *found)
     padded = [*operands, None]
-    return ns, tuple([(padded[codes], padded[scale], padded[rows]) for codes, scale, rows in slots])  # type: ignore[misc]
+    return problem, tuple([(padded[codes], padded[scale], padded[rows]) for codes, scale, rows in slots])  # type: ignore[misc]
 
 
 def _check_dtype(name: str, dtype: torch.dtype, x_dtype: torch.dtype) -> None:

@@ -164,9 +164,9 @@ def sampled(monkeypatch, mm_to_fp32):
     monkeypatch.setattr(tune, "copies_to_outgrow_l2", lambda nbytes, device: 3)
     seen, error = [], [0.0]
 
-    def launch(x, operands, kinds, outs, factors, config):
+    def launch(x, operands, outs, problem, config):
         seen.append(operands[0][0].data_ptr())
-        for out, exact in zip(outs, reference(x, tune._copies(GLM, kinds, x.device)[0]), strict=True):
+        for out, exact in zip(outs, reference(x, tune._copies(GLM, problem.kinds, x.device)[0]), strict=True):
             out.copy_(exact * (1 + error[0]))
 
     monkeypatch.setattr(tune, "launch", launch)
@@ -192,7 +192,7 @@ def test_a_sample_goes_through_all_copies_and_is_checked_first(sampled, task):
 
 @pytest.mark.parametrize("value", [math.nan, 1.0])
 def test_what_writes_nothing_or_something_else_is_wrong(sampled, monkeypatch, value):
-    monkeypatch.setattr(tune, "launch", lambda x, operands, kinds, outs, factors, config: outs[1].fill_(value))
+    monkeypatch.setattr(tune, "launch", lambda x, operands, outs, problem, config: outs[1].fill_(value))
     sample = tune.Sampler(Case(5, GLM, DENSE.kinds), torch.device("cpu"))
     with pytest.raises(WrongError):
         sample(choose(5, GLM, DENSE.kinds, TARGETS["sm_90"]))

@@ -20,7 +20,7 @@ from indexproj.kernels import (
     project_all,
     reference,
 )
-from indexproj.kernels.launch import launch
+from indexproj.kernels.launch import Problem, launch
 from indexproj.kernels.target import TARGETS
 from indexproj.kernels.workspace import workspace
 from support import DEEPSEEK, GLM, MATRICES, PAIRS, fp8, weights
@@ -39,12 +39,12 @@ def relative_error(outputs, exact):
 
 def run(x, w, config=None):
     """fp32 outputs of one launch, with a chosen config."""
-    d, h, _ = w.shape
-    k, gate = torch.full((len(x), d), torch.nan), torch.full((len(x), h), torch.nan)
-    matrices = w.wk, w.gate
-    kinds = tuple(matrix.kind for matrix in matrices)
-    launch(x, tuple(matrix.operands for matrix in matrices), kinds, (k, gate), (1.0, 1.0), config=config)
-    return k, gate
+    *ns, k = w.shape
+    outs = tuple(torch.full((len(x), n), torch.nan) for n in ns)
+    kinds = w.wk.kind, w.gate.kind
+    problem = Problem(x.device, x.dtype, k, tuple(ns), kinds, (1.0, 1.0), (torch.float32, torch.float32))
+    launch(x, (w.wk.operands, w.gate.operands), outs, problem, config)
+    return outs
 
 
 # The interpreter takes long for gemv and tiled at full K; smaller ones are below, with every pair.
@@ -374,11 +374,12 @@ def test_the_ops_are_sound_for_the_compiler():
     w = weights("fp8-dense", (128, 16, 256))
     x = torch.randn(4, 512, dtype=torch.bfloat16)[:, :256]
     operands = [operand for matrix in (w.wk, w.gate) for operand in matrix.operands if operand is not None]
-    inputs = (x, operands, [int(w.wk.kind), int(w.gate.kind)], [1.0, 0.5], False)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(torch.ops.indexproj.project, (*inputs, [False, True]), test_utils=tests)
-    out = torch.empty(4, 144, dtype=torch.bfloat16)
-    torch.library.opcheck(torch.ops.indexproj.project_out, (*inputs, out), test_utils=tests)
+    for options in ((), ([1.0, 0.5], True)):
+        inputs = (x, operands, "FP8_BLOCK BF16:fp32", *options)
+        torch.library.opcheck(torch.ops.indexproj.project, inputs, test_utils=tests)
+        inputs = (x, operands, "FP8_BLOCK BF16", torch.empty(4, 144, dtype=torch.bfloat16), *options)
+        torch.library.opcheck(torch.ops.indexproj.project_out, inputs, test_utils=tests)
 
 
 def test_compiles_without_graph_breaks():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import triton
 
 from indexproj.benchmarks.stub import stub_driver
 from indexproj.kernels import TARGETS, choose, project
@@ -48,19 +49,35 @@ def test_the_short_way_hands_over_what_tritons_launcher_does(driver, m):
     w = weights("fp8-dense", DEEPSEEK)
     out = torch.empty(m, 192, dtype=torch.bfloat16)
     seen = []
-    for x in (x_of(m), x_of(m), x_of(m - 1)):  # compiled, looked up, and another M of the same power of two
+    for x in (x_of(m), x_of(m), x_of(m - 1)):  # compiled, taken from the dictionary, and another M of the same kernel
         project(x, w, out=out[: len(x)])
         assert driver.grid == choose(m, w.shape, w.kinds, SM90).grid(len(x), 128, 64)
         own = (x, *w.wk.tensors, w.gate.weight, out, out[:, 128:])
         assert driver.pointers[:6] == tuple(tensor.data_ptr() for tensor in own)
         seen.append(driver.pointers[6:])
-    assert len(module._ready) == 1
+    assert len({id(compiled) for compiled, *_ in module._ready.values()}) == 1
     assert len(set(seen)) == 1  # one workspace
+
+
+def test_profilers_see_every_launch(driver):
+    w, seen = weights("fp8-dense", DEEPSEEK), []
+
+    def hook(metadata):
+        seen.append(metadata.get()["name"])
+
+    triton.knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        for _ in range(2):  # compiled, and taken from the dictionary
+            project(x_of(16), w)
+    finally:
+        triton.knobs.runtime.launch_enter_hook.remove(hook)
+    assert seen == ["split_k_kernel"] * 2
 
 
 def test_a_kernel_compiled_for_usual_memory_is_never_given_other_memory(driver):
     class Never:
-        def __getitem__(self, grid):
+        @property
+        def run(self):
             raise AssertionError("the compiled kernel was taken")
 
     w = weights("fp8-dense", DEEPSEEK)

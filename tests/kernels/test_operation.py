@@ -72,46 +72,37 @@ def test_operands_are_what_their_kind_asks_for(pair):
     ],
 )
 def test_the_operation_itself_refuses_operands_that_do_not_fit(place, tensor):
-    operands, kinds = inputs_of(weights("fp8-dense", SHAPE))
+    operands = operands_of(weights("fp8-dense", SHAPE))
     operands[place] = tensor
-    refused("project: ", operands, kinds)
+    refused("project: ", operands)
 
 
 @pytest.mark.parametrize(("count", "message"), [(2, "two-dimensional codes, got"), (4, "3 operands expected")])
 def test_the_operation_itself_refuses_too_few_and_too_many_operands(count, message):
-    operands, kinds = inputs_of(weights("fp8-dense", SHAPE))
-    refused(message, [*operands, operands[-1]][:count], kinds)
+    operands = operands_of(weights("fp8-dense", SHAPE))
+    refused(message, [*operands, operands[-1]][:count])
 
 
-@pytest.mark.parametrize("factors", [[1.0], [1.0, float("nan")], [float("inf"), 1.0], [1.0, -1e39], [1.0] * 3])
+@pytest.mark.parametrize("factors", [[], [1.0], [1.0, float("nan")], [float("inf"), 1.0], [1.0, -1e39], [1.0] * 3])
 def test_the_operation_itself_refuses_factors_that_are_not_one_number_per_matrix(factors):
-    refused("2 finite factors", *inputs_of(weights("fp8-dense", SHAPE)), factors)
+    refused("2 finite factors", operands_of(weights("fp8-dense", SHAPE)), factors=factors)
 
 
-def test_the_operation_itself_refuses_too_few_dtypes():
-    operands, kinds = inputs_of(weights("fp8-dense", SHAPE))
-    with pytest.raises(ValueError, match="2 matrices, but dtypes of 1"):
-        torch.ops.indexproj.project(x_of(4, 256), operands, kinds, [1.0, 1.0], False, [False])
+@pytest.mark.parametrize("form", ["FP9 BF16", "FP8_BLOCK BF16:fp64", "FP8_BLOCK, BF16"])
+def test_the_operation_itself_refuses_a_form_that_does_not_exist(form):
+    refused(f'MXFP8_FNUZ, each with ":fp32" or without, got "{form}"', operands_of(weights("fp8-dense", SHAPE)), form)
 
 
-def test_the_operation_itself_refuses_a_kind_that_does_not_exist():
-    operands, _ = inputs_of(weights("fp8-dense", SHAPE))
-    refused("kinds are", operands, [99, 0])
-
-
-def inputs_of(w):
+def operands_of(w):
     """What `project` hands to the operation."""
-    matrices = w.wk, w.gate
-    operands = [operand for matrix in matrices for operand in matrix.operands if operand is not None]
-    return operands, [int(matrix.kind) for matrix in matrices]
+    return [operand for matrix in (w.wk, w.gate) for operand in matrix.operands if operand is not None]
 
 
-def refused(message, operands, kinds, factors=(1.0, 1.0)):
-    inputs = x_of(4, 256), operands, kinds, list(factors), False
+def refused(message, operands, form="FP8_BLOCK BF16", factors=None):
     with pytest.raises(ValueError, match=message):
-        torch.ops.indexproj.project(*inputs, [False, True])
+        torch.ops.indexproj.project(x_of(4, 256), operands, form, factors)
     with pytest.raises(ValueError, match=message):
-        torch.ops.indexproj.project_out(*inputs, x_of(4, 144))
+        torch.ops.indexproj.project_out(x_of(4, 256), operands, form, x_of(4, 144), factors)
 
 
 def test_weights_and_outputs_that_require_grad_are_refused():
@@ -128,6 +119,12 @@ def test_out_may_not_lie_in_the_weights():
     out = w.gate.weight.view(-1)[: 4 * 144].view(4, 144)
     with pytest.raises(ValueError, match="out overlaps the weights in memory"):
         project(x_of(4, 256), w, out=out)
+
+
+def test_too_few_dtypes_are_refused():
+    w = weights("fp8-dense", SHAPE)
+    with pytest.raises(ValueError, match="2 matrices, but dtypes of 1"):
+        project_all(x_of(4, 256), (w.wk, w.gate), dtypes=[torch.float32])
 
 
 def test_dtypes_do_not_go_with_out():

@@ -55,7 +55,8 @@ def run(ttsem, monkeypatch):
         outs = tuple(torch.full((m, matrix.shape[0]), torch.nan) for matrix in matrices)
         for tensor in (x, *outs, *(tensor for matrix in matrices for tensor in matrix.tensors)):
             assert tensor.untyped_storage().nbytes() == tensor.nbytes  # the bounds are seen only where memory ends
-        module.launch(x, operands, kinds, outs, (1.0,) * len(outs), config=config)
+        ns, factors, dtypes = zip(*[(out.shape[1], 1.0, out.dtype) for out in outs], strict=True)
+        module.launch(x, operands, outs, module.Problem(x.device, x.dtype, k, ns, kinds, factors, dtypes), config)
         exact = [x.double() @ matrix.dequantize(torch.float64).T for matrix in matrices]
         errors = [(out - truth).abs().max() / truth.abs().max() for out, truth in zip(outs, exact, strict=True)]
         return torch.stack(errors).max().item(), torch.cat(counters).tolist() if counters else []
