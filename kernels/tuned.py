@@ -17,6 +17,7 @@ import triton
 
 from .dispatch import KernelConfig, next_power_of_2
 from .matrix import Kind
+from .target import INTERPRETED
 
 LOGGER = logging.getLogger("indexproj")
 # File that is read instead of the one in the user's config folder; empty to read none.
@@ -143,7 +144,7 @@ def default_path(gpu: str) -> Path:
 @functools.cache
 def table_of(device: torch.device) -> Table | None:
     """The table for a device, read once; None, with a WARNING that says why, where it is refused."""
-    if device.type != "cuda":
+    if device.type != "cuda" or INTERPRETED:
         return None
     gpu = torch.cuda.get_device_name(device)
     chosen = os.environ.get(VARIABLE)
