@@ -101,7 +101,7 @@ def vllm_skinny(x: Tensor, weights: ProjectionWeights) -> Call:
     return lambda: multiply(x, fused).split((d, h), 1)
 
 
-OURS = {"indexproj": ours, "indexproj, one bf16 output": ours_in_vllm}
+OURS = {"indexproj": ours, "indexproj, bf16": ours_in_vllm}
 OTHERS = {
     "torch linear": torch_linear,
     "torch mm, fp32": torch_mm_fp32,

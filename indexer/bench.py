@@ -56,9 +56,9 @@ def tables(found: dict[str, Any]) -> Iterator[Table]:
         cells = {(b["extra_info"]["row"], b["extra_info"]["column"]): b for b in benchmarks}
         extras = [key for key in benchmarks[0]["extra_info"] if key.startswith("MB ")]
         table = Table(title=f"{title}; {unit}", title_justify="left")
-        table.add_column("", no_wrap=True)
+        table.add_column("M" if isinstance(columns[0], int) else "", no_wrap=True)
         for column in (*columns, *extras):
-            table.add_column(f"M = {column}" if isinstance(column, int) else column, justify="right", no_wrap=True)
+            table.add_column(str(column), justify="right", no_wrap=True)
         for row in rows:
             line = [_cell(cells.get((row, c)), cells.get((rows[0], c)), unit, len(columns) <= 3) for c in columns]
             line += [f"{cells[row, columns[0]]['extra_info'][key]:.1f}" for key in extras]
@@ -92,7 +92,7 @@ def plot(found: dict[str, Any], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for title, benchmarks in groups(found).items():
-        figure, axes = pyplot.subplots(figsize=(10, 6), layout="constrained")
+        figure, axes = pyplot.subplots(figsize=(12, 6), layout="constrained")
         columns = {b["extra_info"]["column"] for b in benchmarks}
         if len(columns) > 3:
             _plot_lines(axes, benchmarks)
@@ -108,6 +108,8 @@ def plot(found: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def _plot_lines(axes: Any, benchmarks: list[dict[str, Any]]) -> None:
+    from matplotlib import colormaps
+
     lines: dict[str, list[tuple[int, float, float, float]]] = {}
     floors: dict[str, dict[int, float]] = {}
     for benchmark in benchmarks:
@@ -118,6 +120,7 @@ def _plot_lines(axes: Any, benchmarks: list[dict[str, Any]]) -> None:
             if floor in info:
                 known = floors.setdefault(floor, {})
                 known[info["column"]] = min(info[floor], known.get(info["column"], info[floor]))
+    axes.set_prop_cycle(color=colormaps["tab20"].colors)
     for name, points in lines.items():
         m, median, low, high = zip(*sorted(points), strict=True)
         ours = name.startswith("indexproj")
@@ -127,9 +130,14 @@ def _plot_lines(axes: Any, benchmarks: list[dict[str, Any]]) -> None:
         m, us = zip(*sorted(by_m.items()), strict=True)
         axes.plot(m, us, label=f"{name}, by the data sheet", color="black", linestyle=style)
     axes.set_xscale("log", base=2)
-    axes.set(yscale="log", xlabel="M, rows of x", ylabel="us per projection, median and quartiles")
+    axes.set_yscale("log")
+    ticks = sorted({m for points in lines.values() for m, *_ in points})
+    axes.set_xticks(ticks, map(str, ticks))
+    # The compute floor of few rows would take half of the figure.
+    axes.set_ylim(bottom=min(floors.get("memory floor", {0: 1.0}).values()) / 2)
+    axes.set(xlabel="M, rows of x", ylabel="us per projection, median and quartiles")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", ncols=2)
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 
 def _plot_bars(axes: Any, benchmarks: list[dict[str, Any]]) -> None:
