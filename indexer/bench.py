@@ -120,7 +120,7 @@ def _plot_lines(axes: Any, benchmarks: list[dict[str, Any]]) -> None:
             if floor in info:
                 known = floors.setdefault(floor, {})
                 known[info["column"]] = min(info[floor], known.get(info["column"], info[floor]))
-    axes.set_prop_cycle(color=colormaps["tab20"].colors)
+    axes.set_prop_cycle(color=[colormaps["tab20"](shade) for shade in range(20)])
     for name, points in lines.items():
         m, median, low, high = zip(*sorted(points), strict=True)
         ours = name.startswith("indexproj")

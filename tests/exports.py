@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from indexproj.indexer.synthetic import random_e4m3 as codes
-from indexproj.indexer.synthetic import random_e8m0 as powers
+from indexproj.indexer.synthetic import random_e4m3, random_e8m0
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
 
@@ -64,7 +63,7 @@ def f32(n, k):
 
 
 def e4m3(n, k, scale, rows, columns, encoding, stored=None, leaf="weight_scale", fnuz=False):
-    weight = codes(n, k)
+    weight = random_e4m3(n, k)
     if fnuz:
         bits = torch.randint(0, 256, (n, k), dtype=torch.uint8)
         weight = bits.masked_fill(bits == 0x80, 0).view(torch.float8_e4m3fnuz)
@@ -86,12 +85,12 @@ def fp8_block_fnuz(n, k):
 
 
 def fp8_block_e8m0(n, k):
-    scale = powers(-(-n // 128), -(-k // 128))
+    scale = random_e8m0(-(-n // 128), -(-k // 128))
     return e4m3(n, k, scale.float(), 128, 128, "FP8 128x128", scale, "weight_scale_inv")
 
 
 def fp8_block_u8(n, k):
-    scale = powers(-(-n // 128), -(-k // 128))
+    scale = random_e8m0(-(-n // 128), -(-k // 128))
     return e4m3(n, k, scale.float(), 128, 128, "FP8 128x128", scale.view(torch.uint8), "scale")
 
 
@@ -117,18 +116,18 @@ def fp8_tensor_flat(n, k):
 
 
 def mxfp8(n, k):
-    scale = powers(n, -(-k // 32))
+    scale = random_e8m0(n, -(-k // 32))
     return e4m3(n, k, scale.float(), 1, 32, "MXFP8", scale)
 
 
 def mxfp8_u8(n, k):
-    scale = powers(n, -(-k // 32))
+    scale = random_e8m0(n, -(-k // 32))
     return e4m3(n, k, scale.float(), 1, 32, "MXFP8", scale.view(torch.uint8), "weight_scale_inv")
 
 
 def fp8_packed(n, k):
     """Exponents packed by arithmetic; those beyond K are set to what would be NaN."""
-    scale = powers(n, -(-k // 128))
+    scale = random_e8m0(n, -(-k // 128))
     exponents = torch.full((n, 4 * -(-k // 512)), 255, dtype=torch.int64)
     exponents[:, : scale.shape[1]] = scale.view(torch.uint8)
     words = (exponents.view(n, -1, 4) * torch.tensor([1, 1 << 8, 1 << 16, 1 << 24])).sum(-1)
@@ -161,7 +160,7 @@ def nvfp4_divisor(n, k):
 
 def mxfp4(n, k):
     packed, values = e2m1(n, k)
-    scale = powers(n, -(-k // 32))
+    scale = random_e8m0(n, -(-k // 32))
     values = values * each(scale.float(), 1, 32, (n, k))
     return Export({"weight_packed": packed, "weight_scale": scale.view(torch.uint8)}, values, "MXFP4")
 
