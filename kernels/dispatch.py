@@ -85,22 +85,26 @@ def choose(
     x_dtype: torch.dtype = torch.bfloat16,
     *,
     batch_invariant: bool = False,
+    w8a8: bool = False,
 ) -> KernelConfig:
     """The config for m >= 1 rows of x and matrices of shape (D, H, K), or of more before the K.
+
+    With w8a8, one of the matrices takes x in e4m3: every step of a program is whole groups of 128 of K.
 
     m counts only up to the next power of two, so that a serving engine compiles a dozen kernels, not thousands.
     The limits come from published timings of neighbouring shapes and from compiled code (registers, shared
     memory); nobody has measured them on a GPU for this operation yet.
     """
-    return _choose(next_power_of_2(m), shape, target, x_dtype, batch_invariant)
+    return _choose(next_power_of_2(m), shape, target, x_dtype, batch_invariant, w8a8)
 
 
 @functools.cache
 def _choose(
-    m: int, shape: tuple[int, ...], target: Target, x_dtype: torch.dtype, batch_invariant: bool
+    m: int, shape: tuple[int, ...], target: Target, x_dtype: torch.dtype, batch_invariant: bool, w8a8: bool
 ) -> KernelConfig:
     *ns, k = shape
-    if m <= (8 if target.is_cuda(100) else 4) and not batch_invariant:
+    # Rounding x takes registers: with w8a8, more rows or stages than these would spill.
+    if m <= (1 if w8a8 else 8 if target.is_cuda(100) else 4) and not batch_invariant:
         # 16 bytes of x per thread and step. Blackwell multiplies bf16 into fp32 in one instruction, which pays longer.
         return KernelConfig("gemv", block_m=m, block_k=128, slices=8, num_warps=4 if target.is_cuda() else 2)
     is_wide = x_dtype != torch.bfloat16  # fp16 is multiplied in fp32, which takes twice the room
@@ -110,7 +114,7 @@ def _choose(
     decode = KernelConfig("split_k", block_m=block_m, block_k=64, slices=8, split_k=splits, num_stages=2)
     if batch_invariant:
         return replace(decode, serial=m > 64)
-    if m <= 64:
+    if m <= (32 if w8a8 else 64):
         # Every SM holds two of these programs; more steps each are better than a second wave.
         waves = cdiv(math.prod(decode.grid(m, *ns)), 2 * target.sm_count)
         return replace(decode, split_k=cdiv(splits, waves))
@@ -118,10 +122,13 @@ def _choose(
     block_m = 16 if m <= 256 else 32 if is_wide or target.arch == 120 else 64
     # A third matrix and two blocks of 64 of K do not fit the 64 KiB of gfx942.
     block_k = 32 if is_wide or columns_together(*ns) > (320 if target.is_cuda() else 256) else 64
+    if w8a8:
+        block_m, block_k = 16 if m <= 256 or is_wide or columns_together(*ns) > 256 else 32, 128
     fill = next_power_of_2(target.sm_count // (m // block_m) + 1) // 2  # largest power of two that fits, or 0
     split_k = max(1, min(16, fill, cdiv(k, block_k)))
     num_warps = 4 if is_wide and not target.is_cuda() else 8  # 8 waves would load less than 16 bytes a thread
-    return KernelConfig("tiled", block_m=block_m, block_k=block_k, split_k=split_k, num_stages=3, num_warps=num_warps)
+    num_stages = 3 if not w8a8 else 2 if target.is_cuda() else 1
+    return KernelConfig("tiled", block_m, block_k, split_k, num_stages, num_warps)
 
 
 def columns_together(*ns: int) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .dispatch import KernelConfig, choose
 from .gemv import gemv_kernel
-from .matrix import Operands
+from .matrix import Kind, Operands
 from .split_k import split_k_kernel
 from .target import INTERPRETED, Target, target_of
 from .tiled import tiled_kernel
@@ -86,7 +86,14 @@ def launch(
         compiled, grid, needs, constexprs = ready
     else:
         target, shape = target_of(device), (*ns, problem.k)
-        config = config or choose(m, shape, target, problem.x_dtype, batch_invariant=problem.batch_invariant)
+        config = config or choose(
+            m,
+            shape,
+            target,
+            problem.x_dtype,
+            batch_invariant=problem.batch_invariant,
+            w8a8=max(problem.kinds) >= Kind.W8A8,
+        )
         known = constants(config, shape, problem.kinds, problem.factors, problem.x_dtype, target)
         grid, constexprs = config.grid(m, *ns), tuple(known.values())
         needs = () if config.regime == "gemv" else config.workspace(grid, *ns)
