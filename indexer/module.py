@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ class IndexerProjection(nn.Module):
         k_dtype: dtype of k; None for the dtype of x.
         gate_dtype: dtype of gate; None for fp32.
         gate_scale: multiplies gate in fp32.
+        activation: "fp8" or "fp8_ue8m0" rounds x to e4m3 for wk; None takes x as it is.
         batch_invariant: each row has the same bits in any batch.
     """
 
@@ -34,6 +35,7 @@ class IndexerProjection(nn.Module):
         k_dtype: torch.dtype | None = None,
         gate_dtype: torch.dtype | None = None,
         gate_scale: float = 1.0,
+        activation: Literal["fp8", "fp8_ue8m0"] | None = None,
         batch_invariant: bool = False,
     ) -> None:
         super().__init__()
@@ -43,6 +45,7 @@ class IndexerProjection(nn.Module):
         self.k_dtype = k_dtype
         self.gate_dtype = gate_dtype
         self.gate_scale = gate_scale
+        self.activation = activation
         self.batch_invariant = batch_invariant
 
     @classmethod
@@ -60,7 +63,7 @@ class IndexerProjection(nn.Module):
             path: checkpoint directory, or one .safetensors file.
             layer: index of a layer that owns an indexer.
             device: where the weights go.
-            options: k_dtype, gate_dtype, gate_scale and batch_invariant, as for the constructor.
+            options: k_dtype, gate_dtype, gate_scale, activation and batch_invariant, as for the constructor.
 
         Raises:
             CheckpointError: listing every problem.
@@ -75,6 +78,7 @@ class IndexerProjection(nn.Module):
             k_dtype=self.k_dtype,
             gate_dtype=self.gate_dtype,
             gate_scale=self.gate_scale,
+            activation=self.activation,
             batch_invariant=self.batch_invariant,
         )
 

@@ -123,7 +123,10 @@ def _choose(
     batch_invariant: bool,
 ) -> KernelConfig:
     *ns, k = shape
-    if m <= (8 if target.is_cuda(100) else 4) and not batch_invariant:
+    # A W8A8 matrix takes x in e4m3: every step of a program is whole groups of 128 of K, and rounding x takes
+    # registers, so that more rows or stages than these would spill.
+    w8a8 = max(kinds) >= Kind.W8A8
+    if m <= (1 if w8a8 else 8 if target.is_cuda(100) else 4) and not batch_invariant:
         # 16 bytes of x per thread and step. Blackwell multiplies bf16 into fp32 in one instruction, which pays longer.
         return KernelConfig("gemv", block_m=m, block_k=128, slices=8, num_warps=4 if target.is_cuda() else 2)
     is_wide = x_dtype != torch.bfloat16  # fp16 is multiplied in fp32, which takes twice the room
@@ -133,7 +136,7 @@ def _choose(
     decode = KernelConfig("split_k", block_m=block_m, block_k=64, slices=8, split_k=splits, num_stages=2)
     if batch_invariant:
         return replace(decode, serial=m > 64)
-    if m <= 64:
+    if m <= (32 if w8a8 else 64):
         # Every SM holds two of these programs; more steps each are better than a second wave.
         waves = cdiv(math.prod(decode.grid(m, *ns)), 2 * target.sm_count)
         return replace(decode, split_k=cdiv(splits, waves))
@@ -142,10 +145,13 @@ def _choose(
     block_m = 16 if m <= 256 else 32 if is_tight else 64
     # A third matrix and two blocks of 64 of K do not fit the 64 KiB of gfx942.
     block_k = 32 if is_wide or columns_together(*ns) > (320 if target.is_cuda() else 256) else 64
+    if w8a8:
+        block_m, block_k = 16 if m <= 256 or is_wide or columns_together(*ns) > 256 else 32, 128
     fill = next_power_of_2(target.sm_count // (m // block_m) + 1) // 2  # largest power of two that fits, or 0
     split_k = max(1, min(MAX_SPLIT_K, fill, cdiv(k, block_k)))
     num_warps = 4 if is_wide and not target.is_cuda() else 8  # 8 waves would load less than 16 bytes a thread
-    return KernelConfig("tiled", block_m=block_m, block_k=block_k, split_k=split_k, num_stages=3, num_warps=num_warps)
+    num_stages = 3 if not w8a8 else 2 if target.is_cuda() else 1
+    return KernelConfig("tiled", block_m, block_k, split_k, num_stages, num_warps)
 
 
 def columns_together(*ns: int) -> int:

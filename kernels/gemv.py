@@ -8,11 +8,12 @@ import triton
 import triton.language as tl
 
 from .tile import (
-    FP8_BLOCK,
-    FP8_BLOCK_FNUZ,
+    has_block_scales,
     launch_dependents,
     load_block_scales,
     load_weights,
+    quantize,
+    quantizes_x,
     store_tile,
     wait_for_dependencies,
 )
@@ -32,7 +33,7 @@ def _one_row(
     for step in tl.static_range(STEPS):
         start_k = (step * SLICES + slices) * BLOCK_K
         values = load_weights(w, cols, start_k, N, K, BLOCK_K, KIND, tl.float32)
-        if KIND == FP8_BLOCK or KIND == FP8_BLOCK_FNUZ:
+        if has_block_scales(KIND):
             values *= load_block_scales(w, cols, start_k, N, K)[:, None]
         weights = weights + (values,)
 
@@ -46,6 +47,9 @@ def _one_row(
             mask=(rows < M)[:, None, None] & (offs_k < K)[None, :, :],
             other=0.0,
         )
+        if quantizes_x(KIND):
+            codes, scale = quantize(x, 2, KIND)
+            x = codes * scale
         acc += x.to(tl.float32) * weights[step][None, :, :]
     launch_dependents(PDL)
     total = tl.sum(tl.sum(acc, 2), 1)

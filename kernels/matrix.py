@@ -30,6 +30,11 @@ class Kind(IntEnum):
     FP8_FNUZ = 6
     FP8_BLOCK_FNUZ = 7
     MXFP8_FNUZ = 8
+    # FP8_BLOCK, and an x that is rounded to e4m3 on the way; see `project`'s activation.
+    W8A8 = 9
+    W8A8_UE8M0 = 10
+    W8A8_FNUZ = 11
+    W8A8_UE8M0_FNUZ = 12
 
 
 Operands = tuple[Tensor, Tensor | None, Tensor | None]
@@ -411,7 +416,7 @@ def operand_specs(kind: int, n: int, k: int) -> tuple[Spec | None, ...]:
     codes = (torch.uint8, (n, k))
     if kind in (Kind.FP8, Kind.FP8_FNUZ):
         return codes, None, row
-    if kind in (Kind.FP8_BLOCK, Kind.FP8_BLOCK_FNUZ):
+    if kind in (Kind.FP8_BLOCK, Kind.FP8_BLOCK_FNUZ) or kind >= Kind.W8A8:
         return codes, (torch.float32, scale_shape((n, k))), None
     return codes, (torch.uint8, scale_shape((n, k), 1, MX_GROUP)), None
 

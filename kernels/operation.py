@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,12 @@ from .matrix import MAX_ROWS, MAX_ROWS_TOGETHER, Kind, Matrix, Operands, Project
 
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float16)
 LARGEST_FACTOR = torch.finfo(torch.float32).max
+Activation = Literal["fp8", "fp8_ue8m0"]
+# Of each activation the kinds that take it, and what they are called then.
+QUANTIZING = {
+    "fp8": {Kind.FP8_BLOCK: Kind.W8A8, Kind.FP8_BLOCK_FNUZ: Kind.W8A8_FNUZ},
+    "fp8_ue8m0": {Kind.FP8_BLOCK: Kind.W8A8_UE8M0, Kind.FP8_BLOCK_FNUZ: Kind.W8A8_UE8M0_FNUZ},
+}
 
 
 def project(
@@ -24,6 +30,7 @@ def project(
     k_dtype: torch.dtype | None = None,
     gate_dtype: torch.dtype | None = None,
     gate_scale: float = 1.0,
+    activation: Activation | None = None,
     out: Tensor | None = None,
     batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -37,6 +44,9 @@ def project(
         gate_dtype: dtype of gate, torch.float32 (default) or x.dtype.
         gate_scale: multiplies the fp32 sums of gate, before they are rounded; DeepSeek's is H**-0.5 * D**-0.5. It is
             compiled into the kernel.
+        activation: "fp8" rounds x to e4m3 for wk, as DeepSeek's own inference does (W8A8): each row in groups of 128
+            along K, by scales of max(amax, 1e-4) / 448, and with "fp8_ue8m0" by the next power of two. wk has to be FP8
+            with 128x128 blocks. The gate always takes x as it is, and so does k by default.
         out: [..., D + H], x.dtype or fp32, to write into; contiguous, or 2-D with any row stride, and apart from x and
             the weights in memory. k and gate are then its two column slices, both in its dtype, and k_dtype and
             gate_dtype must not be given.
@@ -48,7 +58,8 @@ def project(
 
     Raises:
         TypeError: x, out or a requested output has a dtype that is not listed above, or weights are none.
-        ValueError: a shape, stride or device that does not fit the weights, or a gate_scale that is not finite in fp32.
+        ValueError: a shape, stride or device that does not fit the weights, a gate_scale that is not finite in fp32, or
+            an activation that does not exist or that wk's encoding does not take.
         RuntimeError: a tensor requires grad (the operation is not differentiable), or there is no GPU and Triton's
             interpreter is off.
     """
@@ -67,6 +78,7 @@ def project(
         (weights.wk, weights.gate),
         dtypes=dtypes,
         factors=None if gate_scale == 1 else (1.0, gate_scale),
+        activations=None if activation is None else (activation, None),
         out=out,
         batch_invariant=batch_invariant,
     )
@@ -79,6 +91,7 @@ def project_all(
     *,
     dtypes: Sequence[torch.dtype] | None = None,
     factors: Sequence[float] | None = None,
+    activations: Sequence[Activation | None] | None = None,
     out: Tensor | None = None,
     batch_invariant: bool = False,
 ) -> tuple[Tensor, ...]:
@@ -90,6 +103,7 @@ def project_all(
         matrices: [N, K] each, N up to 256, and up to 384 together, each rounded up to a power of two.
         dtypes: of each output, x.dtype (default) or torch.float32.
         factors: of each output, in fp32; 1 by default. Compiled into the kernel.
+        activations: in which each matrix takes x; None (default) is as it is. See `project`.
         x, out, batch_invariant: as for `project`; out has the sum of N as its columns, and dtypes must not be given.
 
     Returns:
@@ -105,6 +119,10 @@ def project_all(
             "project: a tensor requires grad, and the projection is not differentiable; use torch.no_grad() or detach()"
         )
     kinds = [matrix.kind.name for matrix in matrices]
+    if activations is not None:
+        if len(activations) != len(kinds):
+            raise ValueError(f"project: {len(kinds)} matrices, but {len(activations)} activations")
+        kinds = [_quantizing(matrix.kind, name).name for matrix, name in zip(matrices, activations, strict=True)]
     if out is None:
         dtypes = dtypes or [x.dtype] * len(kinds)
         if len(dtypes) != len(kinds):
@@ -296,6 +314,20 @@ def _check_inputs(
     problem, slots = check(x.dtype, k, x.device, form, out_dtype, given, batch_invariant, *found)
     padded = [*operands, None]
     return problem, tuple([(padded[codes], padded[scale], padded[rows]) for codes, scale, rows in slots])  # type: ignore[misc]
+
+
+def _quantizing(kind: Kind, activation: Activation | None) -> Kind:
+    """The kind of a matrix that takes x in that activation."""
+    if activation is None:
+        return kind
+    if activation not in QUANTIZING:
+        raise ValueError(f"project: activation must be None, {' or '.join(map(repr, QUANTIZING))}, got {activation!r}")
+    if kind not in QUANTIZING[activation]:
+        raise ValueError(
+            f"project: activation={activation!r} takes an FP8 matrix with 128x128 blocks, got one of kind {kind.name}; "
+            "leave activation out"
+        )
+    return QUANTIZING[activation][kind]
 
 
 def _check_dtype(name: str, dtype: torch.dtype, x_dtype: torch.dtype) -> None:

@@ -12,13 +12,15 @@ import triton
 import triton.language as tl
 
 from .tile import (
-    FP8_BLOCK,
-    FP8_BLOCK_FNUZ,
+    SCALE_BLOCK,
     dot,
+    has_block_scales,
     last_to_arrive,
     launch_dependents,
     load_block_scales,
     load_weights,
+    quantize,
+    quantizes_x,
     store_tile,
     sum_splits,
     tile_offsets,
@@ -47,13 +49,21 @@ def _dot_slices(
             x_ptr + rows[None, None, :].to(tl.int64) * stride_xm + offs_k,
             mask=(rows < M)[None, None, :] & (offs_k < K),
             other=0.0,
-        ).to(DOT)
+        )
+        if quantizes_x(KIND):
+            GROUPS: tl.constexpr = SLICES * BLOCK_K // SCALE_BLOCK
+            x, x_scales = quantize(tl.reshape(x, (GROUPS, SCALE_BLOCK, BLOCK_M)), 1, KIND)
+            x = tl.reshape(x, (SLICES, BLOCK_K, BLOCK_M))
+        x = x.to(DOT)
         start_k = (first + w_slices) * BLOCK_K
         weights = tl.reshape(load_weights(w, w_cols, start_k, N, K, BLOCK_K, KIND, DOT), (SLICES, BLOCK_N, BLOCK_K))
         product = dot(weights, x, PRECISION)
-        if KIND == FP8_BLOCK or KIND == FP8_BLOCK_FNUZ:
+        if has_block_scales(KIND):
             scales = load_block_scales(w, w_cols, start_k, N, K)
             product *= tl.reshape(scales, (SLICES, BLOCK_N))[:, :, None]
+        if quantizes_x(KIND):
+            x_scales = tl.broadcast_to(x_scales, (GROUPS, SLICES // GROUPS, BLOCK_M))
+            product *= tl.reshape(x_scales, (SLICES, BLOCK_M))[:, None, :]
         acc += product
     return tl.sum(acc, 0)
 

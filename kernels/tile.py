@@ -11,6 +11,7 @@ A matrix reaches a kernel as a tuple of three pointers and a kind, all known at 
     MXFP4      two e2m1 per uint8 [N, K/2]     e8m0 as uint8 [N, K/32]     None
 
 The kinds with e4m3 codes are there once more for e4m3fnuz. Codes are bytes, as sm_80 and gfx942 have no e4m3fn type.
+The W8A8 kinds are FP8_BLOCK, and want x rounded to e4m3 too.
 
 Tiles are held transposed, [columns of the output, rows]: the product is w @ x.T. Weights are then the first operand of
 the dot, which tensor cores take from registers, where they have just been decoded.
@@ -23,10 +24,26 @@ from .matrix import MX_GROUP, NVFP4_GROUP, Kind
 from .matrix import SCALE_BLOCK as _SCALE_BLOCK
 
 BF16, FP8, FP8_BLOCK, MXFP8, NVFP4, MXFP4 = (tl.constexpr(int(kind)) for kind in list(Kind)[:6])
-FP8_FNUZ, FP8_BLOCK_FNUZ, MXFP8_FNUZ = (tl.constexpr(int(kind)) for kind in list(Kind)[6:])
+FP8_FNUZ, FP8_BLOCK_FNUZ, MXFP8_FNUZ = (tl.constexpr(int(kind)) for kind in list(Kind)[6:9])
+W8A8_UE8M0, W8A8_UE8M0_FNUZ = tl.constexpr(int(Kind.W8A8_UE8M0)), tl.constexpr(int(Kind.W8A8_UE8M0_FNUZ))
 SCALE_BLOCK = tl.constexpr(_SCALE_BLOCK)
 GROUP_16, GROUP_32 = tl.constexpr(NVFP4_GROUP), tl.constexpr(MX_GROUP)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.constexpr_function
+def is_fnuz(kind):
+    return Kind(kind).name.endswith("FNUZ")
+
+
+@triton.constexpr_function
+def has_block_scales(kind):
+    return Kind(kind).name.startswith(("FP8_BLOCK", "W8A8"))
+
+
+@triton.constexpr_function
+def quantizes_x(kind):
+    return Kind(kind).name.startswith("W8A8")
 
 
 @triton.jit
@@ -53,6 +70,24 @@ def decode_e8m0(codes):
     """e8m0 codes (uint8, no NaN) to fp32, exactly."""
     # The exponent biases are both 127. Code 0 is 2**-127, a subnormal in fp32.
     return tl.maximum(codes.to(tl.int32) << 23, 1 << 22).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def quantize(x, AXIS: tl.constexpr, KIND: tl.constexpr):
+    """x, whose axis AXIS is a group of 128 along K, as e4m3 values and a scale per group, both fp32: DeepSeek's W8A8.
+
+    The scale is amax / 448, and in the UE8M0 kinds the next power of two. Zero has no sign.
+    """
+    x = x.to(tl.float32)
+    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(x), AXIS, keep_dims=True), 1e-4), 448.0)
+    if KIND == W8A8_UE8M0 or KIND == W8A8_UE8M0_FNUZ:
+        scale = (scale.to(tl.int32, bitcast=True) + 0x7FFFFF & 0x7F800000).to(tl.float32, bitcast=True)
+    value = tl.div_rn(x, tl.broadcast_to(scale, x.shape))
+    # e4m3 keeps 3 bits behind the first one, or multiples of 2**-9 below 2**-6. Beside 1.5 * 2**20 times the exponent,
+    # fp32 keeps just these, and rounds to nearest even.
+    exponent = tl.maximum(value.to(tl.int32, bitcast=True) & 0x7F800000, 0x3C800000)
+    large = (exponent + 0xA400000).to(tl.float32, bitcast=True)
+    return value + large - large, scale
 
 
 @triton.jit
@@ -102,7 +137,7 @@ def load_weights(
         if KIND == BF16:
             return codes.to(DOT)
         else:
-            values = decode_e4m3(codes, KIND >= FP8_FNUZ)
+            values = decode_e4m3(codes, is_fnuz(KIND))
             if KIND == MXFP8 or KIND == MXFP8_FNUZ:
                 scales = _load_group_scales(w[1], cols, start_k, N, K, BLOCK_K, GROUP_32, True)
                 values = _scale_groups(values, scales)

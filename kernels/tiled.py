@@ -8,12 +8,13 @@ import triton
 import triton.language as tl
 
 from .tile import (
-    FP8_BLOCK,
-    FP8_BLOCK_FNUZ,
     dot,
+    has_block_scales,
     last_to_arrive,
     load_block_scales,
     load_weights,
+    quantize,
+    quantizes_x,
     store_tile,
     sum_splits,
     tile_offsets,
@@ -40,9 +41,14 @@ def _dot_add(
     """acc + w @ x over BLOCK_K of K, which lies inside one scale block."""
     cols = _columns(N)
     start_k += tl.zeros_like(cols)
+    if quantizes_x(KIND):
+        codes, x_scales = quantize(x, 0, KIND)
+        x = codes.to(DOT)
     product = dot(load_weights(w, cols, start_k, N, K, BLOCK_K, KIND, DOT), x, PRECISION)
-    if KIND == FP8_BLOCK or KIND == FP8_BLOCK_FNUZ:
+    if has_block_scales(KIND):
         product *= load_block_scales(w, cols, start_k, N, K)[:, None]
+    if quantizes_x(KIND):
+        product *= x_scales
     return acc + product
 
 

@@ -11,6 +11,7 @@ from triton.runtime import interpreter
 
 from indexproj.indexer.tune import candidates
 from indexproj.kernels import (
+    DenseMatrix,
     Fp4Matrix,
     Fp8Matrix,
     KernelConfig,
@@ -21,6 +22,8 @@ from indexproj.kernels import (
     reference,
 )
 from indexproj.kernels.launch import Problem, launch
+from indexproj.kernels.matrix import Kind
+from indexproj.kernels.ref import quantize
 from indexproj.kernels.target import TARGETS
 from indexproj.kernels.workspace import workspace
 from support import DEEPSEEK, GLM, MATRICES, PAIRS, fp8, weights
@@ -37,11 +40,11 @@ def relative_error(outputs, exact):
     return float("nan") if any(error != error for error in errors) else max(errors)
 
 
-def run(x, w, config=None):
-    """fp32 outputs of one launch, with a chosen config."""
+def run(x, w, config=None, wk=None):
+    """fp32 outputs of one launch, with a chosen config, and wk read as another kind."""
     *ns, k = w.shape
     outs = tuple(torch.full((len(x), n), torch.nan) for n in ns)
-    kinds = w.wk.kind, w.gate.kind
+    kinds = wk or w.wk.kind, w.gate.kind
     problem = Problem(x.device, x.dtype, k, tuple(ns), kinds, (1.0, 1.0), (torch.float32, torch.float32))
     launch(x, (w.wk.operands, w.gate.operands), outs, problem, config)
     return outs
@@ -111,6 +114,17 @@ def test_the_gate_is_scaled_in_fp32_before_it_is_rounded(m):
     assert torch.equal(scaled[1], gate * factor)
     rounded = project(x, w, gate_dtype=torch.bfloat16, gate_scale=32**-0.5 * 128**-0.5)[1]
     assert torch.equal(rounded, scaled[1].bfloat16())
+
+
+@pytest.mark.parametrize("m", [3, 20, 70])
+@pytest.mark.usefixtures("poison")
+def test_each_matrix_takes_its_own_activation(m):
+    matrices = fp8(128, 1000), weights("dense-dense", (128, 32, 1000)).gate, fp8(128, 1000)
+    x = torch.randn(m, 1000, dtype=torch.bfloat16)
+    outputs = project_all(x, matrices, dtypes=[torch.float32] * 3, activations=["fp8", None, "fp8_ue8m0"])
+    rounded = quantize(x, False), x.double(), quantize(x, True)
+    exact = [own @ matrix.dequantize(torch.float64).T for own, matrix in zip(rounded, matrices, strict=True)]
+    assert relative_error(outputs, exact) <= 2e-6
 
 
 @pytest.mark.parametrize("m", [3, 20, 70])
@@ -375,21 +389,126 @@ def test_the_ops_are_sound_for_the_compiler():
     x = torch.randn(4, 512, dtype=torch.bfloat16)[:, :256]
     operands = [operand for matrix in (w.wk, w.gate) for operand in matrix.operands if operand is not None]
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    for options in ((), ([1.0, 0.5], True)):
-        inputs = (x, operands, "FP8_BLOCK BF16:fp32", *options)
+    for wk, options in (("FP8_BLOCK", ()), ("W8A8", ([1.0, 0.5], True))):
+        inputs = (x, operands, f"{wk} BF16:fp32", *options)
         torch.library.opcheck(torch.ops.indexproj.project, inputs, test_utils=tests)
-        inputs = (x, operands, "FP8_BLOCK BF16", torch.empty(4, 144, dtype=torch.bfloat16), *options)
+        inputs = (x, operands, f"{wk} BF16", torch.empty(4, 144, dtype=torch.bfloat16), *options)
         torch.library.opcheck(torch.ops.indexproj.project_out, inputs, test_utils=tests)
 
 
 def test_compiles_without_graph_breaks():
     w = weights("fp8-dense", (128, 16, 256))
-    compiled = torch.compile(lambda x: project(2 * x, w), backend="aot_eager", fullgraph=True, dynamic=True)
+    options = {"gate_scale": 0.5, "activation": "fp8"}
+    compiled = torch.compile(lambda x: project(2 * x, w, **options), backend="aot_eager", fullgraph=True, dynamic=True)
     for m in (3, 70):
         x = torch.randn(m, 256, dtype=torch.bfloat16)
-        for output, expected in zip(compiled(x), project(2 * x, w), strict=True):
+        for output, expected in zip(compiled(x), project(2 * x, w, **options), strict=True):
             assert torch.equal(output, expected)
             assert output.stride() == expected.stride()
+
+
+def uneven(m, k):
+    """x whose groups of 128 differ by up to 2**40, with a row of zeros, one of nearly nothing and a huge element."""
+    groups = torch.exp2(torch.randint(-20, 20, (m, -(-k // 128))).float()).repeat_interleave(128, 1)[:, :k]
+    x = (torch.randn(m, k) * groups).bfloat16()
+    x[0] = 0
+    if m > 2:
+        x[1] *= 2.0**-40
+        x[2, k // 2] = 2.0**100
+    return x
+
+
+def row_errors(outputs, exact):
+    """Of each row, max |difference| / max |reference|, so that large rows hide nothing; 0 in a row of zeros."""
+    return torch.stack([
+        ((output.double() - truth).abs().amax(1) / truth.abs().amax(1).clamp(min=1e-300)).max()
+        for output, truth in zip(outputs, exact, strict=True)
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("m", [1, 5, 17, 67, 300])
+@pytest.mark.parametrize("shape", [(128, 32, 1000), (150, 9, 520), (40, 9, 61)], ids=str)
+@pytest.mark.parametrize("activation", ["fp8", "fp8_ue8m0"])
+@pytest.mark.usefixtures("poison")
+def test_w8a8(activation, shape, m):
+    w = surrounded(weights("fp8-dense", shape))
+    x = uneven(m, shape[2])
+    outputs = project(x, w, k_dtype=torch.float32, activation=activation)
+    assert row_errors(outputs, reference(x, w, activation)).max() <= 2e-6
+
+
+@pytest.mark.parametrize("m", [1, 17, 100])
+@pytest.mark.parametrize("activation", ["fp8", "fp8_ue8m0"])
+@pytest.mark.parametrize("pair", ["fp8-dense", "fp8-fp8"])
+@pytest.mark.usefixtures("poison")
+def test_w8a8_at_published_shapes(pair, activation, m):
+    w = weights(pair, GLM)
+    w = ProjectionWeights(w.wk.to_fnuz(), w.gate)
+    x = uneven(m, GLM[2]) if pair == "fp8-dense" else uneven(m, GLM[2]).half().nan_to_num(posinf=60000)
+    outputs = project(x, w, k_dtype=torch.float32, activation=activation)
+    assert row_errors(outputs, reference(x, w, activation)).max() <= 2e-6
+
+
+@pytest.mark.parametrize("split_k", [1, 3, 16])
+@pytest.mark.parametrize(
+    "config",
+    [
+        KernelConfig("gemv", block_m=4, block_k=128, slices=8),
+        KernelConfig("split_k", block_m=8, block_k=64, slices=2),
+        KernelConfig("split_k", block_m=16, block_k=128, slices=2, block_n=32),
+        KernelConfig("split_k", block_m=16, block_k=64, slices=8, serial=True),
+        KernelConfig("tiled", block_m=16, block_k=128),
+    ],
+    ids=lambda config: f"{config.regime}{'-serial' * config.serial}-{config.block_m}-{config.block_k}",
+)
+@pytest.mark.usefixtures("poison")
+def test_w8a8_leaves_the_gate_alone(config, split_k):
+    """Bit for bit, in any config."""
+    w = surrounded(weights("fp8-dense", (128, 32, 1000)))
+    x = uneven(19, 1000)
+    config = config if config.regime == "gemv" else dataclasses.replace(config, split_k=split_k)
+    plain, rounded = run(x, w, config), run(x, w, config, wk=Kind.W8A8)
+    assert row_errors(rounded, reference(x, w, "fp8")).max() <= 2e-6
+    assert not torch.equal(plain[0], rounded[0])
+    assert torch.equal(plain[1], rounded[1])
+
+
+@pytest.mark.parametrize("ue8m0", [False, True])
+def test_every_bf16_value_is_rounded_as_torch_does(ue8m0):
+    """One group at a time; k is x in e4m3 where wk is the identity."""
+    x = torch.arange(0x7F80).to(torch.int16).view(torch.bfloat16)
+    x = torch.cat((x, -x)).view(-1, 128)  # neighbours
+    x = torch.cat((x, x.T.reshape(-1, 128)))  # from all over
+    eye = Fp8Matrix(torch.eye(128).to(torch.float8_e4m3fn), torch.ones(1, 1))
+    w = ProjectionWeights(eye, DenseMatrix(torch.ones(16, 128, dtype=torch.bfloat16)))
+    k, _ = project(x, w, k_dtype=torch.float32, activation="fp8_ue8m0" if ue8m0 else "fp8")
+    assert torch.equal(k, quantize(x, ue8m0).float())
+
+
+@pytest.mark.usefixtures("exact_dot")
+def test_w8a8_rows_keep_their_bits_in_any_batch():
+    w, x = weights("fp8-dense", (128, 32, 1024)), uneven(100, 1024)
+    options = {"k_dtype": torch.float32, "batch_invariant": True, "activation": "fp8"}
+    whole = project(x, w, **options)
+    assert row_errors(whole, reference(x, w, "fp8")).max() <= 2e-6
+    for m in (1, 3, 17, 64):
+        picked = torch.randperm(100)[:m]
+        for output, full in zip(project(x[picked], w, **options), whole, strict=True):
+            assert torch.equal(output, full[picked])
+
+
+@pytest.mark.parametrize("m", [1, 5, 70])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_non_finite_row_stays_in_its_row_with_w8a8(value, m):
+    w, x = weights("fp8-dense", (128, 16, 256)), torch.randn(m, 256, dtype=torch.bfloat16)
+    clean = project(x, w, activation="fp8")
+    x[m // 2, 7] = value
+    k, gate = project(x, w, activation="fp8")
+    assert k[m // 2].isnan().all()
+    assert not gate[m // 2].isfinite().any()
+    rest = torch.arange(m) != m // 2
+    assert torch.equal(k[rest], clean[0][rest])
+    assert torch.equal(gate[rest], clean[1][rest])
 
 
 def test_fp8_is_closer_to_fp64_than_weights_upcast_to_bf16():

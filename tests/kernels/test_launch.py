@@ -116,11 +116,18 @@ def test_what_a_kernel_depends_on_gets_its_own(driver):
     w = weights("fp8-dense", DEEPSEEK)
     project(x_of(16), w)
     for number, options in enumerate(
-        ({"k_dtype": torch.float32}, {"gate_dtype": torch.bfloat16}, {"gate_scale": 0.5}, {"batch_invariant": True}), 2
+        (
+            {"k_dtype": torch.float32},
+            {"gate_dtype": torch.bfloat16},
+            {"gate_scale": 0.5},
+            {"batch_invariant": True},
+            {"activation": "fp8"},
+        ),
+        2,
     ):
         project(x_of(16), w, **options)
         assert len(module._ready) == number
     project(x_of(40), w)
     project(x_of(16).half(), w)
     project(x_of(16), weights("fp8-fp8", DEEPSEEK))
-    assert len(module._ready) == 8
+    assert len(module._ready) == 9

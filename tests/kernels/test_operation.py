@@ -41,6 +41,7 @@ def out_of(*shape, dtype=torch.bfloat16):
         (x_of(4, 256), {**out_of(4, 144), "gate_dtype": torch.float32}, ValueError, "do not go with out="),
         (ALIASED[:, :256], {"out": ALIASED[:, 100:244]}, ValueError, "out overlaps x in memory"),
         (x_of(4, 256), {"gate_scale": float("nan")}, ValueError, "2 finite factors"),
+        (x_of(4, 256), {"activation": "int8"}, ValueError, "must be None, 'fp8' or 'fp8_ue8m0', got 'int8'"),
         (x_of(4, 256), {}, RuntimeError, "TRITON_INTERPRET=1 before Python starts"),
     ],
 )
@@ -90,7 +91,9 @@ def test_the_operation_itself_refuses_factors_that_are_not_one_number_per_matrix
 
 @pytest.mark.parametrize("form", ["FP9 BF16", "FP8_BLOCK BF16:fp64", "FP8_BLOCK, BF16"])
 def test_the_operation_itself_refuses_a_form_that_does_not_exist(form):
-    refused(f'MXFP8_FNUZ, each with ":fp32" or without, got "{form}"', operands_of(weights("fp8-dense", SHAPE)), form)
+    refused(
+        f'W8A8_UE8M0_FNUZ, each with ":fp32" or without, got "{form}"', operands_of(weights("fp8-dense", SHAPE)), form
+    )
 
 
 def operands_of(w):
@@ -125,6 +128,19 @@ def test_too_few_dtypes_are_refused():
     w = weights("fp8-dense", SHAPE)
     with pytest.raises(ValueError, match="2 matrices, but dtypes of 1"):
         project_all(x_of(4, 256), (w.wk, w.gate), dtypes=[torch.float32])
+
+
+@pytest.mark.parametrize("pair", sorted(PAIRS.keys() - {"fp8-dense", "fp8-fp8"}))
+def test_w8a8_of_other_encodings_is_refused(pair):
+    w = weights(pair, SHAPE)
+    with pytest.raises(ValueError, match=f"an FP8 matrix with 128x128 blocks, got one of kind {w.wk.kind.name};"):
+        project(x_of(4, 256), w, activation="fp8")
+
+
+def test_too_few_activations_are_refused():
+    w = weights("fp8-dense", SHAPE)
+    with pytest.raises(ValueError, match="2 matrices, but 1 activations"):
+        project_all(x_of(4, 256), (w.wk, w.gate), activations=["fp8"])
 
 
 def test_dtypes_do_not_go_with_out():
