@@ -7,6 +7,7 @@ backend serves), `indexer_op` (a recorder), and the query's quantization, a Trit
 # ruff: noqa: E402
 import contextlib
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -22,8 +23,10 @@ sys.modules.setdefault("kernels", None)  # see tests/conftest.py; spawned proces
 import torch
 from safetensors.torch import save_file
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config.logging import LoggingConfig
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
 from vllm.engine.arg_utils import EngineArgs
+from vllm.logger import configure_logging
 from vllm.model_executor.model_loader import get_model_loader, reload
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.platforms.cpu import CpuPlatform
@@ -180,6 +183,12 @@ def engine_config(path, **arguments):
     arguments = {**defaults, **arguments}
     arguments = EngineArgs(model=str(path), skip_tokenizer_init=True, dtype="bfloat16", **arguments)
     return arguments.create_engine_config()
+
+
+def show_log():
+    """Passes vLLM's log on to pytest; configured before, as the first config that is created would undo that."""
+    configure_logging(LoggingConfig())
+    logging.getLogger("vllm").propagate = True
 
 
 @contextlib.contextmanager
