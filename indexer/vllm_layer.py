@@ -38,7 +38,6 @@ class IndexerMethod(LinearMethodBase):  # type: ignore[misc]
         shape: (D, H, K).
         weights: the matrices, where they are not `layer.weight`.
         is_ready: True once there are values to compute with.
-        is_waiting: True while some tensors of a load have come and others have to follow.
         is_fresh: True once a load has brought new values, until `IndexerModel.reloaded` asks.
     """
 
@@ -54,7 +53,12 @@ class IndexerMethod(LinearMethodBase):  # type: ignore[misc]
         self._dense: nn.Parameter = layer.weight
         self._device = layer.weight.device
         self._dense.data.fill_(torch.nan)
-        self.abandon()
+        self._assembly: Assembly | None = None
+
+    @property
+    def is_waiting(self) -> bool:
+        """True while some tensors of a load have come and others have to follow."""
+        return self._assembly is not None
 
     @property
     def is_reloading(self) -> bool:
@@ -88,12 +92,12 @@ class IndexerMethod(LinearMethodBase):  # type: ignore[misc]
         """x [..., K] bf16 or fp16 -> [..., D + H] in its dtype: k, and behind it the gate."""
         d, h, _ = self.shape
         out = x.new_empty((*x.shape[:-1], d + h))
-        project(x, self.operands, out=out)
+        project(x, self.operands, out=out, batch_invariant=self._model.batch_invariant)
         return out
 
     def k_and_gate(self, layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [..., K] -> k [..., D] in its dtype and gate [..., H] fp32, from one launch."""
-        return project(x, self.operands)
+        return project(x, self.operands, batch_invariant=self._model.batch_invariant)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Ends a load; vLLM calls this for one layer after the other.
@@ -114,17 +118,21 @@ class IndexerMethod(LinearMethodBase):  # type: ignore[misc]
         if self.is_fresh:
             header = Header.of(name, tensor, "")
             raise CheckpointError([Problem(name, "", "nothing more of a layer that is complete", str(header))])
-        self.is_waiting = True
+        if self._assembly is None:
+            d, hidden = self.shape[0], self._model.num_hidden_layers
+            self._assembly = Assembly([self.number], self._device, index_head_dim=d, num_hidden_layers=hidden)
+            self._assembly.begin()
         self._assembly.offer(name, tensor)
         if self._assembly.is_complete:
             self.commit()
 
     def commit(self) -> None:
-        """Ends the load of this layer: its new weights come into use, or the old ones stay.
+        """Ends the load of this layer, of which tensors have come: its new weights come into use, or the old ones stay.
 
         Raises:
             CheckpointError: a tensor is missing or not right.
         """
+        assert self._assembly is not None
         try:
             self._use(self._assembly.finish()[self.number])
         finally:
@@ -132,10 +140,7 @@ class IndexerMethod(LinearMethodBase):  # type: ignore[misc]
 
     def abandon(self) -> None:
         """Drops what has come of a load."""
-        self.is_waiting = False
-        hidden = self._model.num_hidden_layers
-        self._assembly = Assembly([self.number], self._device, index_head_dim=self.shape[0], num_hidden_layers=hidden)
-        self._assembly.begin()
+        self._assembly = None
 
     def settle(self) -> None:
         """Ends a load in which no tensor of this layer has come.
@@ -192,6 +197,7 @@ class IndexerModel:
         is_loaded: True once a load has ended well.
         is_finished: True from the end of a load to the beginning of the next one.
         to_bf16: True to decode all weights to bf16, so that later loads may bring any encoding.
+        batch_invariant: True if a row has to have the same bits in any batch.
     """
 
     def __init__(
@@ -200,7 +206,9 @@ class IndexerModel:
         layers: Mapping[str, Any],
         additional_config: dict[str, Any],
         num_hidden_layers: int | None,
+        *,
         to_bf16: bool,
+        batch_invariant: bool,
     ) -> None:
         """Takes over.
 
@@ -211,6 +219,7 @@ class IndexerModel:
         """
         self.num_hidden_layers = num_hidden_layers
         self.to_bf16 = to_bf16
+        self.batch_invariant = batch_invariant
         self.methods: dict[int, IndexerMethod] = {}
         self._kind = type(model).__name__
         self.is_loaded = False
@@ -271,6 +280,7 @@ class IndexerModel:
         if not self.is_loaded:
             self.is_loaded = True
             layouts = "; ".join(dict.fromkeys(describe(method.operands) for method in self.methods.values()))
+            layouts += ", batch-invariant" * self.batch_invariant
             version = importlib.metadata.version("indexproj")
             self._additional_config.setdefault("indexproj", {})[self._kind] = f"{version}: {layouts}"
             LOGGER.info(

@@ -1,6 +1,7 @@
 import sys
 import zlib
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,3 +23,16 @@ def poison():
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def exact_dot(monkeypatch):
+    """Dots that treat every element alike, as tensor cores do; a BLAS adds up in an order that depends on the shape."""
+
+    def matmul(a, b, dtype):
+        total = np.zeros((*a.shape[:-1], b.shape[-1]), dtype)
+        for k in range(a.shape[-1]):
+            total += a[..., k, None].astype(dtype) * b[..., k, None, :].astype(dtype)
+        return total
+
+    monkeypatch.setattr(np, "matmul", matmul)
