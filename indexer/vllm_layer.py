@@ -20,6 +20,7 @@ from ..loading import Assembly, CheckpointError, Problem
 from ..loading.headers import Header
 from ..loading.names import GATE, UNUSED, WK, parse
 from ..loading.plan import ranges
+from ..loading.values import unusable
 from .vllm_plugin import LOGGER, layer_of
 
 
@@ -82,8 +83,7 @@ class IndexerMethod(LinearMethodBase):  # type: ignore[misc]
         if self.weights is not None:
             return self.weights
         # Made anew for every call, as offloading gives the parameter new memory.
-        weight, d = self.layer.weight.data, self.shape[0]
-        return ProjectionWeights(DenseMatrix(weight[:d]), DenseMatrix(weight[d:]))
+        return self._split(self.layer.weight.data)
 
     def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
         """Nothing to do: vLLM's own method has created `layer.weight`."""
@@ -143,16 +143,20 @@ class IndexerMethod(LinearMethodBase):  # type: ignore[misc]
         self._assembly = None
 
     def settle(self) -> None:
-        """Ends a load in which no tensor of this layer has come.
+        """Ends a load in which no tensor of this layer has come: what it holds already stays.
 
         Raises:
-            CheckpointError: there never was one, and nobody else has filled `layer.weight` either.
+            CheckpointError: those are no weights: nobody has filled `layer.weight`, or a sleep has discarded them.
         """
-        if not self.is_ready:
-            if self._dense.isnan().any():
-                found = "none of them, and rows that nobody has written"
-                raise CheckpointError([Problem(self.name, "", f"tensors of {WK} and {GATE}", found)])
-            self.is_ready = True
+        held = self.weights or self._split(self._dense.data)  # vLLM has put `layer.weight` aside during a reload
+        if unusable(held.wk) or unusable(held.gate):
+            found = "none of them, and memory that nobody has filled"
+            raise CheckpointError([Problem(self.name, "", f"tensors of {WK} and {GATE}", found)])
+        self.is_ready = True
+
+    def _split(self, weight: Tensor) -> ProjectionWeights:
+        d = self.shape[0]
+        return ProjectionWeights(DenseMatrix(weight[:d]), DenseMatrix(weight[d:]))
 
     def _use(self, new: ProjectionWeights) -> None:
         if new.shape != self.shape:

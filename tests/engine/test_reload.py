@@ -5,6 +5,7 @@ import torch
 
 from engine.harness import (
     INDEXER,
+    is_projection,
     outputs_are_right,
     projections,
 )
@@ -148,6 +149,19 @@ def test_sleep_that_discards_weights(server):
         for parameter in module.parameters():
             parameter.data.view(torch.uint8).fill_(0x7F)
     tensors, truth = checkpoint(server.makers)
+    server.reload(tensors)
+    server.check(truth)
+
+
+@pytest.mark.parametrize("byte", [0, 0x7F])
+def test_what_a_sleep_has_discarded_is_not_served(server, byte):
+    """A reload that does not bring the projection leaves it, but not where the memory holds no weights any more."""
+    for module in projections(server.model).values():
+        for parameter in module.parameters():
+            parameter.data.view(torch.uint8).fill_(byte)
+    tensors, truth = checkpoint(server.makers)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.indexer\.wk_weights_proj"):
+        server.reload({name: tensor for name, tensor in tensors.items() if not is_projection(name)})
     server.reload(tensors)
     server.check(truth)
 
