@@ -253,6 +253,10 @@ class IndexerModel:
             self._abandon()
             self.reloaded()
             raise
+        if loaded is not None:
+            loaded.update(
+                name for method in self.methods.values() if method.is_fresh for name in method.parameter_names
+            )
         if not has_end:
             self.reloaded()
             self._raise_problems()
@@ -261,10 +265,6 @@ class IndexerModel:
                     "indexer projections of layers %s keep their old weights until the rest of their tensors comes"
                 )
                 LOGGER.warning(message, ranges(waiting))
-        if loaded is not None:
-            loaded.update(
-                name for method in self.methods.values() if method.is_ready for name in method.parameter_names
-            )
         return loaded
 
     def finish(self) -> None:

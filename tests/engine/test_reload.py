@@ -92,6 +92,14 @@ def test_what_is_left_of_an_update_is_not_paired_in_silence(tmp_path):
     server.check({0: server.truth[0], 1: truth[1]})
 
 
+def test_only_what_has_come_is_said_to_be_loaded(server):
+    """vLLM warns of the rest."""
+    tensors, _ = checkpoint(server.makers)
+    layer = {name: tensor for name, tensor in tensors.items() if is_projection(name) and ".layers.1." in name}
+    loaded = server.model.load_weights(layer.items())
+    assert loaded == {name for name in server.pointers if ".layers.1." in name}
+
+
 def test_half_an_update_changes_nothing_and_says_so(server, caplog):
     tensors, _ = checkpoint(server.makers)
     name = f"{INDEXER.format(1)}wk.weight"
