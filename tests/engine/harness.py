@@ -179,7 +179,13 @@ def write(directory: Path, tensors, config=DEEPSEEK) -> Path:
 
 
 def engine_config(path, **arguments):
-    defaults = {"enforce_eager": True, "max_model_len": 128, "max_num_batched_tokens": 128, "use_tqdm_on_load": False}
+    defaults = {
+        "enforce_eager": True,
+        "enable_prefix_caching": False,  # or vLLM decides by what the CPU can do, too late for GLM-5.3-Flash
+        "max_model_len": 128,
+        "max_num_batched_tokens": 128,
+        "use_tqdm_on_load": False,
+    }
     arguments = {**defaults, **arguments}
     arguments = EngineArgs(model=str(path), skip_tokenizer_init=True, dtype="bfloat16", **arguments)
     return arguments.create_engine_config()

@@ -151,6 +151,15 @@ def test_weights_in_bf16_take_any_encoding(tmp_path, switch, first):
         server.check({layer: values.bfloat16().double() for layer, values in truth.items()})
 
 
+def test_dummy_weights_and_then_those_of_a_trainer(tmp_path):
+    """As RL frameworks start: there is no checkpoint whose encoding could be kept, so what comes is decoded to bf16."""
+    server = Server(tmp_path, FP8, load_format="dummy")
+    for reload in (server.reload, lambda tensors: server.model.load_weights(tensors.items())):
+        tensors, truth = checkpoint(FP8)
+        reload({name: tensor for name, tensor in tensors.items() if is_projection(name)})
+        server.check({layer: values.bfloat16().double() for layer, values in truth.items()})
+
+
 def test_sleep_that_discards_weights(server):
     """vLLM gives the memory of all parameters away and takes it back with anything in it."""
     for module in projections(server.model).values():
