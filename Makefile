@@ -5,7 +5,7 @@ BIN := .venv/bin
 RACES := .venv-races/bin
 FIXTURE := build/demo/deepseek-v3.2
 
-.PHONY: demo test test-host test-interpreter test-compile test-races test-vllm vllm-report lint types benchmark clean
+.PHONY: demo test test-host test-interpreter test-compile test-races test-vllm vllm-report vllm-overhead lint types benchmark clean
 
 demo: .venv/.installed
 	@echo "== 1/3 Writing two layers of a checkpoint laid out like DeepSeek-V3.2 (K=7168, H=64) to $(FIXTURE)"
@@ -42,6 +42,9 @@ test-vllm: .venv-vllm/.installed
 
 vllm-report: .venv-vllm/.installed
 	@PYTHONPATH=tests .venv-vllm/bin/python tests/engine/kinds.py
+
+vllm-overhead: .venv-vllm/.installed
+	@PYTHONPATH=tests .venv-vllm/bin/python tests/engine/overhead.py
 
 lint: .venv/.installed-dev
 	@echo "== ruff"

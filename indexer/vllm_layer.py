@@ -20,6 +20,7 @@ from ..loading import Assembly, CheckpointError, Problem
 from ..loading.headers import Header
 from ..loading.names import GATE, UNUSED, WK, parse
 from ..loading.plan import ranges
+from ..loading.values import unusable
 from .vllm_plugin import LOGGER, layer_of
 
 
@@ -38,7 +39,6 @@ class IndexerMethod(LinearMethodBase):  # type: ignore[misc]
         shape: (D, H, K).
         weights: the matrices, where they are not `layer.weight`.
         is_ready: True once there are values to compute with.
-        is_waiting: True while some tensors of a load have come and others have to follow.
         is_fresh: True once a load has brought new values, until `IndexerModel.reloaded` asks.
     """
 
@@ -54,7 +54,12 @@ class IndexerMethod(LinearMethodBase):  # type: ignore[misc]
         self._dense: nn.Parameter = layer.weight
         self._device = layer.weight.device
         self._dense.data.fill_(torch.nan)
-        self.abandon()
+        self._assembly: Assembly | None = None
+
+    @property
+    def is_waiting(self) -> bool:
+        """True while some tensors of a load have come and others have to follow."""
+        return self._assembly is not None
 
     @property
     def is_reloading(self) -> bool:
@@ -78,8 +83,7 @@ class IndexerMethod(LinearMethodBase):  # type: ignore[misc]
         if self.weights is not None:
             return self.weights
         # Made anew for every call, as offloading gives the parameter new memory.
-        weight, d = self.layer.weight.data, self.shape[0]
-        return ProjectionWeights(DenseMatrix(weight[:d]), DenseMatrix(weight[d:]))
+        return self._split(self.layer.weight.data)
 
     def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
         """Nothing to do: vLLM's own method has created `layer.weight`."""
@@ -88,12 +92,12 @@ class IndexerMethod(LinearMethodBase):  # type: ignore[misc]
         """x [..., K] bf16 or fp16 -> [..., D + H] in its dtype: k, and behind it the gate."""
         d, h, _ = self.shape
         out = x.new_empty((*x.shape[:-1], d + h))
-        project(x, self.operands, out=out)
+        project(x, self.operands, out=out, batch_invariant=self._model.batch_invariant)
         return out
 
     def k_and_gate(self, layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [..., K] -> k [..., D] in its dtype and gate [..., H] fp32, from one launch."""
-        return project(x, self.operands)
+        return project(x, self.operands, batch_invariant=self._model.batch_invariant)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Ends a load; vLLM calls this for one layer after the other.
@@ -114,17 +118,21 @@ class IndexerMethod(LinearMethodBase):  # type: ignore[misc]
         if self.is_fresh:
             header = Header.of(name, tensor, "")
             raise CheckpointError([Problem(name, "", "nothing more of a layer that is complete", str(header))])
-        self.is_waiting = True
+        if self._assembly is None:
+            d, hidden = self.shape[0], self._model.num_hidden_layers
+            self._assembly = Assembly([self.number], self._device, index_head_dim=d, num_hidden_layers=hidden)
+            self._assembly.begin()
         self._assembly.offer(name, tensor)
         if self._assembly.is_complete:
             self.commit()
 
     def commit(self) -> None:
-        """Ends the load of this layer: its new weights come into use, or the old ones stay.
+        """Ends the load of this layer, of which tensors have come: its new weights come into use, or the old ones stay.
 
         Raises:
             CheckpointError: a tensor is missing or not right.
         """
+        assert self._assembly is not None
         try:
             self._use(self._assembly.finish()[self.number])
         finally:
@@ -132,29 +140,30 @@ class IndexerMethod(LinearMethodBase):  # type: ignore[misc]
 
     def abandon(self) -> None:
         """Drops what has come of a load."""
-        self.is_waiting = False
-        hidden = self._model.num_hidden_layers
-        self._assembly = Assembly([self.number], self._device, index_head_dim=self.shape[0], num_hidden_layers=hidden)
-        self._assembly.begin()
+        self._assembly = None
 
     def settle(self) -> None:
-        """Ends a load in which no tensor of this layer has come.
+        """Ends a load in which no tensor of this layer has come: what it holds already stays.
 
         Raises:
-            CheckpointError: there never was one, and nobody else has filled `layer.weight` either.
+            CheckpointError: those are no weights: nobody has filled `layer.weight`, or a sleep has discarded them.
         """
-        if not self.is_ready:
-            if self._dense.isnan().any():
-                found = "none of them, and rows that nobody has written"
-                raise CheckpointError([Problem(self.name, "", f"tensors of {WK} and {GATE}", found)])
-            self.is_ready = True
+        held = self.weights or self._split(self._dense.data)  # vLLM has put `layer.weight` aside during a reload
+        if unusable(held.wk) or unusable(held.gate):
+            found = "none of them, and memory that nobody has filled"
+            raise CheckpointError([Problem(self.name, "", f"tensors of {WK} and {GATE}", found)])
+        self.is_ready = True
+
+    def _split(self, weight: Tensor) -> ProjectionWeights:
+        d = self.shape[0]
+        return ProjectionWeights(DenseMatrix(weight[:d]), DenseMatrix(weight[d:]))
 
     def _use(self, new: ProjectionWeights) -> None:
         if new.shape != self.shape:
             expected = f"(D, H, K) = {self.shape}, as the model has it"
             raise CheckpointError([Problem(self.name, "", expected, f"{new.shape}")])
         if self._model.to_bf16 or (self.is_ready and self.weights is None):
-            new = _upcast(new)
+            new = new.to_bf16()
         if self.weights is not None:
             if not self.weights.matches(new):
                 raise self._another_layout(new)
@@ -192,6 +201,7 @@ class IndexerModel:
         is_loaded: True once a load has ended well.
         is_finished: True from the end of a load to the beginning of the next one.
         to_bf16: True to decode all weights to bf16, so that later loads may bring any encoding.
+        batch_invariant: True if a row has to have the same bits in any batch.
     """
 
     def __init__(
@@ -200,7 +210,9 @@ class IndexerModel:
         layers: Mapping[str, Any],
         additional_config: dict[str, Any],
         num_hidden_layers: int | None,
+        *,
         to_bf16: bool,
+        batch_invariant: bool,
     ) -> None:
         """Takes over.
 
@@ -211,6 +223,7 @@ class IndexerModel:
         """
         self.num_hidden_layers = num_hidden_layers
         self.to_bf16 = to_bf16
+        self.batch_invariant = batch_invariant
         self.methods: dict[int, IndexerMethod] = {}
         self._kind = type(model).__name__
         self.is_loaded = False
@@ -240,6 +253,10 @@ class IndexerModel:
             self._abandon()
             self.reloaded()
             raise
+        if loaded is not None:
+            loaded.update(
+                name for method in self.methods.values() if method.is_fresh for name in method.parameter_names
+            )
         if not has_end:
             self.reloaded()
             self._raise_problems()
@@ -248,10 +265,6 @@ class IndexerModel:
                     "indexer projections of layers %s keep their old weights until the rest of their tensors comes"
                 )
                 LOGGER.warning(message, ranges(waiting))
-        if loaded is not None:
-            loaded.update(
-                name for method in self.methods.values() if method.is_ready for name in method.parameter_names
-            )
         return loaded
 
     def finish(self) -> None:
@@ -271,6 +284,7 @@ class IndexerModel:
         if not self.is_loaded:
             self.is_loaded = True
             layouts = "; ".join(dict.fromkeys(describe(method.operands) for method in self.methods.values()))
+            layouts += ", batch-invariant" * self.batch_invariant
             version = importlib.metadata.version("indexproj")
             self._additional_config.setdefault("indexproj", {})[self._kind] = f"{version}: {layouts}"
             LOGGER.info(
@@ -330,10 +344,6 @@ class IndexerModel:
                 if layer._parameters:  # registered meanwhile, in place of `weight`
                     parameters.pop("weight")
                 layer._parameters = {**parameters, **layer._parameters}
-
-
-def _upcast(weights: ProjectionWeights) -> ProjectionWeights:
-    return ProjectionWeights.pack(*(DenseMatrix(m.dequantize(torch.bfloat16)) for m in (weights.wk, weights.gate)))
 
 
 def describe(weights: ProjectionWeights) -> str:

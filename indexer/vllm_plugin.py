@@ -160,8 +160,9 @@ def swap(model: Any, vllm_config: Any, model_config: Any, to_bf16: bool) -> None
         vllm_config, model_config: what vLLM created it by.
         to_bf16: decode weights to bf16.
     """
-    kinds = {cls: kind_of(cls) for cls in {type(module) for module in model.modules()}}
-    indexers = {name: module for name, module in model.named_modules() if kinds[type(module)]}
+    modules = dict(model.named_modules())
+    kinds = {cls: kind_of(cls) for cls in set(map(type, modules.values()))}
+    indexers = {name: module for name, module in modules.items() if kinds[type(module)]}
     if not indexers:
         return
     try:
@@ -173,13 +174,23 @@ def swap(model: Any, vllm_config: Any, model_config: Any, to_bf16: bool) -> None
         num_hidden_layers = getattr(model_config.hf_text_config, "num_hidden_layers", None)
         # A rank that joins gets dummy weights, and then the tensors of another one, in order: both need one layout.
         to_bf16 = to_bf16 or vllm_config.parallel_config.enable_elastic_ep
+        from vllm import envs
+
+        batch_invariant = envs.VLLM_BATCH_INVARIANT
         from .vllm_layer import IndexerModel
     except (UnexpectedError, AttributeError, ImportError, OSError) as error:  # the last one: there is no source
         _warn(error)
         return
 
     layers = {f"{name}.wk_weights_proj": indexer.wk_weights_proj for name, indexer in indexers.items()}
-    model.indexproj = IndexerModel(model, layers, vllm_config.additional_config, num_hidden_layers, to_bf16)
+    model.indexproj = IndexerModel(
+        model,
+        layers,
+        vllm_config.additional_config,
+        num_hidden_layers,
+        to_bf16=to_bf16,
+        batch_invariant=batch_invariant,
+    )
     if not forwards:
         patch_packed_modules(model)
     for indexer in indexers.values():
@@ -290,12 +301,8 @@ def _check(model: Any, indexers: dict[str, Any]) -> None:
 
 def _unsupported(model: Any, vllm_config: Any, indexers: dict[str, Any]) -> str | None:
     """Why the projections of a model as expected cannot be ours; None where they can."""
-    from vllm import envs
-
     from ..kernels.target import target_of
 
-    if envs.VLLM_BATCH_INVARIANT:
-        return "VLLM_BATCH_INVARIANT is set, and the kernels add in an order that depends on the number of rows"
     if not isinstance(vllm_config.additional_config, dict):
         return "additional_config is no dict, so vLLM could not tell compiled code with these kernels from code without"
     file = model.load_weights.__module__

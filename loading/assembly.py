@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..kernels.matrix import ProjectionWeights
 from .headers import Header
-from .layer import Pair, plan_pair, unlike_most
-from .names import FUSED, GATE, WK, IndexerTensor, integer, parse
+from .layer import Pair, is_whole, plan_pair, unlike_most
+from .names import GATE, WK, IndexerTensor, integer, parse
 from .plan import DEFAULT_HEAD_DIM
 from .problems import CheckpointError, Problem
 
@@ -27,12 +27,6 @@ class _Layer:
     is_bound: bool = False
     has_more: bool = False  # a tensor has come since it was bound
     weights: ProjectionWeights | None = None  # None, though bound, where the values are at fault
-
-    @property
-    def has_weights(self) -> bool:
-        """True if it may be complete: without both weights it is not worth a closer look."""
-        have = [matrix for matrix, roles in self.headers.items() if "weight" in roles]
-        return FUSED in have or (WK in have and GATE in have)
 
     def bind(self, pair: Pair) -> list[Problem]:
         self.weights, problems = pair.bind(self.tensors)
@@ -176,7 +170,7 @@ class Assembly:
             layer.has_more = True
         elif own is not None:
             layer.tensors[header.name] = own
-            if layer.has_weights:
+            if is_whole(layer.headers):
                 pair = self._plan(layer)
                 if not pair.problems and not pair.is_open:
                     self._problems += layer.bind(pair)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -113,11 +114,35 @@ def plan_pair(stem: str, headers: Mapping[str, Mapping[str, Header]], index_head
     return Pair(wk, gate, tuple(problems))
 
 
+def is_whole(headers: Mapping[str, Mapping[str, Header]]) -> bool:
+    """True if the tensors of a layer make its matrices, so that a plan is worth the time: asked for every tensor."""
+    matrices = [FUSED] if FUSED in headers else [WK, GATE]
+    return all(matrix in headers and _recognised(*_types(headers[matrix])) for matrix in matrices)
+
+
 def _plan(name: str, headers: Mapping[str, Header]) -> tuple[MatrixPlan, list[Problem]]:
-    encoding, problems = recognise(name, headers)
-    used = {role: header for role, header in headers.items() if role != UNUSED}  # which may be of any dtype
-    layout = encoding.bind({role: header.meta() for role, header in used.items()}) if encoding else None
-    return MatrixPlan(name, encoding, headers, layout), problems
+    if recognised := _recognised(*_types(headers)):
+        encoding, layout = recognised
+        return MatrixPlan(name, encoding, headers, layout), []
+    return MatrixPlan(name, None, headers, None), recognise(name, headers)[1]
+
+
+def _types(headers: Mapping[str, Header]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    return ((role, header.dtype, header.shape) for role, header in headers.items())
+
+
+@functools.lru_cache(maxsize=256)
+def _recognised(*types: tuple[str, str, tuple[int, ...]]) -> tuple[Encoding, Matrix] | None:
+    """The encoding of tensors of that role, dtype and shape, and what they become, on the meta device; None if none.
+
+    Names have no part in it, so the layers of a model, which are alike, are looked at once.
+    """
+    headers = {role: Header("", dtype, shape, "") for role, dtype, shape in types}
+    encoding, _ = recognise("", headers)
+    if encoding is None:
+        return None
+    used = {role: header.meta() for role, header in headers.items() if role != UNUSED}  # which may be of any dtype
+    return encoding, encoding.bind(used)
 
 
 def _split(both: MatrixPlan, d: int) -> tuple[MatrixPlan, MatrixPlan, list[Problem]]:

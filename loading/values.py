@@ -18,7 +18,7 @@ def unusable(matrix: Matrix) -> dict[str, tuple[str, str]]:
     found: dict[str, tuple[str, str]] = {}
     if isinstance(matrix, DenseMatrix):
         # Without their signs, bf16 values are in the order of their bits, infinity and NaN above all.
-        largest = (matrix.weight.view(torch.int16) & 0x7FFF).max()
+        largest = int((matrix.weight.view(torch.int16) & 0x7FFF).amax())
         if largest > _LARGEST_BF16:
             found["weight"] = "values of a size up to 2**100", _summary(matrix.weight)
         elif largest == 0:
@@ -51,8 +51,8 @@ def _has_nan(codes: Tensor) -> bool:
     """Among e4m3fn codes 0x7F and 0xFF, among e4m3fnuz codes 0x80: extremes of bytes, with and without a sign."""
     signed, unsigned = codes.view(torch.int8), codes.view(torch.uint8)
     if codes.dtype == torch.float8_e4m3fnuz:
-        return bool(signed.min() == -0x80)
-    return bool(signed.max() == 0x7F) or bool(unsigned.max() == 0xFF)
+        return int(signed.min()) == -0x80
+    return int(signed.max()) == 0x7F or int(unsigned.max()) == 0xFF
 
 
 def _fits(scale: Tensor) -> Tensor:

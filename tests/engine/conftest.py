@@ -9,5 +9,6 @@ else:
 
     @pytest.fixture(scope="session", autouse=True)
     def _worker():
+        harness.show_log()
         with harness.cpu_worker():
             yield

@@ -7,6 +7,7 @@ backend serves), `indexer_op` (a recorder), and the query's quantization, a Trit
 # ruff: noqa: E402
 import contextlib
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -22,8 +23,10 @@ sys.modules.setdefault("kernels", None)  # see tests/conftest.py; spawned proces
 import torch
 from safetensors.torch import save_file
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config.logging import LoggingConfig
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
 from vllm.engine.arg_utils import EngineArgs
+from vllm.logger import configure_logging
 from vllm.model_executor.model_loader import get_model_loader, reload
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.platforms.cpu import CpuPlatform
@@ -32,7 +35,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.cpu_model_runner import _set_torch_accelerator_to_noop
 
 from indexproj.indexer import vllm_plugin
-from indexproj.indexer.fixture import random_weight
+from indexproj.indexer.synthetic import random_weight
 
 M, K, D, H = 5, 256, 128, 16
 HEADS, Q_RANK, KV_RANK, NOPE, ROPE, V, INNER, VOCAB = 2, 128, 64, 32, 64, 32, 128, 128
@@ -176,10 +179,22 @@ def write(directory: Path, tensors, config=DEEPSEEK) -> Path:
 
 
 def engine_config(path, **arguments):
-    defaults = {"enforce_eager": True, "max_model_len": 128, "max_num_batched_tokens": 128, "use_tqdm_on_load": False}
+    defaults = {
+        "enforce_eager": True,
+        "enable_prefix_caching": False,  # or vLLM decides by what the CPU can do, too late for GLM-5.3-Flash
+        "max_model_len": 128,
+        "max_num_batched_tokens": 128,
+        "use_tqdm_on_load": False,
+    }
     arguments = {**defaults, **arguments}
     arguments = EngineArgs(model=str(path), skip_tokenizer_init=True, dtype="bfloat16", **arguments)
     return arguments.create_engine_config()
+
+
+def show_log():
+    """Passes vLLM's log on to pytest; configured before, as the first config that is created would undo that."""
+    configure_logging(LoggingConfig())
+    logging.getLogger("vllm").propagate = True
 
 
 @contextlib.contextmanager

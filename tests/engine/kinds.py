@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import vllm
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
 
 from engine.harness import (
@@ -208,7 +209,7 @@ def table():
     with tempfile.TemporaryDirectory() as directory, cpu_worker():
         for number, kind in enumerate(KINDS):
             results[kind.name] = outcomes(kind, Path(directory, f"{number}"))
-    lines = ["| checkpoint | vLLM | with indexproj |", "|--|--|--|"]
+    lines = [f"| checkpoint | vLLM {vllm.__version__} | with indexproj |", "|--|--|--|"]
     return [*lines, *(f"| {name} | {' | '.join(words)} |" for name, words in results.items())]
 
 

@@ -23,10 +23,10 @@ def checkpoint(makers):
 class Server:
     """A model with weights of one encoding, as a worker holds it."""
 
-    def __init__(self, path, makers, switch="1"):
+    def __init__(self, path, makers, switch="1", **arguments):
         tensors, self.truth = checkpoint(makers)
         self.config = engine_config(write(path, tensors))
-        self.model = build(path, switch)
+        self.model = build(path, switch, **arguments)
         self.pointers = self.addresses()
 
     def addresses(self):

@@ -10,9 +10,10 @@ from unittest import mock
 
 import pytest
 import torch
-from vllm.config import LoRAConfig
+from vllm.config import LoRAConfig, set_current_vllm_config
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.model_manager import LoRAModelManager
+from vllm.model_executor.model_loader import get_model_loader
 
 from engine.harness import (
     DEEPSEEK,
@@ -33,7 +34,9 @@ from engine.harness import (
     engine_config,
     environment,
     is_projection,
+    outputs_are_right,
     per_token_group_quant_fp8,
+    plugin,
     projections,
     value,
     with_projection,
@@ -65,18 +68,19 @@ def glm5next():
         stubs[name] = mock.MagicMock(__path__=[], __spec__=importlib.machinery.ModuleSpec(name, None))
     with mock.patch.dict(sys.modules, stubs):
         from vllm import ModelRegistry
-        from vllm.models.glm5next import Glm5NextForCausalLM
+        from vllm.models.glm5next import Glm5NextForCausalLM, Glm5NextMTP
         from vllm.models.glm5next.common import attention
 
         with mock.patch.dict(ModelRegistry.models):
             ModelRegistry.register_model("TinyGlm5Next", Glm5NextForCausalLM)
+            ModelRegistry.register_model("TinyGlm5NextMtp", Glm5NextMTP)
             yield attention
 
 
 def checkpoint(makers):
     """Tensors without RoPE and with what pools keys; and the projection's values by layer."""
-    tensors = {name: tensor for name, tensor in deepseek().items() if f".layers.{LAYERS}." not in name}
-    for layer in range(LAYERS):
+    tensors = deepseek()
+    for layer in range(LAYERS + 1):
         stem = f"model.layers.{layer}.self_attn."
         tensors[f"{stem}q_b_proj.weight"] = value(f"{stem}q_b_proj.weight", HEADS * NOPE, Q_RANK)
         tensors[f"{stem}kv_a_proj_with_mqa.weight"] = value(f"{stem}kv_a_proj_with_mqa.weight", KV_RANK, K)
@@ -128,6 +132,27 @@ def test_the_gate_is_exact_and_never_stale(tmp_path, glm5next, makers):
         tensors, truth = checkpoint(makers)
         model.load_weights((name, tensor) for name, tensor in tensors.items() if is_projection(name))
     assert projections(model).keys() == {0, 1}
+
+
+@pytest.mark.parametrize("makers", [BF16, FP8], ids=["bf16", "fp8"])
+def test_the_mtp_layer(tmp_path, makers):
+    """As a model of its own; what makes a draft of the multimodal model's config is left out."""
+    tensors, truth = checkpoint(makers)
+    tensors = {name: tensor for name, tensor in tensors.items() if "shared_head.head" not in name}
+    config = engine_config(write(tmp_path, tensors, {**CONFIG, "architectures": ["TinyGlm5NextMtp"]}))
+    settings = {"draft_model_config": config.model_config, "enable_adaptive_verification": False}
+    config.speculative_config = mock.MagicMock(**settings)
+    models = []
+    for switch in ("0", "1"):
+        config.compilation_config.static_forward_context.clear()
+        with plugin(switch), set_current_vllm_config(config):
+            models.append(get_model_loader(config.load_config).load_model(config, config.model_config))
+    stock, swapped = models
+    for name, parameter in stock.named_parameters():
+        if not is_projection(name):
+            assert torch.equal(parameter, swapped.get_parameter(name)), name
+    assert list(projections(swapped)) == [LAYERS]
+    outputs_are_right(swapped, truth)
 
 
 def test_lora_leaves_the_projection_alone(tmp_path, glm5next):

@@ -6,8 +6,10 @@ import weakref
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.model_loader import get_model_loader
+from vllm.model_executor.model_loader.sharded_state_loader import ShardedStateLoader
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
 from vllm.model_executor.model_loader.weight_cache.protocol import UnsupportedQuantForIPCError, check_ipc_quant_support
 
@@ -157,6 +159,17 @@ def test_dummy_weights(fp8):
         exact = x.double() @ module.weight.double().T
         assert exact.abs().max() > 0
         assert (module(x)[0].double() - exact).abs().max() <= 2**-8 * exact.abs().max()
+
+
+def test_sharded_state(tmp_path):
+    """vLLM's loader of saved parameters writes to them, past any load_weights."""
+    truth = {}
+    tensors = with_projection(deepseek(), exports_of(pair("bf16"), truth))
+    model, config, loader, model_config = create(write(tmp_path, tensors), "0")
+    with environment(config):
+        loader.load_weights(model, model_config)
+    save_file(ShardedStateLoader._filter_subtensors(model.state_dict()), tmp_path / "model-rank-0-part-0.safetensors")
+    outputs_are_right(build(tmp_path, load_format="sharded_state"), truth)
 
 
 def test_loading_past_the_plugin_is_vllms_own(fp8, tmp_path):

@@ -5,6 +5,7 @@ import torch
 
 from engine.harness import (
     INDEXER,
+    is_projection,
     outputs_are_right,
     projections,
 )
@@ -91,6 +92,14 @@ def test_what_is_left_of_an_update_is_not_paired_in_silence(tmp_path):
     server.check({0: server.truth[0], 1: truth[1]})
 
 
+def test_only_what_has_come_is_said_to_be_loaded(server):
+    """vLLM warns of the rest."""
+    tensors, _ = checkpoint(server.makers)
+    layer = {name: tensor for name, tensor in tensors.items() if is_projection(name) and ".layers.1." in name}
+    loaded = server.model.load_weights(layer.items())
+    assert loaded == {name for name in server.pointers if ".layers.1." in name}
+
+
 def test_half_an_update_changes_nothing_and_says_so(server, caplog):
     tensors, _ = checkpoint(server.makers)
     name = f"{INDEXER.format(1)}wk.weight"
@@ -142,12 +151,34 @@ def test_weights_in_bf16_take_any_encoding(tmp_path, switch, first):
         server.check({layer: values.bfloat16().double() for layer, values in truth.items()})
 
 
+def test_dummy_weights_and_then_those_of_a_trainer(tmp_path):
+    """As RL frameworks start: there is no checkpoint whose encoding could be kept, so what comes is decoded to bf16."""
+    server = Server(tmp_path, FP8, load_format="dummy")
+    for reload in (server.reload, lambda tensors: server.model.load_weights(tensors.items())):
+        tensors, truth = checkpoint(FP8)
+        reload({name: tensor for name, tensor in tensors.items() if is_projection(name)})
+        server.check({layer: values.bfloat16().double() for layer, values in truth.items()})
+
+
 def test_sleep_that_discards_weights(server):
     """vLLM gives the memory of all parameters away and takes it back with anything in it."""
     for module in projections(server.model).values():
         for parameter in module.parameters():
             parameter.data.view(torch.uint8).fill_(0x7F)
     tensors, truth = checkpoint(server.makers)
+    server.reload(tensors)
+    server.check(truth)
+
+
+@pytest.mark.parametrize("byte", [0, 0x7F])
+def test_what_a_sleep_has_discarded_is_not_served(server, byte):
+    """A reload that does not bring the projection leaves it, but not where the memory holds no weights any more."""
+    for module in projections(server.model).values():
+        for parameter in module.parameters():
+            parameter.data.view(torch.uint8).fill_(byte)
+    tensors, truth = checkpoint(server.makers)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.indexer\.wk_weights_proj"):
+        server.reload({name: tensor for name, tensor in tensors.items() if not is_projection(name)})
     server.reload(tensors)
     server.check(truth)
 

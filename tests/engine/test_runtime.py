@@ -1,5 +1,8 @@
 """What runs around the projection once it is there: torch.compile, LoRA adapters."""
 
+import logging
+from unittest import mock
+
 import pytest
 import torch
 from vllm.config import LoRAConfig
@@ -11,6 +14,7 @@ from vllm.lora.peft_helper import PEFTHelper
 from engine.harness import LAYERS, D, H, K, activations, environment, is_projection, like, projections
 from engine.kinds import BF16, FP8
 from engine.server import Server, checkpoint
+from indexproj.indexer import vllm_layer
 
 RANK = 8
 
@@ -83,3 +87,25 @@ def test_lora_adapters_of_both_matrices(server):
     server.reload({name: tensor for name, tensor in tensors.items() if is_projection(name)})  # vLLM's own has no names
     assert server.addresses().keys() == {name.replace("proj.", "proj.base_layer.") for name in server.pointers}
     assert list(server.addresses().values()) == list(server.pointers.values())
+
+
+@pytest.mark.parametrize("makers", [BF16, FP8], ids=["bf16", "fp8"])
+@pytest.mark.usefixtures("poison", "exact_dot")
+def test_batch_invariance(tmp_path, monkeypatch, caplog, makers):
+    """With vLLM's variable, a row has the same bits alone and among others."""
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    with caplog.at_level(logging.INFO, "vllm.indexproj"):
+        server = Server(tmp_path, makers)
+    assert "weights_proj in BF16, batch-invariant" in caplog.text
+    module = projections(server.model)[0]
+    x = torch.randn(17, K).bfloat16()
+    with mock.patch.object(vllm_layer, "project", wraps=vllm_layer.project) as project:
+        both, (k, gate) = module(x)[0], module.quant_method.k_and_gate(module, x)
+        assert torch.equal(k, both[:, :D])
+        assert torch.equal(gate.bfloat16(), both[:, D:])
+        for m in (1, 2, 5, 17):
+            rows = torch.randperm(17)[:m]
+            assert torch.equal(module(x[rows])[0], both[rows])
+            assert torch.equal(module.quant_method.k_and_gate(module, x[rows])[1], gate[rows])
+    # Rounding to bf16 may hide another order of addition.
+    assert all(call.kwargs["batch_invariant"] for call in project.call_args_list)

@@ -277,12 +277,11 @@ def test_fp16_is_left_alone(vllm, caplog):
     assert "torch.float16" in caplog.text
 
 
-def test_batch_invariance_is_left_to_vllm(vllm, caplog):
-    vllm.envs.VLLM_BATCH_INVARIANT = True
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_batch_invariance_is_vllms_choice(vllm, batch_invariant):
+    vllm.envs.VLLM_BATCH_INVARIANT = batch_invariant
     register()
-    with caplog.at_level(logging.INFO):
-        assert not is_swapped(create(vllm))
-    assert "VLLM_BATCH_INVARIANT is set" in caplog.text
+    assert create(vllm).indexproj.batch_invariant is batch_invariant
 
 
 def test_a_device_without_kernels_is_left_alone(vllm, monkeypatch, caplog):
