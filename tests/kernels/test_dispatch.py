@@ -13,15 +13,17 @@ from support import DEEPSEEK, GLM
 @pytest.mark.parametrize("shape", [DEEPSEEK, GLM, (128, 32, 128, 6144)], ids=str)
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_every_m_is_covered_and_the_last_split_has_work(name, shape, dtype):
+@pytest.mark.parametrize("w8a8", [False, True])
+def test_every_m_is_covered_and_the_last_split_has_work(name, shape, dtype, w8a8):
     target = TARGETS[name]
-    gemv_up_to = 8 if name in ("sm_100", "sm_120") else 4
+    gemv_up_to, split_k_up_to = (1, 32) if w8a8 else (8 if name in ("sm_100", "sm_120") else 4, 64)
     for m in range(1, 5000):
-        config = choose(m, shape, target, dtype)
+        config = choose(m, shape, target, dtype, w8a8=w8a8)
         step = config.block_k * config.slices
         steps = cdiv(shape[-1], step * config.split_k)
         assert (config.split_k - 1) * steps * step < shape[-1]
-        assert config.regime == ("gemv" if m <= gemv_up_to else "split_k" if m <= 64 else "tiled")
+        assert config.regime == ("gemv" if m <= gemv_up_to else "split_k" if m <= split_k_up_to else "tiled")
+        assert step % 128 == 0 or not w8a8  # groups of x
         if config.regime != "tiled":
             assert math.prod(config.grid(m, *shape[:-1])) <= 3 * target.sm_count
         if config.regime == "gemv":
