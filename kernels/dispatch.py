@@ -148,7 +148,9 @@ def _choose(
     if w8a8:
         block_m, block_k = 16 if m <= 256 or is_wide or columns_together(*ns) > 256 else 32, 128
     fill = next_power_of_2(target.sm_count // (m // block_m) + 1) // 2  # largest power of two that fits, or 0
-    split_k = max(1, min(MAX_SPLIT_K, fill, cdiv(k, block_k)))
+    steps = cdiv(k, block_k)
+    # Fewer, where the last ones would find no steps left.
+    split_k = cdiv(steps, cdiv(steps, max(1, min(MAX_SPLIT_K, fill))))
     num_warps = 4 if is_wide and not target.is_cuda() else 8  # 8 waves would load less than 16 bytes a thread
     num_stages = 3 if not w8a8 else 2 if target.is_cuda() else 1
     return KernelConfig("tiled", block_m, block_k, split_k, num_stages, num_warps)

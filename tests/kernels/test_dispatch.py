@@ -17,17 +17,18 @@ FP8 = (Kind.FP8_BLOCK, Kind.BF16)
 @pytest.mark.parametrize("shape", [DEEPSEEK, GLM, (128, 32, 128, 6144)], ids=str)
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("pair", [*PAIRS, "W8A8, BF16"])
 def test_every_m_is_covered_and_the_last_split_has_work(name, shape, dtype, pair):
-    target = TARGETS[name]
-    gemv_up_to = 8 if name in ("sm_100", "sm_120") else 4
+    target, kinds = TARGETS[name], PAIRS.get(pair, (Kind.W8A8, Kind.BF16))
+    gemv_up_to, split_k_up_to = (1, 32) if pair not in PAIRS else (8 if name in ("sm_100", "sm_120") else 4, 64)
     around = [2**power + offset for power in range(17) for offset in (-1, 0, 1)]
     for m in [*range(1, 70), *around[12:-1]]:
-        config = choose(m, shape, PAIRS[pair], target, dtype)
+        config = choose(m, shape, kinds, target, dtype)
         step = config.block_k * config.slices
         steps = cdiv(shape[-1], step * config.split_k)
         assert (config.split_k - 1) * steps * step < shape[-1]
-        assert config.regime == ("gemv" if m <= gemv_up_to else "split_k" if m <= 64 else "tiled")
+        assert config.regime == ("gemv" if m <= gemv_up_to else "split_k" if m <= split_k_up_to else "tiled")
+        assert step % 128 == 0 or pair in PAIRS  # groups of x
         if config.regime != "tiled":
             assert math.prod(config.grid(m, *shape[:-1])) <= 3 * target.sm_count
         if config.regime == "gemv":
