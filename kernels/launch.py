@@ -55,6 +55,8 @@ def problem_of(weights: ProjectionWeights, *dtypes: torch.dtype) -> Problem:
     return Problem(weights.device, torch.bfloat16, k, tuple(ns), weights.kinds, (1.0, 1.0), dtypes)
 
 
+MAX_READY = 4096  # every M is one
+
 # Compiled kernels with their grids, sizes of workspace and compile-time arguments, by all that these depend on.
 _ready: dict[Any, tuple[Any, tuple[int, ...], tuple[int, ...], tuple[Any, ...]]] = {}
 
@@ -110,6 +112,8 @@ def launch(
         else:
             compiled = compile_and_run(*arguments)
             if is_usual:
+                if len(_ready) >= MAX_READY:
+                    _ready.clear()
                 _ready[key] = compiled, grid, needs, constexprs
 
 

@@ -112,6 +112,15 @@ def shifted(w):
                  .view(t.shape))  # fmt: skip
 
 
+def test_what_is_kept_of_launches_is_bounded(driver, monkeypatch):
+    monkeypatch.setattr(module, "MAX_READY", 3)
+    w, before = weights("fp8-dense", DEEPSEEK), driver.launches
+    for m in range(9, 17):
+        project(x_of(m), w)
+        assert len(module._ready) <= 3
+    assert driver.launches == before + 8
+
+
 def test_what_a_kernel_depends_on_gets_its_own(driver):
     w = weights("fp8-dense", DEEPSEEK)
     project(x_of(16), w)
