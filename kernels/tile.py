@@ -83,8 +83,8 @@ def quantize(x, AXIS: tl.constexpr, KIND: tl.constexpr):
     if KIND == W8A8_UE8M0 or KIND == W8A8_UE8M0_FNUZ:
         scale = (scale.to(tl.int32, bitcast=True) + 0x7FFFFF & 0x7F800000).to(tl.float32, bitcast=True)
     value = tl.div_rn(x, tl.broadcast_to(scale, x.shape))
-    # e4m3 keeps 3 bits behind the first one, and multiples of 2**-9 below 2**-6. Beside 1.5 * 2**20 times the power of two
-    # of a value, fp32 keeps just these, and rounds to nearest even.
+    # e4m3 keeps 3 bits behind the first one, and multiples of 2**-9 below 2**-6. Beside 1.5 * 2**20 times the power of
+    # two of a value, fp32 keeps just these, and rounds to nearest even.
     exponent = tl.maximum(value.to(tl.int32, bitcast=True) & 0x7F800000, 0x3C800000)
     large = (exponent + 0xA400000).to(tl.float32, bitcast=True)
     return value + large - large, scale
