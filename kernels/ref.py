@@ -27,9 +27,9 @@ def reference(x: Tensor, weights: ProjectionWeights, activation: str | None = No
 
 def quantize(x: Tensor, ue8m0: bool) -> Tensor:
     """[..., K] in fp64: x as its e4m3 codes and their scales, one for 128 values along K, have it."""
-    k = x.shape[-1]
+    *leading, k = x.shape
     padded = functional.pad(x.float(), (0, -k % SCALE_BLOCK))
-    groups = padded.view(*x.shape[:-1], padded.shape[-1] // SCALE_BLOCK, SCALE_BLOCK)
+    groups = padded.view(*leading, padded.shape[-1] // SCALE_BLOCK, SCALE_BLOCK)
     scale = groups.abs().amax(-1, keepdim=True).clamp(min=1e-4) / 448
     if ue8m0:
         mantissa, exponent = torch.frexp(scale)
