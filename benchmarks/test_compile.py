@@ -25,7 +25,7 @@ def test_first_launch(benchmark, tmp_path, monkeypatch, m, how, quick):
             kernel.device_caches.clear()
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / (str(next(folders)) if how == "compiled" else "cache")))
 
-    benchmark.group = "First launch on an H100"
+    benchmark.group = "First launch of a kernel for an H100, on this host"
     benchmark.extra_info |= {"row": how, "column": config.regime, "unit": "ms"}
     rounds = 2 if quick else 5
     binary = benchmark.pedantic(

@@ -26,11 +26,11 @@ def run(quick: bool) -> dict[str, Any]:
     """
     suites = find_spec("indexproj.benchmarks")
     if suites is None or suites.origin is None or find_spec("pytest_benchmark") is None:
-        raise RuntimeError("the suites need pytest-benchmark; run `pip install 'indexproj[bench]'`")
+        raise RuntimeError("the suites need pytest-benchmark; install indexproj with its extra `bench`")
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "found.json"
         command = [sys.executable, "-m", "pytest", "-q", "-rs", "-c", "/dev/null", "-p", "no:cacheprovider"]
-        command += ["--import-mode=importlib", "--benchmark-disable-gc", "--benchmark-columns=median,iqr,rounds"]
+        command += ["--import-mode=importlib", "--no-header", "--benchmark-disable-gc", "--benchmark-quiet"]
         command += [f"--benchmark-json={found}", *["--quick"] * quick, str(Path(suites.origin).parent)]
         # Not in the current folder: `python -m` would look there for modules first.
         code = subprocess.run(command, cwd=folder, stdout=sys.stderr, check=False).returncode
@@ -72,9 +72,9 @@ def _cell(benchmark: dict[str, Any] | None, first: dict[str, Any] | None, unit: 
     low, median, high = (benchmark["stats"][key] * _SCALES[unit] for key in ("q1", "median", "q3"))
     if not has_room:
         return _number(median)
-    ratio = (
-        f", {benchmark['stats']['median'] / first['stats']['median']:.2f} x" if first not in (None, benchmark) else ""
-    )
+    ratio = ""
+    if first is not None and first is not benchmark:
+        ratio = f", {benchmark['stats']['median'] / first['stats']['median']:.3g} x"
     return f"{_number(median)} ({_number(low)} to {_number(high)}){ratio}"
 
 
@@ -82,16 +82,31 @@ def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def check_plotting(folder: Path) -> None:
+    """Makes the folder for plots.
+
+    Raises:
+        RuntimeError: matplotlib is not installed, or the folder cannot be made.
+    """
+    if find_spec("matplotlib") is None:
+        raise RuntimeError("--plot needs matplotlib; install indexproj with its extra `bench`")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RuntimeError(f"--plot: {error}") from error
+
+
 def plot(found: dict[str, Any], folder: Path) -> list[Path]:
-    """A PNG for each group: time against M with floors where it has several M, bars with quartiles otherwise."""
+    """A PNG for each group of several: time against M with floors where there are many M, otherwise bars."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for title, benchmarks in groups(found).items():
+        if len(benchmarks) == 1:
+            continue
         figure, axes = pyplot.subplots(figsize=(12, 6), layout="constrained")
         columns = {b["extra_info"]["column"] for b in benchmarks}
         if len(columns) > 3:
@@ -153,4 +168,7 @@ def _plot_bars(axes: Any, benchmarks: list[dict[str, Any]]) -> None:
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
     axes.margins(x=0.12)
-    axes.set_xlabel(f"{unit}, median and quartiles")
+    medians = [benchmark["stats"]["median"] for benchmark in benchmarks]
+    if max(medians) > 50 * min(medians):
+        axes.set_xscale("log")
+    axes.set_xlabel(f"{unit}, median and quartiles; less is better")

@@ -13,7 +13,7 @@ from datetime import date
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -25,13 +25,16 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="The indexer projection of DeepSeek Sparse Attention: look at a checkpoint, check the kernels on it.",
+    help="The indexer projection of DeepSeek Sparse Attention: audit, check, compile, time and tune.",
     epilog="Exit codes: 0 all is well, 1 a kernel is wrong, 2 bad input.",
 )
 # Never narrower than the tables: a long line that the terminal folds is better than a number that is cut.
 console = Console(width=max(144, shutil.get_terminal_size().columns), highlight=False, markup=False)
 
 CheckpointPath = Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint directory, or one .safetensors file.")]
+if TYPE_CHECKING:
+    from ..kernels.gates import Row
+
 Shapes = Annotated[
     list[str] | None, typer.Option("--shape", help="deepseek-v3.2 or glm-5; may be repeated. Default: both.")
 ]
@@ -174,7 +177,8 @@ def verify(
 @app.command("compile")
 def compile_(
     target: Annotated[
-        list[str] | None, typer.Option(metavar="GPU", help="sm_90, for instance; may be repeated.")
+        list[str] | None,
+        typer.Option(metavar="GPU", help="sm_80, sm_90, sm_100, sm_120, gfx942 or gfx950; may be repeated."),
     ] = None,
     all_targets: Annotated[bool, typer.Option("--all", help="All GPUs that there are gates for.")] = False,
     shape: Shapes = None,
@@ -205,7 +209,7 @@ def compile_(
     unknown = [name for name in names if name not in TARGETS]
     if unknown or not names:
         _fail(f"compile: --target is one of {', '.join(TARGETS)}, got {', '.join(unknown) or 'none'}")
-    _check_names(shape, pair)
+    _check_names("compile", shape, pair)
     cases = list(product(shape or SHAPES, pair or PAIRS)) if shape or pair else CASES
     if cache:
         try:
@@ -227,13 +231,7 @@ def compile_(
     if as_json:
         print(json.dumps([asdict(row) for row in found], indent=2))
     else:
-        for table in compiled_tables(found):
-            console.print(table)
-        console.print(
-            "M: the largest one with this kernel. W and x: how often the programs of a launch ask for each\n"
-            "byte; caches answer most. Loads: instructions x bytes per thread. vLLM's GEMM multiplies wk alone.",
-            soft_wrap=True,
-        )
+        _print_compiled(found)
     faulty = [row for row in found if row.faults]
     for row in faulty:
         _complain(f"{row.target}, {row.pair}, {row.kernel}, M = {row.m}: {'; '.join(row.faults)}")
@@ -269,7 +267,7 @@ def tune(
     from ..kernels.tuned import Case, Entry, Table, default_path, versions
     from . import tune as module
 
-    _check_names(shape, pair)
+    _check_names("tune", shape, pair)
     if INTERPRETED or not torch.cuda.is_available():
         _fail(f"tune: measures on a GPU, and {'TRITON_INTERPRET=1 is set' if INTERPRETED else 'there is none here'}")
     device = torch.device("cuda", torch.cuda.current_device())
@@ -319,9 +317,14 @@ def bench(
     """
     import torch
 
+    from ..kernels.target import INTERPRETED
     from . import bench as module
 
+    if INTERPRETED:
+        _fail("bench: nothing is timed in Triton's interpreter; unset TRITON_INTERPRET")
     try:
+        if plot:
+            module.check_plotting(plot)
         found = module.run(quick)
     except RuntimeError as error:
         _fail(f"bench: {error}")
@@ -330,13 +333,14 @@ def bench(
     else:
         for table in module.tables(found):
             console.print(table)
+        console.print("Medians; in parentheses quartiles, and behind them times the first row.")
         if not torch.cuda.is_available():
             _print_static(quick)
     if plot:
         try:
             paths = module.plot(found, plot)
-        except (OSError, ImportError) as error:
-            _fail(f"bench: --plot {error}")
+        except OSError as error:
+            _fail(f"bench: --plot: {error}")
         Console(stderr=True, soft_wrap=True).print(f"Plots: {', '.join(map(str, paths))}")
 
 
@@ -348,16 +352,26 @@ def _print_static(quick: bool) -> None:
     console.print("No GPU here: the projection was not measured. What the compiler made of the kernels for an H100:")
     cases = [("deepseek-v3.2", "FP8 128x128, BF16")] if quick else CASES
     found = [*rows(["sm_90"], cases), *block_scaled_gemm("sm_90", (1, 64, 65536))]
+    _print_compiled(found)
+
+
+def _print_compiled(found: list[Row]) -> None:
     for table in compiled_tables(found):
         console.print(table)
+    console.print(
+        "M: the largest one with this kernel. Per SM: programs that fit. Shared: bytes. MMA: matrix instructions.\n"
+        "W and x: how often the programs of a launch ask for each byte; caches answer most. KB each: of a program.\n"
+        "Loads: instructions x bytes per thread. vLLM's GEMM multiplies wk alone.",
+        soft_wrap=True,
+    )
 
 
-def _check_names(shape: list[str] | None, pair: list[str] | None) -> None:
+def _check_names(command: str, shape: list[str] | None, pair: list[str] | None) -> None:
     from ..kernels.gates import PAIRS, SHAPES
 
     for option, chosen, known in (("--shape", shape, SHAPES), ("--pair", pair, PAIRS)):
         if strange := [name for name in chosen or () if name not in known]:
-            _fail(f"{option} is one of {'; '.join(known)}; got {'; '.join(strange)}")
+            _fail(f"{command}: {option} is one of {'; '.join(known)}; got {'; '.join(strange)}")
 
 
 def _fail(message: str) -> None:

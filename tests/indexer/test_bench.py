@@ -202,7 +202,7 @@ def test_the_suites_run_without_a_gpu_and_say_what_they_leave_out(tmp_path):
     assert "…" not in result.stdout  # nothing is cut off
     assert "there is none here" in result.stderr  # why the suite on a GPU is skipped
     plots = {path.name for path in (tmp_path / "plots").iterdir()}
-    assert {"host-cpu-time-of-a-projection.png", "first-launch-on-an-h100.png"} <= plots
+    assert {"host-cpu-time-of-a-projection.png", "first-launch-of-a-kernel-for-an-h100-on-this-host.png"} <= plots
     assert [path.name for path in tmp_path.iterdir()] == ["plots"]
 
 
@@ -222,6 +222,21 @@ def test_tuning_without_a_gpu_ends_with_its_reason(tmp_path):
     result = run(line, tmp_path)
     assert (result.returncode, result.stdout) == (2, "")
     assert "there is none here" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        (["--plot", __file__], {}, "bench: --plot: "),
+        ([], {"TRITON_INTERPRET": "1"}, "unset TRITON_INTERPRET"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_runs(tmp_path, arguments, environment, message):
+    command = [sys.executable, "-c", "from indexproj.indexer.cli import main; main()", "bench", *arguments]
+    result = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT | environment, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_a_suite_that_fails_is_no_result(monkeypatch):
