@@ -97,7 +97,11 @@ def check_plotting(folder: Path) -> None:
 
 
 def plot(found: dict[str, Any], folder: Path) -> list[Path]:
-    """A PNG for each group of several: time against M with floors where there are many M, otherwise bars."""
+    """A PNG for each group of several: time against M with floors where there are many M, otherwise bars.
+
+    Args:
+        folder: that `check_plotting` has made.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -93,6 +93,7 @@ def test_one_table_for_each_shape(measured):
 
 
 def test_a_line_for_each_contender_and_the_floors(measured, tmp_path):
+    bench.check_plotting(tmp_path / "plots")
     paths = bench.plot(measured, tmp_path / "plots")
     assert [path.name for path in paths] == ["deepseek-v3.2-device.png", "glm-5-device.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
