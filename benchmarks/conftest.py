@@ -1,8 +1,13 @@
+import sys
+
 import pytest
 import torch
 
 import indexproj.benchmarks.gpu as gpu
 from indexproj.kernels.tuned import versions
+
+# As in tests/conftest.py: `python -m pytest` would let transformers take the folder `kernels` for a package of that name.
+sys.modules.setdefault("kernels", None)
 
 
 def pytest_addoption(parser):

@@ -157,7 +157,7 @@ def test_verify_without_a_scale_names_it(fixture_of):
         (["fixture", "glm-5.2-fp8", "{tiny}/config.json/x"], "Not a directory"),
         (["audit", "{tiny}/config.json"], "found another kind of file"),
         (["fixture", "glm-5.2-fp8", "{tiny}"], "is not an empty directory"),
-        (["bench"], "No such command"),
+        (["benchmark"], "No such command"),
     ],
 )
 def test_bad_input_ends_with_2_and_one_message(tmp_path, arguments, message):
