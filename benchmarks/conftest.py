@@ -6,7 +6,7 @@ import torch
 import indexproj.benchmarks.gpu as gpu
 from indexproj.kernels.tuned import versions
 
-# As in tests/conftest.py: `python -m pytest` would let transformers take the folder `kernels` for a package of that name.
+# `python -m pytest` would let transformers take the folder `kernels` for a package of that name; see tests/conftest.py.
 sys.modules.setdefault("kernels", None)
 
 
