@@ -11,10 +11,10 @@ from indexproj.kernels.gates import PAIRS, SHAPES, nbytes
 
 # TB/s of memory and dense bf16 TFLOPS, by a part of the name that torch gives: the vendors' data sheets.
 PEAKS = {
-    "A100-SXM4-80GB": (2.04, 312),
-    "H100 80GB HBM3": (3.35, 989),
-    "H200": (4.8, 989),
-    "B200": (8.0, 2250),
+    "NVIDIA A100-SXM4-80GB": (2.04, 312),
+    "NVIDIA H100 80GB HBM3": (3.35, 989),
+    "NVIDIA H200": (4.8, 989),
+    "NVIDIA B200": (8.0, 2250),
     "MI300X": (5.3, 1307),
 }
 

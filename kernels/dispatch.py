@@ -55,7 +55,8 @@ class KernelConfig:
             "pdl": (False, True),
         }
         for name, values in expected.items():
-            if (found := getattr(self, name)) not in values:
+            found = getattr(self, name)
+            if type(found) is not type(values[0]) or found not in values:
                 raise ValueError(f"KernelConfig: {name} must be one of {', '.join(map(str, values))}, got {found!r}")
 
     def __str__(self) -> str:

@@ -132,8 +132,8 @@ def decide(m: int, problem: Problem) -> Pick:
     shape, x_dtype = (*problem.ns, problem.k), problem.x_dtype
     has_table = x_dtype == torch.bfloat16 and not problem.batch_invariant
     table = table_of(problem.device) if has_table else None
-    pick = table.find(m, shape, problem.kinds, problem.dtypes) if table else None
-    if pick is None or (pick == "torch" and set(problem.factors) != {1.0}):  # torch would round twice
+    pick = table.find(m, shape, problem.kinds, problem.dtypes, problem.factors) if table else None
+    if pick is None:
         target = target_of(problem.device)
         return choose(m, shape, problem.kinds, target, x_dtype, batch_invariant=problem.batch_invariant)
     return pick

@@ -90,13 +90,22 @@ class Table:
         return {entry.case: entry for entry in self.entries}
 
     def find(
-        self, m: int, shape: tuple[int, ...], kinds: tuple[int, ...], outs: tuple[torch.dtype, ...]
+        self,
+        m: int,
+        shape: tuple[int, ...],
+        kinds: tuple[int, ...],
+        outs: tuple[torch.dtype, ...],
+        factors: tuple[float, ...] = (1.0, 1.0),
     ) -> Pick | None:
-        """The fastest for m >= 1 rows of bf16 x and outputs of these dtypes; None if that was not measured."""
+        """The fastest for m >= 1 rows of bf16 x and outputs of these dtypes; None if that was not measured.
+
+        Never torch where factors are not 1: it would round twice.
+        """
         entry = self.by_case.get(Case(next_power_of_2(m), shape, kinds))
         if entry is None:
             return None
-        return "torch" if outs in [OUTS[name] for name in entry.torch_for] else entry.pick
+        is_for_torch = outs in [OUTS[name] for name in entry.torch_for] and set(factors) == {1.0}
+        return "torch" if is_for_torch else entry.pick
 
     @classmethod
     def read(cls, path: Path, gpu: str) -> Table:
@@ -110,14 +119,15 @@ class Table:
             found = json.loads(path.read_text(encoding="utf-8"))
             entries = tuple(_entry(number, fields) for number, fields in enumerate(found.pop("entries"), 1))
             table = cls(**found, entries=entries)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            count = len(table.by_case)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is no table of `indexproj tune`: {error}") from error
         for what, expected, had in (("GPU", gpu, table.gpu), ("versions", versions(), table.versions)):
             if had != expected:
                 raise ValueError(
                     f"{path} was measured with another {what}: expected {expected}, got {had}; run `indexproj tune`"
                 )
-        if len(table.by_case) < len(entries):
+        if count < len(entries):
             raise ValueError(f"{path} has two entries for one case")
         return table
 
@@ -127,7 +137,9 @@ class Table:
         lines = ",\n".join(f"    {json.dumps(_fields(entry))}" for entry in self.entries)
         text = "".join(f"  {json.dumps(key)}: {json.dumps(value)},\n" for key, value in head.items())
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f'{{\n{text}  "entries": [\n{lines}\n  ]\n}}\n', encoding="utf-8")
+        whole = path.with_suffix(".new")  # so that a disk that is full leaves the old one
+        whole.write_text(f'{{\n{text}  "entries": [\n{lines}\n  ]\n}}\n', encoding="utf-8")
+        whole.replace(path)
 
 
 def versions() -> dict[str, str]:
@@ -148,12 +160,14 @@ def table_of(device: torch.device) -> Table | None:
         return None
     gpu = torch.cuda.get_device_name(device)
     chosen = os.environ.get(VARIABLE)
-    path = default_path(gpu) if chosen is None else Path(chosen)
-    if chosen == "" or (chosen is None and not path.exists()):
+    if chosen == "":
         return None
     try:
+        path = default_path(gpu) if chosen is None else Path(chosen)
+        if chosen is None and not path.exists():
+            return None
         table = Table.read(path, gpu)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # the last one: there is no home
         LOGGER.warning("indexproj chooses kernels without measurements: %s", error)
         return None
     LOGGER.info("indexproj chooses kernels as measured on %s, by %s", table.date, path)
@@ -181,6 +195,10 @@ def _entry(number: int, fields: dict[str, Any]) -> Entry:
         if not isinstance(m, int) or m < 1 or next_power_of_2(m) != m:
             raise ValueError(f"expected a power of two as m, got {m!r}")
         case = Case(m, tuple(shape), tuple(int(Kind[name]) for name in names))
+        if not all(type(size) is int and size > 0 for size in shape):
+            raise ValueError(f"expected a shape of positive numbers, got {shape}")
+        if max(case.kinds, default=Kind.W8A8) >= Kind.W8A8:
+            raise ValueError(f"expected kinds that `indexproj tune` measures, got {names}")
         if len(shape) != len(names) + 1:
             raise ValueError(f"expected as many kinds as matrices, got {names} for {shape}")
         pick, runner_up = (fields.pop(name) for name in ("pick", "runner_up"))

@@ -94,6 +94,10 @@ def changed(place, **fields):
         (changed(0, kinds=["BF16"]), "entry 1: expected as many kinds as matrices"),
         (changed(0, shape=[128]), "entry 1: expected as many kinds as matrices"),
         (changed(0, shape=None), "entry 1: "),
+        (changed(0, shape=[128, 32, [6144]]), "entry 1: expected a shape of positive numbers"),
+        (changed(0, kinds=["W8A8", "BF16"]), "entry 1: expected kinds that `indexproj tune` measures"),
+        (changed(0, pick={"regime": "tiled", "block_m": 16.0, "block_k": 64}), "entry 1: KernelConfig: block_m"),
+        (changed(0, pick={"regime": "tiled", "block_m": True, "block_k": 64}), "entry 1: KernelConfig: block_m"),
         (lambda content: content["entries"].insert(0, 3), "entry 1: "),
     ],
 )
@@ -106,7 +110,7 @@ def test_a_table_that_does_not_fit_is_refused_with_a_reason(path, change, messag
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"entries": 3}', "null", "\ud800"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"entries": 3}', "null", "\ud800", "[" * 100_000])
 def test_a_file_that_is_no_table_is_refused(path, text):
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(ValueError, match="no table of `indexproj tune`"):
@@ -196,11 +200,17 @@ def test_torch_multiplies_where_it_was_fastest(driver, row, poison, monkeypatch)
         assert torch.equal(found, torch.nn.functional.linear(x, matrix.weight))
 
 
+def test_without_a_home_there_is_no_table_and_no_error(gpu, monkeypatch):
+    monkeypatch.setattr(tuned, "default_path", mock.Mock(side_effect=RuntimeError("no home directory")))
+    assert tuned.table_of(gpu) is None
+
+
 def test_torch_does_not_multiply_what_it_would_round_twice(driver):
     w, x = weights("dense-dense", GLM), torch.zeros(13, GLM[2], dtype=BF16)
     before = driver.launches
     project(x, w, gate_dtype=BF16, gate_scale=0.5)
     assert driver.launches == before + 1
+    assert driver.grid == SPLIT.grid(13, 128, 32)
 
 
 @pytest.mark.usefixtures("mm_to_fp32")
