@@ -294,11 +294,12 @@ def tune(
                 raise typer.Exit(1) from error
             except RuntimeError as error:
                 _fail(f"tune: {error}")
-        entries |= {entry.case: entry for entry in found}
-        try:
-            Table(gpu, date.today().isoformat(), versions(), tuple(entries.values())).write(path)
-        except OSError as error:
-            _fail(f"tune: {error}")
+            finally:  # what was measured is kept
+                entries |= {entry.case: entry for entry in found}
+                try:
+                    Table(gpu, date.today().isoformat(), versions(), tuple(entries.values())).write(path)
+                except OSError as error:
+                    _fail(f"tune: {error}")
         for table in tuned_tables(name, found):
             console.print(table)
     console.print(f"Kept in {path}.", soft_wrap=True)

@@ -200,6 +200,13 @@ def test_torch_multiplies_where_it_was_fastest(driver, row, poison, monkeypatch)
         assert torch.equal(found, torch.nn.functional.linear(x, matrix.weight))
 
 
+def test_a_config_that_is_given_goes_before_the_table(driver):
+    w, x = weights("fp8-dense", GLM), torch.zeros(16, GLM[2], dtype=BF16)
+    outs = torch.empty(16, 128, dtype=BF16), torch.empty(16, 32)
+    launch.launch(x, (w.wk.operands, w.gate.operands), outs, launch.problem_of(w, BF16, FP32), GEMV)
+    assert driver.grid == GEMV.grid(16, 128, 32) != SPLIT.grid(16, 128, 32)
+
+
 def test_without_a_home_there_is_no_table_and_no_error(gpu, monkeypatch):
     monkeypatch.setattr(tuned, "default_path", mock.Mock(side_effect=RuntimeError("no home directory")))
     assert tuned.table_of(gpu) is None

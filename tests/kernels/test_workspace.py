@@ -86,3 +86,13 @@ def test_a_captured_launch_zeroes_nothing_while_the_reserve_lasts(gpu, monkeypat
 
 def test_no_split_no_memory():
     assert module.workspace(torch.device("cpu"), 0, 0) == (None, None)
+
+
+def test_counters_of_graphs_that_are_gone_are_given_out_again(gpu):
+    with module.counters_returned(CUDA):
+        gpu["capturing"] = True
+        first = counters(10).data_ptr()
+        assert counters(10).data_ptr() != first
+        gpu["capturing"] = False
+    gpu["capturing"] = True
+    assert counters(10).data_ptr() == first
