@@ -201,7 +201,6 @@ def compile_(
     from ..kernels.gates import CASES, PAIRS, SHAPES, rows
     from ..kernels.target import INTERPRETED
     from ..kernels.tuned import OUTS
-    from .rival import block_scaled_gemm
 
     if INTERPRETED:
         _fail("compile: nothing is compiled under TRITON_INTERPRET=1; unset it")
@@ -224,10 +223,7 @@ def compile_(
             status.update(f"{row.target}, {row.pair}, {row.kernel}")
         for name in names:
             if TARGETS[name].is_cuda(89):  # older ones have no FP8
-                try:
-                    found += block_scaled_gemm(name, (1, 64, 65536))
-                except RuntimeError as error:
-                    _complain(f"compile: {error}")
+                found += _vllms_gemm("compile", name)
     if as_json:
         print(json.dumps([asdict(row) for row in found], indent=2))
     else:
@@ -348,16 +344,20 @@ def bench(
 def _print_static(quick: bool) -> None:
     """What compiled kernels show, in place of times on a GPU."""
     from ..kernels.gates import CASES, rows
-    from .rival import block_scaled_gemm
 
     console.print("No GPU here: the projection was not measured. What the compiler made of the kernels for an H100:")
     cases = [("deepseek-v3.2", "FP8 128x128, BF16")] if quick else CASES
-    found = [*rows(["sm_90"], cases)]
+    _print_compiled([*rows(["sm_90"], cases), *_vllms_gemm("bench", "sm_90")])
+
+
+def _vllms_gemm(command: str, target: str) -> list[Row]:
+    from .rival import block_scaled_gemm
+
     try:
-        found += block_scaled_gemm("sm_90", (1, 64, 65536))
+        return block_scaled_gemm(target, (1, 64, 65536))
     except RuntimeError as error:
-        _complain(f"bench: {error}")
-    _print_compiled(found)
+        _complain(f"{command}: {error}")
+        return []
 
 
 def _print_compiled(found: list[Row]) -> None:
