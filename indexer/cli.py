@@ -293,7 +293,8 @@ def tune(
             finally:  # what was measured is kept
                 entries |= {entry.case: entry for entry in found}
                 try:
-                    Table(gpu, date.today().isoformat(), versions(), tuple(entries.values())).write(path)
+                    if found:
+                        Table(gpu, date.today().isoformat(), versions(), tuple(entries.values())).write(path)
                 except OSError as error:
                     _fail(f"tune: {error}")
         for table in tuned_tables(name, found):

@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import math
 from dataclasses import replace
-from unittest import mock
 
 import pytest
 import torch
@@ -297,10 +296,20 @@ def test_a_table_that_does_not_fit_is_replaced_with_a_word(gpu, tmp_path):
 @pytest.mark.parametrize(
     ("error", "code"), [(WrongError("tiled is off"), 1), (RuntimeError("no kernel image is available"), 2)]
 )
-def test_the_command_says_what_went_wrong(gpu, monkeypatch, error, code):
-    monkeypatch.setattr(tune, "tune", mock.Mock(side_effect=error))
-    result = run("--shape", "glm-5")
-    assert (result.exit_code, str(error) in result.stderr) == (code, True)
+def test_the_command_says_what_went_wrong(gpu, monkeypatch, tmp_path, error, code):
+    measure = tune.tune
+
+    def fail(*arguments):
+        yield from itertools.islice(measure(*arguments), count)
+        raise error
+
+    monkeypatch.setattr(tune, "tune", fail)
+    for count in (0, 3):
+        path = tmp_path / f"{count}.json"
+        result = run("--shape", "glm-5", "--output", path)
+        assert (result.exit_code, str(error) in result.stderr) == (code, True)
+        assert path.exists() == (count > 0)
+    assert len(Table.read(path, GPU).entries) == 3
 
 
 def test_without_a_gpu_the_command_says_so(monkeypatch):
