@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -33,6 +34,8 @@ console = Console(width=max(144, shutil.get_terminal_size().columns), highlight=
 
 CheckpointPath = Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint directory, or one .safetensors file.")]
 if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
     from ..kernels.gates import Row
 
 Shapes = Annotated[
@@ -259,7 +262,7 @@ def tune(
     from rich.progress import Progress
 
     from ..kernels.gates import PAIRS, SHAPES
-    from ..kernels.target import INTERPRETED
+    from ..kernels.target import INTERPRETED, target_of
     from ..kernels.tuned import Case, Entry, Table, default_path, versions
     from . import tune as module
 
@@ -272,18 +275,18 @@ def tune(
     entries: dict[Case, Entry] = {}
     try:
         if path.exists():
-            entries |= Table.read(path, gpu).by_case
+            entries |= Table.read(path, gpu, target_of(device)).by_case
     except ValueError as error:
         _complain(f"tune: replaces what is there: {error}")
     except OSError as error:
         _fail(f"tune: {error}")
     for name in shape or SHAPES:
-        tasks = [module.Task(SHAPES[name], PAIRS[kinds]) for kinds in pair or PAIRS]
+        tasks = [module.Task(SHAPES[name], PAIRS[kinds]) for kinds in dict.fromkeys(pair or PAIRS)]
         found = []
         with Progress(console=Console(stderr=True), transient=True) as progress:
+            report = partial(_update, progress, progress.add_task(name), name)
             try:
-                measured = module.tune(tasks, device, seconds)
-                for entry in progress.track(measured, total=len(tasks) * len(module.MS), description=name):
+                for entry in module.tune(tasks, device, seconds, report=report):
                     found.append(entry)
             except module.WrongError as error:
                 _complain(f"tune: {error}")
@@ -300,6 +303,10 @@ def tune(
         for table in tuned_tables(name, found):
             console.print(table)
     console.print(f"Kept in {path}.", soft_wrap=True)
+
+
+def _update(progress: Progress, bar: TaskID, name: str, doing: str, done: int, of: int) -> None:
+    progress.update(bar, description=f"{name}, {doing}", completed=done, total=of)
 
 
 @app.command()

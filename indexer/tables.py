@@ -48,7 +48,7 @@ def tuned_tables(shape: str, entries: Iterable[Entry]) -> Iterator[Table]:
     """One for each pair of encodings, of entries for one shape that stand together."""
     for kinds, group in groupby(entries, lambda entry: entry.case.kinds):
         table = Table(title=f"{shape}: {', '.join(kind.name for kind in kinds)}; us", title_justify="left")
-        for column in ("M", "fastest", "", "runner-up", "", "untuned", "torch, fp32 gate", "torch, bf16 gate"):
+        for column in ("M", "fastest", "", "runner-up", "", "untuned", "torch, fp32 gate", "torch, bf16 gate", "tried"):
             table.add_column(column, justify="left" if column in ("fastest", "runner-up") else "right", no_wrap=True)
         for entry in group:
             times = (entry.runner_up_us, entry.default_us, entry.torch_us.get("fp32"), entry.torch_us.get("bf16"))
@@ -61,6 +61,7 @@ def tuned_tables(shape: str, entries: Iterable[Entry]) -> Iterator[Table]:
                 str(entry.runner_up or "-"),
                 runner_up,
                 *others,
+                f"{entry.tried} of {entry.candidates}",
             )
         yield table
 

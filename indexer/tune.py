@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, TimeoutError, as_completed
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +17,9 @@ import torch
 from torch import Tensor
 from triton.errors import TritonError
 
-from ..kernels import KernelConfig, ProjectionWeights, Target, choose, reference
+from ..kernels import KernelConfig, ProjectionWeights, Target, reference
 from ..kernels.compiled import warm_up
-from ..kernels.dispatch import MAX_SPLIT_K, cdiv, next_power_of_2
+from ..kernels.dispatch import candidates
 from ..kernels.launch import launch, multiply_by_torch, problem_of
 from ..kernels.matrix import Kind
 from ..kernels.target import target_of
@@ -30,13 +29,16 @@ from .synthetic import random_matrix
 from .timing import Replay, copies_to_outgrow_l2
 
 MS = tuple(2**power for power in range(15))
-# Largest error against fp64, relative to the largest output, by dtype. What torch adds inside the tensor core shows.
+# Largest error against fp64, relative to the largest output, by dtype. torch adds inside the tensor core, which
+# truncates in each of 448 steps over a K of 7168, and may add up parts of K in bf16.
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
-TORCH_TOLERANCE = 2**-6
+TORCH_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2**-6}
 FINALISTS, FIRST_ROUNDS, LAST_ROUNDS = 3, 3, 9
 
 # A kernel, or a key of OUTS for torch's GEMM with such outputs. Kernels are measured with a gate in fp32.
 Choice = KernelConfig | str
+# Config, rows of each matrix and K, kinds.
+Kernel = tuple[KernelConfig, tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -56,54 +58,20 @@ class WrongError(Exception):
     """A kernel computes something else than the reference."""
 
 
-def candidates(m: int, shape: tuple[int, ...], kinds: tuple[int, ...], target: Target) -> list[KernelConfig]:
-    """What is worth measuring for m rows: first what `choose` reckons, then what is near to it and fills the GPU."""
-    m, (*ns, k) = next_power_of_2(m), shape
-    near = []
-    if m <= 16:
-        for block_m, num_warps in itertools.product((min(m, 4), min(m, 8)), (2, 4, 8)):
-            near.append(KernelConfig("gemv", block_m, block_k=128, num_warps=num_warps, slices=8))
-    if 2 <= m <= 1024:
-        lowest = 8 if target.is_cuda() else 16
-        rows = [rows for rows in (8, 16, 32) if lowest <= rows < 2 * max(m, lowest)]
-        for block_m, block_n, slices, steps in itertools.product(rows, (16, 32), (4, 8), (1, 2, 4)):
-            split_k = cdiv(k, slices * 64 * steps)
-            if split_k <= MAX_SPLIT_K:
-                near.append(
-                    KernelConfig(
-                        "split_k", block_m, 64, split_k, num_stages=2, num_warps=slices, block_n=block_n, slices=slices
-                    )
-                )
-    if m >= 32:
-        for block_m, split_k in itertools.product((16, 32, 64, 128), (1, 2, 4, 8, 16)):
-            if block_m <= m:
-                for num_stages in (3,) if split_k > 1 else (3, 2, 4):
-                    near.append(
-                        KernelConfig("tiled", block_m, 64, split_k, num_stages, num_warps=4 if block_m < 64 else 8)
-                    )
-
-    def fills(config: KernelConfig) -> bool:
-        programs, one_wave = math.prod(config.grid(m, *ns)), target.sm_count
-        may_queue = config.regime == "tiled" and config.split_k == 1
-        return one_wave / 4 <= programs and (programs <= 4 * one_wave or may_queue)
-
-    return list(dict.fromkeys([choose(m, shape, kinds, target), *filter(fills, near)]))
-
-
 def search(
     choices: Sequence[Choice],
     always: int,
     sample: Callable[[Choice], float],
     deadline: float,
     clock: Callable[[], float] = time.monotonic,
-) -> dict[Choice, float]:
-    """Median microseconds of the fastest choices, and of those that are always among the last; fastest first.
+) -> tuple[dict[Choice, float], list[Choice]]:
+    """Median microseconds of the fastest choices, fastest first; and all that were tried.
 
     Every choice is sampled a few times, until the deadline; the fastest ones then again, in turn, so that a change of
-    clocks meets all of them.
+    clocks meets all of them. What the GPU or torch cannot do is left out.
 
     Args:
-        choices: the first one is sampled even after the deadline. One that the GPU or torch cannot do is left out.
+        choices: the first one is sampled even after the deadline.
         always: how many of the choices, from the first, are sampled to the end if they can be.
         sample: microseconds of one measurement.
         deadline: by the clock.
@@ -113,22 +81,30 @@ def search(
         RuntimeError: the first choice cannot be done.
     """
     samples: dict[Choice, list[float]] = {}
-    for choice in choices:
-        if samples and clock() >= deadline:
-            break
+    failed = set()
+
+    def measure(choice: Choice) -> None:
         try:
-            samples[choice] = [sample(choice) for _ in range(FIRST_ROUNDS)]
+            if choice not in failed:
+                samples.setdefault(choice, []).append(sample(choice))
         except (RuntimeError, TritonError) as error:  # also how torch says that it lacks something
             if choice == choices[0]:
                 raise RuntimeError(f"{choice} cannot be measured: {error}") from error
-    others = sorted(samples.keys() - set(choices[:always]), key=lambda choice: statistics.median(samples[choice]))
-    last = [choice for choice in choices[:always] if choice in samples] + others[:FINALISTS]
-    again: dict[Choice, list[float]] = {choice: [] for choice in last}
+            failed.add(choice)
+
+    for choice in choices:
+        if samples and clock() >= deadline:
+            break
+        for _ in range(FIRST_ROUNDS):
+            measure(choice)
+    others = sorted(samples.keys() - set(choices[:always]) - failed, key=lambda one: statistics.median(samples[one]))
+    last = [*choices[:always], *others[:FINALISTS]]
     for _ in range(LAST_ROUNDS):
         for choice in last:
-            again[choice].append(sample(choice))
-    medians = {choice: statistics.median(times) for choice, times in again.items()}
-    return dict(sorted(medians.items(), key=lambda item: item[1]))
+            if choice in samples:
+                measure(choice)
+    medians = {one: statistics.median(samples[one][FIRST_ROUNDS:]) for one in last if one in samples.keys() - failed}
+    return dict(sorted(medians.items(), key=lambda item: item[1])), list(samples)
 
 
 def tune(
@@ -137,50 +113,63 @@ def tune(
     seconds: float,
     *,
     ms: Sequence[int] = MS,
+    report: Callable[[str, int, int], None] = lambda *_: None,
     sampler: Callable[[Case, torch.device], Callable[[Choice], float]] | None = None,
-    compile_ahead: Callable[[Task, Target, Sequence[int], float], None] | None = None,
+    compiler: Callable[[Target, Sequence[Kernel], float], Iterable[Kernel]] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Entry]:
     """Yields an entry for every task and M. Where the time runs out, less is tried, but something for each entry.
 
+    All kernels are compiled first, those that are likely to be fast before the others, on all cores and in up to half
+    of the time; then those that are compiled are measured.
+
     Args:
         seconds: shared out evenly.
         ms: rows of x, powers of two.
-        sampler, compile_ahead, clock: for tests; left out, the GPU, all cores and the real one.
+        report: told what is being done, and how much of how much is.
+        sampler, compiler, clock: for tests; left out, the GPU, all cores and the real one.
 
     Raises:
         WrongError: a kernel is wrong.
-        RuntimeError: there is no GPU, or it cannot do what `choose` reckons.
+        RuntimeError: there is no GPU, it cannot do what `choose` reckons, or compiling takes more memory than there is.
     """
     target, start = target_of(device), clock()
-    for number, task in enumerate(tasks, 1):
-        end = start + seconds * number / len(tasks)
-        # Compilation on all cores gets half of what is left of the task's time.
-        (compile_ahead or _compile_ahead)(task, target, ms, (end - clock()) / 2)
-        begin = clock()
-        for place, m in enumerate(ms, 1):
-            default, *others = candidates(m, task.shape, task.kinds, target)
-            case, deadline = Case(m, task.shape, task.kinds), begin + (end - begin) * place / len(ms)
-            with counters_returned(device):
-                sample = (sampler or Sampler)(case, device)
-                ranking = search([default, *OUTS, *others], 1 + len(OUTS), sample, deadline, clock)
-                del sample  # and with it the graphs
-            yield _entry(case, default, ranking)
+    cases = [Case(m, task.shape, task.kinds) for task in tasks for m in ms]
+    configs = {case: candidates(case.m, case.shape, case.kinds, target) for case in cases}
+    by_rank = itertools.zip_longest(*([(case, config) for config in configs[case]] for case in cases))
+    ranked = (pair for rank in by_rank for pair in rank if pair is not None)
+    kernels = list(dict.fromkeys((config, case.shape, case.kinds) for case, config in ranked))
+    compiled = set()
+    for kernel in (compiler or _compile)(target, kernels, seconds / 2):
+        compiled.add(kernel)
+        report("compiling", len(compiled), len(kernels))
+    begin = clock()
+    for number, case in enumerate(cases, 1):
+        default, *others = configs[case]
+        ready = [config for config in others if (config, case.shape, case.kinds) in compiled]
+        deadline = begin + (start + seconds - begin) * number / len(cases)
+        with counters_returned(device):
+            sample = (sampler or Sampler)(case, device)
+            ranking, tried = search([default, *OUTS, *ready], 1 + len(OUTS), sample, deadline, clock)
+            del sample  # and with it the graphs
+        report("measuring", number, len(cases))
+        yield _entry(case, configs[case], ranking, len(set(tried) - OUTS.keys()))
 
 
-def _entry(case: Case, default: KernelConfig, ranking: dict[Choice, float]) -> Entry:
+def _entry(case: Case, configs: list[KernelConfig], ranking: dict[Choice, float], tried: int) -> Entry:
     times = {choice: round(us, 3) for choice, us in ranking.items()}
-    configs = [choice for choice in times if isinstance(choice, KernelConfig)]
-    runner_up = configs[1] if len(configs) > 1 else None
-    torch_us = {outs: times[outs] for outs in OUTS if outs in times}
+    fastest, *others = (choice for choice in times if isinstance(choice, KernelConfig))
+    runner_up = others[0] if others else None
     return Entry(
         case,
-        pick=configs[0],
-        us=times[configs[0]],
+        pick=fastest,
+        us=times[fastest],
         runner_up=runner_up,
         runner_up_us=times[runner_up] if runner_up else None,
-        default_us=times[default],
-        torch_us=torch_us,
+        default_us=times[configs[0]],
+        torch_us={outs: times[outs] for outs in OUTS if outs in times},
+        tried=tried,
+        candidates=len(configs),
     )
 
 
@@ -217,13 +206,15 @@ class Sampler:
         if isinstance(choice, KernelConfig):
             launch(self._x, operands, outs, problem_of(weights, *OUTS["fp32"]), choice)
         else:
-            multiply_by_torch(self._x, [weight for weight, _, _ in operands], outs)
+            assert multiply_by_torch(self._x, [weight for weight, _, _ in operands], outs)
 
     def _check(self, choice: Choice, outs: tuple[Tensor, ...]) -> None:
+        is_ours = isinstance(choice, KernelConfig)
         for out, exact in zip(outs, self._exact, strict=True):
             error = ((out.double() - exact).abs().max() / exact.abs().max()).item()
-            if not error <= (TOLERANCES[out.dtype] if isinstance(choice, KernelConfig) else TORCH_TOLERANCE):
-                raise WrongError(f"{choice} is off by {error:.1e} of the largest output, for {self._case}")
+            if not error <= (TOLERANCES if is_ours else TORCH_TOLERANCES)[out.dtype]:
+                what = f"{choice if is_ours else 'torch'} is off by {error:.1e} of the largest output, for {self._case}"
+                raise WrongError(what) if is_ours else RuntimeError(what)
 
 
 @functools.lru_cache(maxsize=1)
@@ -235,15 +226,23 @@ def _copies(shape: tuple[int, ...], kinds: tuple[Kind, ...], device: torch.devic
     return [weights.map(lambda tensor: tensor.to(device, copy=True)) for _ in range(count)]
 
 
-def _compile_ahead(task: Task, target: Target, ms: Sequence[int], seconds: float) -> None:
-    """Puts the kernels of all candidates into Triton's cache, on all cores, as far as there is time."""
-    configs = dict.fromkeys(itertools.chain(*(candidates(m, task.shape, task.kinds, target) for m in ms)))
+def _compile(target: Target, kernels: Sequence[Kernel], seconds: float) -> Iterator[Kernel]:
+    """Puts kernels into Triton's cache, on all cores, as far as there is time; yields those that are in it."""
     # Not by fork: that would copy a process that holds a GPU.
     pool = ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn"))
-    compiled = [pool.submit(_compile, target, config, task.shape, task.kinds) for config in configs]
-    wait(compiled, timeout=max(0, seconds))  # an error will come back when the kernel is launched
-    pool.shutdown(wait=False, cancel_futures=True)
+    futures = {pool.submit(_compile_one, target, *kernel): kernel for kernel in kernels}
+    try:
+        for future in as_completed(futures, timeout=seconds):
+            error = future.exception()
+            if isinstance(error, BrokenExecutor):
+                raise RuntimeError("a process that compiled was killed; is there too little memory?") from error
+            if error is None:
+                yield futures[future]
+    except TimeoutError:
+        pass
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _compile(*what: Any) -> None:
+def _compile_one(*what: Any) -> None:
     warm_up(*what)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -155,6 +156,39 @@ def _choose(
     num_warps = 4 if is_wide and not target.is_cuda() else 8  # 8 waves would load less than 16 bytes a thread
     num_stages = 3 if not w8a8 else 2 if target.is_cuda() else 1
     return KernelConfig("tiled", block_m, block_k, split_k, num_stages, num_warps)
+
+
+def candidates(m: int, shape: tuple[int, ...], kinds: tuple[int, ...], target: Target) -> list[KernelConfig]:
+    """What is worth measuring for m rows of bf16 x: what `choose` reckons, then what is near to it and fills the GPU.
+
+    Of each regime in turn, so that where time runs out, none has been left out.
+    """
+    m, (*ns, k) = next_power_of_2(m), shape
+    gemvs, splits, tiles = [], [], []
+    if m <= 16:
+        for block_m, num_warps in itertools.product((min(m, 4), min(m, 8)), (2, 4, 8)):
+            gemvs.append(KernelConfig("gemv", block_m, block_k=128, num_warps=num_warps, slices=8))
+    if 2 <= m <= 1024:
+        lowest = 8 if target.is_cuda() else 16
+        rows = [rows for rows in (8, 16, 32) if lowest <= rows < 2 * max(m, lowest)]
+        for block_m, block_n, slices, steps in itertools.product(rows, (16, 32), (4, 8), (1, 2, 4)):
+            split_k = cdiv(k, slices * 64 * steps)
+            if split_k <= MAX_SPLIT_K:
+                splits.append(KernelConfig("split_k", block_m, 64, split_k, 2, slices, block_n, slices))
+    if m >= 32:
+        for block_m, split_k in itertools.product((16, 32, 64, 128), (1, 2, 4, 8, 16)):
+            if block_m <= m:
+                for num_stages in (3,) if split_k > 1 else (3, 2, 4):
+                    tiles.append(KernelConfig("tiled", block_m, 64, split_k, num_stages, 4 if block_m < 64 else 8))
+
+    def fills(config: KernelConfig) -> bool:
+        programs, one_wave = math.prod(config.grid(m, *ns)), target.sm_count
+        may_queue = config.regime == "tiled" and config.split_k == 1
+        return one_wave / 4 <= programs and (programs <= 4 * one_wave or may_queue)
+
+    near = itertools.zip_longest(*(filter(fills, configs) for configs in (gemvs, splits, tiles)))
+    in_turn = [config for configs in near for config in configs if config is not None]
+    return list(dict.fromkeys([choose(m, shape, kinds, target), *in_turn]))
 
 
 def columns_together(*ns: int) -> int:

@@ -97,7 +97,8 @@ def launch(
     else:
         config = config or decide(m, problem)
         if config == "torch":
-            multiply_by_torch(x, [weight for weight, _, _ in matrices], outs)
+            if not multiply_by_torch(x, [weight for weight, _, _ in matrices], outs):
+                launch(x, matrices, outs, problem, decide(m, problem, may_be_torch=False))
             return
         target, shape = target_of(device), (*ns, problem.k)
         known = constants(config, shape, problem.kinds, problem.factors, problem.x_dtype, target)
@@ -127,30 +128,40 @@ def _run(compiled: Any, grid: tuple[int, ...], device: torch.device, arguments: 
         compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
 
 
-def decide(m: int, problem: Problem) -> Pick:
+@functools.lru_cache(maxsize=MAX_READY)
+def decide(m: int, problem: Problem, *, may_be_torch: bool = True) -> Pick:
     """What runs: what was fastest on the device, if a table says so, or else what `choose` reckons."""
-    shape, x_dtype = (*problem.ns, problem.k), problem.x_dtype
+    shape, kinds, x_dtype = (*problem.ns, problem.k), problem.kinds, problem.x_dtype
     has_table = x_dtype == torch.bfloat16 and not problem.batch_invariant
     table = table_of(problem.device) if has_table else None
-    pick = table.find(m, shape, problem.kinds, problem.dtypes, problem.factors) if table else None
+    # torch would round twice where there are factors.
+    for_torch = problem.dtypes if may_be_torch and set(problem.factors) == {1.0} else None
+    pick = table.find(m, shape, kinds, for_torch) if table else None
     if pick is None:
         target = target_of(problem.device)
-        return choose(m, shape, problem.kinds, target, x_dtype, batch_invariant=problem.batch_invariant)
+        return choose(m, shape, kinds, target, x_dtype, batch_invariant=problem.batch_invariant)
     return pick
 
 
-def multiply_by_torch(x: Tensor, weights: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
+@torch.no_grad()
+def multiply_by_torch(x: Tensor, weights: Sequence[Tensor], outs: Sequence[Tensor]) -> bool:
     """out [M, N] = x [M, K] @ weight [N, K].T of each bf16 weight, by torch's GEMM.
 
-    One for all where weights and outputs are slices of one tensor each, as in vLLM.
+    Outputs of one dtype are one GEMM's, as in vLLM. For that weights and outputs have to be slices of one tensor each:
+    where they are not, nothing is done, and the answer is False.
     """
-    weight, out = joined(weights, 0), joined(outs, 1)
-    pairs = zip(weights, outs, strict=True) if weight is None or out is None else [(weight, out)]
+    pairs = list(zip(weights, outs, strict=True))
+    if len({out.dtype for out in outs}) == 1:
+        weight, out = joined(weights, 0), joined(outs, 1)
+        if weight is None or out is None:
+            return False
+        pairs = [(weight, out)]
     for weight, out in pairs:
         if out.dtype == x.dtype:
             torch.mm(x, weight.T, out=out)
         else:
             torch.mm(x, weight.T, out_dtype=out.dtype, out=out)
+    return True
 
 
 def _turn(device: torch.device) -> AbstractContextManager[Any]:

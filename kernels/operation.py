@@ -189,10 +189,8 @@ def _project_out(
 ) -> None:
     problem, matrices = _check_inputs(x, operands, form, out.dtype, factors, batch_invariant)
     _check_out(out, x, sum(problem.ns))
-    first, end = _extent(out)
     for name, tensor in (("x", x), *[("the weights", operand) for operand in operands]):
-        start, stop = _extent(tensor)
-        if start < end and first < stop:
+        if _overlap(out, tensor):
             raise ValueError(f"project: out overlaps {name} in memory, which is read while out is written")
     launch(_rows(x), matrices, torch.split(_rows(out), list(problem.ns), 1), problem)
 
@@ -244,15 +242,16 @@ def _check_metadata(
             f'project: a form is made up of {", ".join(Kind.__members__)}, each with ":fp32" or without, got "{form}"'
         )
     kinds = tuple([int(Kind[name]) for name in names])
-    factors = (1.0,) * len(kinds) if factors is None else factors
+    # -0.0 equals 0.0, and would be given its compiled kernel: the sum has no sign.
+    factors = (1.0,) * len(kinds) if factors is None else tuple([factor + 0.0 for factor in factors])
     if len(factors) != len(kinds) or not all(abs(factor) <= LARGEST_FACTOR for factor in factors):
         raise ValueError(f"project: expected {len(kinds)} finite factors, in fp32, one per matrix, got {list(factors)}")
     ns, slots, place = [], [], 0
-    for kind in kinds:
+    for name, kind in zip(names, kinds, strict=True):
         # A matrix comes from `Matrix.operands`, which is right; another caller of the operation may be wrong.
         shape: tuple[int, ...] = tuple(found[place][1]) if place < len(found) else ()
         if len(shape) != 2:
-            raise ValueError(f"project: a matrix of kind {kind} begins with two-dimensional codes, got {list(shape)}")
+            raise ValueError(f"project: a matrix of kind {name} begins with two-dimensional codes, got {list(shape)}")
         n, own_k = shape[0], shape[1] * (2 if kind in (Kind.NVFP4, Kind.MXFP4) else 1)
         if k != own_k:
             raise ValueError(f"project: x must be [..., K={own_k}] to fit the weights, got [..., {k}]")
@@ -266,7 +265,7 @@ def _check_metadata(
             dtype, shape, where, is_contiguous = found[place] if place < len(found) else (None, (), device, True)
             if (dtype, tuple(shape)) != spec or not is_contiguous:
                 raise ValueError(
-                    f"project: operand {place}, of a matrix of kind {kind}, must be {spec[0]} {list(spec[1])}, "
+                    f"project: operand {place}, of a matrix of kind {name}, must be {spec[0]} {list(spec[1])}, "
                     f"contiguous, got {dtype} {list(shape)}"
                 )
             if where != device:
@@ -320,7 +319,7 @@ def _quantizing(kind: Kind, activation: Activation | None) -> Kind:
     """The kind of a matrix that takes x in that activation."""
     if activation is None:
         return kind
-    if activation not in QUANTIZING:
+    if activation not in tuple(QUANTIZING):
         raise ValueError(f"project: activation must be None, {' or '.join(map(repr, QUANTIZING))}, got {activation!r}")
     if kind not in QUANTIZING[activation]:
         raise ValueError(
@@ -348,6 +347,19 @@ def _check_out(out: Tensor, x: Tensor, columns: int) -> None:
             "project: out must be contiguous, or 2-D with contiguous rows that do not overlap, got strides "
             f"{out.stride()}"
         )
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors with contiguous last dimensions, the first one not empty, may share memory."""
+    (first, end), (start, stop) = _extent(a), _extent(b)
+    if first >= stop or start >= end:
+        return False
+    rows = {tensor.stride(0) * tensor.itemsize if tensor.ndim == 2 else 0 for tensor in (a, b)}
+    if len(rows) > 1 or 0 in rows:
+        return True
+    # Column slices of one buffer: between the rows of each, there is room for those of the other or not.
+    (row,) = rows
+    return not a.shape[1] * a.itemsize <= (start - first) % row <= row - b.shape[1] * b.itemsize
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:

@@ -78,6 +78,7 @@ def quantize(x, AXIS: tl.constexpr, KIND: tl.constexpr):
 
     The scale is amax / 448, and in the UE8M0 kinds the next power of two. Zero has no sign.
     """
+    tl.static_assert(x.shape[AXIS] == SCALE_BLOCK)
     x = x.to(tl.float32)
     scale = tl.div_rn(tl.maximum(tl.max(tl.abs(x), AXIS, keep_dims=True), 1e-4), 448.0)
     if KIND == W8A8_UE8M0 or KIND == W8A8_UE8M0_FNUZ:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -15,14 +16,15 @@ from typing import Any, Literal
 import torch
 import triton
 
-from .dispatch import KernelConfig, next_power_of_2
+from .dispatch import KernelConfig, candidates, next_power_of_2
 from .matrix import Kind
-from .target import INTERPRETED
+from .target import INTERPRETED, Target, target_of
 
 LOGGER = logging.getLogger("indexproj")
 # File that is read instead of the one in the user's config folder; empty to read none.
 VARIABLE = "INDEXPROJ_TUNED"
-LARGEST_GRID = 65535  # programs in a grid's second and third direction
+# Torch's GEMM rounds otherwise than the kernels: not for less than two percent.
+TORCH_MARGIN = 0.98
 
 Pick = KernelConfig | Literal["torch"]
 
@@ -54,6 +56,8 @@ class Entry:
         runner_up: the second fastest, None if only one was measured.
         default_us: of the config that `choose` reckons.
         torch_us: of torch's GEMM with bf16 weights, by the keys of OUTS, as far as torch could be measured.
+        tried: how many of the kernels in question were measured before time ran out.
+        candidates: how many were in question.
     """
 
     case: Case
@@ -63,11 +67,15 @@ class Entry:
     runner_up_us: float | None
     default_us: float
     torch_us: dict[str, float]
+    tried: int
+    candidates: int
 
     @property
     def torch_for(self) -> list[str]:
         """The keys of OUTS for which torch's GEMM is faster, and computes the same: it needs bf16 weights."""
-        return [outs for outs, us in self.torch_us.items() if us < self.us and set(self.case.kinds) == {Kind.BF16}]
+        if set(self.case.kinds) != {Kind.BF16}:
+            return []
+        return [outs for outs, us in self.torch_us.items() if us < TORCH_MARGIN * self.us]
 
 
 @dataclass(frozen=True)
@@ -94,30 +102,30 @@ class Table:
         m: int,
         shape: tuple[int, ...],
         kinds: tuple[int, ...],
-        outs: tuple[torch.dtype, ...],
-        factors: tuple[float, ...] = (1.0, 1.0),
+        for_torch: tuple[torch.dtype, ...] | None,
     ) -> Pick | None:
-        """The fastest for m >= 1 rows of bf16 x and outputs of these dtypes; None if that was not measured.
+        """The fastest for m >= 1 rows of bf16 x; None if that was not measured.
 
-        Never torch where factors are not 1: it would round twice.
+        Args:
+            for_torch: dtypes of the outputs; None where torch must not compute them.
         """
         entry = self.by_case.get(Case(next_power_of_2(m), shape, kinds))
         if entry is None:
             return None
-        is_for_torch = outs in [OUTS[name] for name in entry.torch_for] and set(factors) == {1.0}
-        return "torch" if is_for_torch else entry.pick
+        return "torch" if for_torch in [OUTS[name] for name in entry.torch_for] else entry.pick
 
     @classmethod
-    def read(cls, path: Path, gpu: str) -> Table:
-        """The table of a file, for use on that GPU.
+    def read(cls, path: Path, gpu: str, target: Target) -> Table:
+        """The table of a file, for use on the GPU of that name.
 
         Raises:
-            ValueError: it is no table, was measured on another GPU or with other versions, or has an impossible entry.
+            ValueError: it is no table, was measured on another GPU or with other versions, or has an entry that
+                `indexproj tune` does not write.
             OSError: it cannot be read.
         """
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            entries = tuple(_entry(number, fields) for number, fields in enumerate(found.pop("entries"), 1))
+            entries = tuple(_entry(number, fields, target) for number, fields in enumerate(found.pop("entries"), 1))
             table = cls(**found, entries=entries)
             count = len(table.by_case)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -143,8 +151,14 @@ class Table:
 
 
 def versions() -> dict[str, str]:
-    """What measurements depend on, besides the GPU."""
-    return {"indexproj": version("indexproj"), "torch": torch.__version__, "triton": triton.__version__}
+    """What measurements depend on, besides the GPU; the kernels are known by their text."""
+    texts = (Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("tile", "gemv", "split_k", "tiled"))
+    return {
+        "indexproj": version("indexproj"),
+        "kernels": hashlib.sha256(b"".join(texts)).hexdigest()[:12],
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
 
 
 def default_path(gpu: str) -> Path:
@@ -166,7 +180,7 @@ def table_of(device: torch.device) -> Table | None:
         path = default_path(gpu) if chosen is None else Path(chosen)
         if chosen is None and not path.exists():
             return None
-        table = Table.read(path, gpu)
+        table = Table.read(path, gpu, target_of(device))
     except (OSError, ValueError, RuntimeError) as error:  # the last one: there is no home
         LOGGER.warning("indexproj chooses kernels without measurements: %s", error)
         return None
@@ -189,7 +203,7 @@ def _config_fields(config: KernelConfig) -> dict[str, Any]:
     return {name: value for name, (value, default) in fields.items() if value != default}
 
 
-def _entry(number: int, fields: dict[str, Any]) -> Entry:
+def _entry(number: int, fields: dict[str, Any], target: Target) -> Entry:
     try:
         m, shape, names, torch_for = (fields.pop(name) for name in ("m", "shape", "kinds", "torch_for"))
         if not isinstance(m, int) or m < 1 or next_power_of_2(m) != m:
@@ -206,10 +220,12 @@ def _entry(number: int, fields: dict[str, Any]) -> Entry:
         times = entry.us, entry.default_us, *entry.torch_us.values()
         if not all(isinstance(us, float | int) and us > 0 for us in times) or not entry.torch_us.keys() <= OUTS.keys():
             raise ValueError(f"expected microseconds, and those of torch by {' and '.join(OUTS)}, got {fields}")
+        if type(entry.tried) is not int or type(entry.candidates) is not int:
+            raise ValueError(f"expected how many kernels were tried, of how many candidates, got {fields}")
         if torch_for != entry.torch_for:
             raise ValueError(f"expected torch_for to be {entry.torch_for} by what was measured, got {torch_for}")
-        if max(entry.pick.grid(m, *shape[:-1])[1:]) > LARGEST_GRID:
-            raise ValueError(f"{entry.pick} needs a larger grid than GPUs have")
+        if entry.pick not in candidates(m, case.shape, case.kinds, target):
+            raise ValueError(f"expected a kernel that `indexproj tune` tries, got {entry.pick}")
         return entry
     except KeyError as error:
         raise ValueError(f"entry {number}: {error} is missing or unknown") from error

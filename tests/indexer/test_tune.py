@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import math
+import os
 from dataclasses import replace
 
 import pytest
@@ -11,8 +12,9 @@ from typer.testing import CliRunner
 
 from indexproj.indexer import timing, tune
 from indexproj.indexer.cli import app
-from indexproj.indexer.tune import FINALISTS, FIRST_ROUNDS, LAST_ROUNDS, MS, Task, WrongError, candidates, search
-from indexproj.kernels import TARGETS, choose, reference
+from indexproj.indexer.tune import FINALISTS, FIRST_ROUNDS, LAST_ROUNDS, MS, Task, WrongError, search
+from indexproj.kernels import TARGETS, KernelConfig, choose, reference, target
+from indexproj.kernels.dispatch import candidates
 from indexproj.kernels.gates import PAIRS, SHAPES
 from indexproj.kernels.matrix import Kind
 from indexproj.kernels.tuned import OUTS, Case, Entry, Table
@@ -36,9 +38,10 @@ class Clock:
             self.sampled.append(choice)
             self.now += cost
             found = microseconds[choice]
+            found = next(found) if isinstance(found, itertools.cycle) else found
             if isinstance(found, Exception):
                 raise found
-            return next(found) if isinstance(found, itertools.cycle) else found
+            return found
 
         return sample
 
@@ -59,15 +62,27 @@ def test_candidates_begin_with_what_dispatch_reckons(name, shape, pair):
             assert math.prod(config.grid(m, *ns)) <= 4 * max(TARGETS[name].sm_count, m)
         everything |= set(found)
     assert {config.regime for config in everything} == {"gemv", "split_k", "tiled"}
-    assert len(everything) <= 120  # compiled by 16 cores in a quarter of a minute
+    assert len(everything) <= 80  # all pairs are compiled by 16 cores in less than a minute
+
+
+def test_candidates_are_those_that_fill_the_gpu_of_each_regime_in_turn():
+    target = TARGETS["sm_90"]
+    found = candidates(16, DEEPSEEK, FP8.kinds, target)
+    assert [config.regime for config in found[:7]] == ["split_k", *["gemv", "split_k"] * 3]
+    assert [config.regime for config in candidates(64, DEEPSEEK, FP8.kinds, target)[1:3]] == ["split_k", "tiled"]
+    programs = [math.prod(c.grid(m, 128, 64)) for m in MS for c in candidates(m, DEEPSEEK, FP8.kinds, target)]
+    assert 132 / 4 <= min(programs) < 132 / 3
+    quarter = KernelConfig("split_k", 16, 64, 4, 2, 8, 32, 8)  # 6 * 4 programs, and so a fifth of a wave
+    assert quarter not in found
 
 
 def test_the_fastest_is_found_and_those_that_are_close_are_measured_again():
     clock = Clock()
     # "b" looks fastest at first, and "c" in the long run.
     times = {"a": 9.0, "b": itertools.cycle([1.0] * FIRST_ROUNDS + [5.0] * LAST_ROUNDS), "c": 3.0, "d": 4.0, "e": 8.0}
-    found = search(list(times), 1, clock.sampler(times), clock.now + 1e9, clock)
+    found, tried = search(list(times), 1, clock.sampler(times), clock.now + 1e9, clock)
     assert list(found.items()) == [("c", 3.0), ("d", 4.0), ("b", 5.0), ("a", 9.0)]
+    assert tried == list("abcde")
     again = clock.sampled[len(times) * FIRST_ROUNDS :]
     assert again == ["a", "b", "c", "d"] * LAST_ROUNDS  # in turn
     assert FINALISTS == 3
@@ -76,7 +91,7 @@ def test_the_fastest_is_found_and_those_that_are_close_are_measured_again():
 def test_one_slow_round_does_not_decide():
     clock = Clock()
     times = {"a": 5.0, "b": itertools.cycle([3.0, 90.0, 3.0, 3.0])}
-    assert search("ab", 1, clock.sampler(times), clock.now + 1e9, clock) == {"b": 3.0, "a": 5.0}
+    assert search("ab", 1, clock.sampler(times), clock.now + 1e9, clock)[0] == {"b": 3.0, "a": 5.0}
 
 
 def test_after_the_deadline_nothing_new_is_measured():
@@ -86,13 +101,19 @@ def test_after_the_deadline_nothing_new_is_measured():
     search(list(times), 1, clock.sampler(times, cost), clock.now + 4 * cost * FIRST_ROUNDS - 0.1, clock)
     assert set(clock.sampled) == set("abcd")
     late = Clock()
-    assert search(list(times), 1, late.sampler(times), late.now - 1, late) == {"a": 1.0}
+    assert search(list(times), 1, late.sampler(times), late.now - 1, late) == ({"a": 1.0}, ["a"])
 
 
 def test_what_cannot_run_is_left_out_and_what_is_wrong_ends_the_search():
     clock = Clock()
     times = {"a": 2.0, "b": RuntimeError("out of resources"), "c": 1.0}
-    assert search("abc", 3, clock.sampler(times), clock.now + 1e9, clock) == {"c": 1.0, "a": 2.0}
+    for always in (1, 3):
+        clock.sampled.clear()
+        found = search("abc", always, clock.sampler(times), clock.now + 1e9, clock)
+        assert found == ({"c": 1.0, "a": 2.0}, ["a", "b", "c"])
+        assert clock.sampled.count("b") == 1
+    late = itertools.cycle([1.0] * FIRST_ROUNDS + [RuntimeError("out of memory")])
+    assert search("ab", 1, clock.sampler({"a": 2.0, "b": late}), clock.now + 1e9, clock)[0] == {"a": 2.0}
     with pytest.raises(RuntimeError, match="b cannot be measured: out of resources"):
         search("bac", 1, clock.sampler(times), clock.now + 1e9, clock)
     with pytest.raises(WrongError):
@@ -114,34 +135,80 @@ class Speeds(dict):
         return 3.0 + abs(choice.split_k - 7) / 100
 
 
+def tuned(clock, seconds, compiler, **options):
+    def sampler(case, device):
+        return clock.sampler(Speeds(), cost=0.01)
+
+    return list(
+        tune.tune(
+            [DENSE, FP8], torch.device("cuda"), seconds, sampler=sampler, compiler=compiler, clock=clock, **options
+        )
+    )
+
+
 @pytest.mark.parametrize("seconds", [110, 5])
 def test_all_rows_of_all_tasks_get_an_entry_in_the_time_that_there_is(h100, seconds):
-    clock, compiled = Clock(), []
+    clock, limits, said = Clock(), [], []
 
-    def compile_ahead(task, target, ms, limit):
-        compiled.append((task, limit))
+    def compiler(target, kernels, limit):
+        limits.append(limit)
         clock.now += limit
+        assert len(set(kernels)) == len(kernels)
+        return kernels
 
-    entries = list(
-        tune.tune(
-            [DENSE, FP8], torch.device("cuda"), seconds,
-            sampler=lambda case, device: clock.sampler(Speeds(), cost=0.01), compile_ahead=compile_ahead, clock=clock,
-        )
-    )  # fmt: skip
+    entries = tuned(clock, seconds, compiler, report=lambda *what: said.append(what))
     assert [(entry.case.kinds, entry.case.m) for entry in entries] == [
         (task.kinds, m) for task in (DENSE, FP8) for m in MS
     ]
-    # Compiling has half of a task's time; the last rounds are not cut short.
-    assert compiled[0] == (DENSE, seconds / 4)
+    # Compiling has half of the time; the last rounds are not cut short.
+    assert limits == [seconds / 2]
     assert clock.now - 1000 <= seconds + len(entries) * 0.01 * (FIRST_ROUNDS + LAST_ROUNDS * (3 + FINALISTS))
+    assert said[-1] == ("measuring", 30, 30)
+    assert said[: -len(entries)] == [("compiling", n, len(said) - 30) for n in range(1, len(said) - 29)]
     for entry in entries:
         known = candidates(entry.case.m, GLM, entry.case.kinds, TARGETS["sm_90"])
         assert entry.default_us == Speeds()[known[0]]
+        assert (entry.tried, entry.candidates) == (len(known) if seconds == 110 else entry.tried, len(known))
         if seconds == 110:
             assert entry.us == min(Speeds()[config] for config in known) == Speeds()[entry.pick]
             assert entry.us <= entry.runner_up_us
             assert entry.torch_us == {"fp32": 7.0, "bf16": 2.0}
             assert entry.torch_for == (["bf16"] if entry.case.kinds == DENSE.kinds else [])
+    assert min(entry.tried for entry in entries) == (3 if seconds == 110 else 1)
+
+
+def test_what_is_likely_fast_is_compiled_first_and_only_what_is_compiled_is_measured(h100):
+    clock, asked = Clock(), []
+
+    def compiler(target, kernels, limit):
+        asked.extend(kernels)
+        return kernels[:20]
+
+    entries = tuned(clock, 110, compiler)
+    reckoned = {(candidates(e.case.m, GLM, e.case.kinds, TARGETS["sm_90"])[0], GLM, e.case.kinds) for e in entries}
+    assert set(asked[: len(reckoned)]) == reckoned
+    for entry in entries:
+        configs = candidates(entry.case.m, GLM, entry.case.kinds, TARGETS["sm_90"])
+        at_hand = [config for config in configs[1:] if (config, GLM, entry.case.kinds) in asked[:20]]
+        assert entry.tried == 1 + len(at_hand)
+
+
+def test_kernels_are_compiled_by_processes_until_the_time_is_over(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    config, shape = KernelConfig("gemv", 1, 128, slices=8), (128, 16, 512)
+    fine, broken = (config, shape, DENSE.kinds), (config, shape, (99, 99))
+    assert list(tune._compile(TARGETS["sm_90"], [fine, broken], 300)) == [fine]
+    assert list(tmp_path.rglob("gemv_kernel.cubin"))
+    assert list(tune._compile(TARGETS["sm_90"], [fine], 0)) == []
+    with pytest.raises(RuntimeError, match="too little memory"):
+        list(tune._compile(Killer(), [fine], 300))
+
+
+class Killer:
+    """A target that ends the process that gets it."""
+
+    def __reduce__(self):
+        return os._exit, (9,)
 
 
 class Calls:
@@ -183,10 +250,32 @@ def test_a_sample_goes_through_all_copies_and_is_checked_first(sampled, task):
     assert len(seen) == 4  # once to be checked, once with each copy
     for outs in OUTS:
         assert sample(outs) == 3.0  # torch, with bf16 weights
+    assert sample._x.shape == (5, GLM[2])
     error[0] = 1e-5
     assert sample(config) == 3.0
     with pytest.raises(WrongError, match=r"split_k .* is off by 1.0e-05 of the largest output"):
         sample(replace(config, num_warps=4))
+
+
+@pytest.mark.parametrize("off", [2e-4, 2**-5])
+def test_torch_is_left_out_where_it_is_too_far_off(sampled, monkeypatch, off):
+    multiply = tune.multiply_by_torch
+
+    def less_precise(x, weights, outs):
+        done = multiply(x, weights, outs)
+        for out in outs:
+            out *= 1 + off
+        return done
+
+    monkeypatch.setattr(tune, "multiply_by_torch", less_precise)
+    sample = tune.Sampler(Case(5, GLM, DENSE.kinds), torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="torch is off by"):
+        sample("fp32")
+    if off == 2e-4:
+        assert sample("bf16") == 3.0
+    else:
+        with pytest.raises(RuntimeError, match="torch is off by"):
+            sample("bf16")
 
 
 @pytest.mark.parametrize("value", [math.nan, 1.0])
@@ -248,15 +337,19 @@ def gpu(monkeypatch, tmp_path):
     """A GPU for the command, which measures nothing; yields what it was asked for."""
     for name, value in (("is_available", True), ("current_device", 0), ("get_device_name", GPU)):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(target, "target_of", lambda _: TARGETS["sm_90"])
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.setattr(tune, "MS", (1, 16))
     asked = []
 
-    def measure(tasks, device, seconds):
+    def measure(tasks, device, seconds, report):
+        report("compiling", 1, 2)
         asked.append((tasks, device, seconds))
         for task, m in itertools.product(tasks, tune.MS):
             config = choose(m, task.shape, task.kinds, TARGETS["sm_90"])
-            yield Entry(Case(m, task.shape, task.kinds), config, float(len(asked)), None, None, 5.0, {"bf16": 0.5})
+            yield Entry(
+                Case(m, task.shape, task.kinds), config, float(len(asked)), None, None, 5.0, {"bf16": 0.5}, 1, 9
+            )
 
     monkeypatch.setattr(tune, "tune", measure)
     return asked
@@ -274,12 +367,12 @@ def test_the_command_keeps_a_table_and_what_else_is_in_it(gpu, tmp_path):
     assert gpu == [([DENSE, FP8], torch.device("cuda", 0), 110)]
     assert "glm-5: BF16, BF16; us" in result.stdout
     assert "gemv 1x1024, torch for bf16" in result.stdout
-    table = Table.read(path, GPU)
+    table = Table.read(path, GPU, TARGETS["sm_90"])
     assert [entry.case.m for entry in table.entries] == [1, 16, 1, 16]
     result = run("--shape", "glm-5", "--shape", "deepseek-v3.2", "--pair", "FP8 128x128, BF16", "--seconds", "7")
     assert result.exit_code == 0, result.output
     assert [seconds for _, _, seconds in gpu[1:]] == [7, 7]
-    assert [(entry.case.shape, entry.us) for entry in Table.read(path, GPU).entries] == [
+    assert [(entry.case.shape, entry.us) for entry in Table.read(path, GPU, TARGETS["sm_90"]).entries] == [
         (GLM, 1.0), (GLM, 1.0), (GLM, 2.0), (GLM, 2.0), (DEEPSEEK, 3.0), (DEEPSEEK, 3.0),
     ]  # fmt: skip
 
@@ -290,7 +383,7 @@ def test_a_table_that_does_not_fit_is_replaced_with_a_word(gpu, tmp_path):
     result = run("--shape", "glm-5", "--pair", "BF16, BF16", "--output", path)
     assert result.exit_code == 0, result.output
     assert "replaces what is there" in result.stderr
-    assert len(Table.read(path, GPU).entries) == 2
+    assert len(Table.read(path, GPU, TARGETS["sm_90"]).entries) == 2
 
 
 @pytest.mark.parametrize(
@@ -299,8 +392,8 @@ def test_a_table_that_does_not_fit_is_replaced_with_a_word(gpu, tmp_path):
 def test_the_command_says_what_went_wrong(gpu, monkeypatch, tmp_path, error, code):
     measure = tune.tune
 
-    def fail(*arguments):
-        yield from itertools.islice(measure(*arguments), count)
+    def fail(*arguments, report):
+        yield from itertools.islice(measure(*arguments, report), count)
         raise error
 
     monkeypatch.setattr(tune, "tune", fail)
@@ -309,7 +402,7 @@ def test_the_command_says_what_went_wrong(gpu, monkeypatch, tmp_path, error, cod
         result = run("--shape", "glm-5", "--output", path)
         assert (result.exit_code, str(error) in result.stderr) == (code, True)
         assert path.exists() == (count > 0)
-    assert len(Table.read(path, GPU).entries) == 3
+    assert len(Table.read(path, GPU, TARGETS["sm_90"]).entries) == 3
 
 
 def test_without_a_gpu_the_command_says_so(monkeypatch):

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from indexproj.benchmarks.stub import stub_driver
-from indexproj.kernels import TARGETS, KernelConfig, choose, launch, project, tuned
+from indexproj.kernels import TARGETS, DenseMatrix, KernelConfig, ProjectionWeights, choose, launch, project, tuned
 from indexproj.kernels.matrix import Kind
 from indexproj.kernels.tuned import Case, Entry, Table
 from support import GLM, weights
 
-GPU = "NVIDIA H100 80GB HBM3"
+GPU, SM90 = "NVIDIA H100 80GB HBM3", TARGETS["sm_90"]
 BF16, FP32 = torch.bfloat16, torch.float32
 SPLIT = KernelConfig("split_k", block_m=16, block_k=64, split_k=6, slices=4, num_warps=4, num_stages=2)
 GEMV = KernelConfig("gemv", block_m=8, block_k=128, slices=8)
@@ -27,8 +27,8 @@ def table(*entries):
 
 
 ENTRIES = (
-    Entry(FP8, SPLIT, 3.25, GEMV, 4.0, 3.5, {"fp32": 3.0, "bf16": 3.0}),
-    Entry(DENSE, SPLIT, 3.25, None, None, 3.25, {"fp32": 6.0, "bf16": 3.0}),
+    Entry(FP8, SPLIT, 3.25, GEMV, 4.0, 3.5, {"fp32": 3.0, "bf16": 3.0}, tried=9, candidates=20),
+    Entry(DENSE, SPLIT, 3.25, None, None, 3.25, {"fp32": 6.0, "bf16": 3.0}, tried=1, candidates=20),
 )
 
 
@@ -39,25 +39,30 @@ def path(tmp_path):
 
 
 def test_what_is_written_is_read_back(path):
-    assert Table.read(path, GPU) == table(*ENTRIES)
+    assert Table.read(path, GPU, SM90) == table(*ENTRIES)
     assert len(path.read_text().splitlines()) == 9  # an entry a line
     empty = table()
     empty.write(path)
-    assert Table.read(path, GPU) == empty
+    assert Table.read(path, GPU, SM90) == empty
 
 
 def test_a_pick_is_for_all_m_that_round_up_to_it(path):
-    found = Table.read(path, GPU)
+    found = Table.read(path, GPU, SM90)
     for m, expected in ((8, None), (9, SPLIT), (16, SPLIT), (17, None)):
-        assert found.find(m, GLM, FP8.kinds, (BF16, FP32)) == expected
-    assert found.find(16, (128, 64, 7168), FP8.kinds, (BF16, FP32)) is None
-    assert found.find(16, GLM, (Kind.NVFP4, Kind.BF16), (BF16, FP32)) is None
+        assert found.find(m, GLM, FP8.kinds, None) == expected
+    assert found.find(16, (128, 64, 7168), FP8.kinds, None) is None
+    assert found.find(16, GLM, (Kind.NVFP4, Kind.BF16), None) is None
 
 
 def test_torch_is_picked_where_it_was_faster_and_computes_the_same(path):
-    found = Table.read(path, GPU)
-    assert [found.find(16, GLM, DENSE.kinds, outs) for outs in ((BF16, BF16), (BF16, FP32))] == ["torch", SPLIT]
-    assert found.find(16, GLM, FP8.kinds, (BF16, BF16)) == SPLIT  # torch would need another copy of the weights
+    found = Table.read(path, GPU, SM90)
+    picks = [found.find(16, GLM, DENSE.kinds, outs) for outs in ((BF16, BF16), (BF16, FP32), (FP32, FP32), None)]
+    assert picks == ["torch", SPLIT, SPLIT, SPLIT]
+    for kinds in (FP8.kinds, (Kind.BF16, Kind.FP8_BLOCK)):  # torch would need another copy of the weights
+        entry = dataclasses.replace(ENTRIES[1], case=Case(16, GLM, kinds))
+        assert entry.torch_for == []
+    for us, outs in ((3.25, []), (3.2, []), (3.18, ["bf16"])):  # by more than what two measurements differ
+        assert dataclasses.replace(ENTRIES[1], torch_us={"bf16": us}).torch_for == outs
 
 
 def changed(place, **fields):
@@ -71,6 +76,7 @@ def changed(place, **fields):
     ("change", "message"),
     [
         (changed("head", gpu="NVIDIA H200"), "another GPU: expected NVIDIA H100 80GB HBM3, got NVIDIA H200; run"),
+        (changed("head", versions=tuned.versions() | {"kernels": "0" * 12}), "another versions"),
         (changed("head", versions=tuned.versions() | {"triton": "3.0"}), r"another versions: .*'triton': '3.0'}; run"),
         (changed("head", extra=1), "no table .*extra"),
         (lambda content: content.pop("date"), "no table .*date"),
@@ -87,7 +93,13 @@ def changed(place, **fields):
         (changed(1, torch_us={"fp64": 3.0}, torch_for=["fp64"]), "entry 2: expected microseconds"),
         (changed(0, pick={"regime": "tiled", "block_m": 24, "block_k": 64}), "entry 1: KernelConfig: block_m"),
         (changed(0, pick={"regime": "tiled", "block_n": 16}), "entry 1: .*block_m"),
-        (changed(0, pick={"regime": "gemv", "block_m": 1, "block_k": 64}, m=65536), "entry 1: .* larger grid"),
+        (changed(0, pick={"regime": "gemv", "block_m": 1, "block_k": 64}), "entry 1: expected a kernel that .* tries"),
+        (
+            changed(0, pick={"regime": "tiled", "block_m": 256, "block_k": 128, "num_stages": 8}),
+            "entry 1: expected a ke",
+        ),
+        (changed(0, tried="9"), "entry 1: expected how many kernels were tried"),
+        (changed(1, candidates=None), "entry 2: expected how many kernels were tried"),
         (changed(0, m=15), "entry 1: expected a power of two as m, got 15"),
         (changed(0, m="16"), "entry 1: expected a power of two as m, got '16'"),
         (changed(0, kinds=["INT4", "BF16"]), "entry 1: 'INT4' is missing or unknown"),
@@ -106,7 +118,7 @@ def test_a_table_that_does_not_fit_is_refused_with_a_reason(path, change, messag
     change(content)
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message) as caught:
-        Table.read(path, GPU)
+        Table.read(path, GPU, SM90)
     assert str(path) in str(caught.value)
 
 
@@ -114,13 +126,14 @@ def test_a_table_that_does_not_fit_is_refused_with_a_reason(path, change, messag
 def test_a_file_that_is_no_table_is_refused(path, text):
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(ValueError, match="no table of `indexproj tune`"):
-        Table.read(path, GPU)
+        Table.read(path, GPU, SM90)
 
 
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
     """A device that has a name, and a config folder."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: GPU)
+    monkeypatch.setattr(tuned, "target_of", lambda _: SM90)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.delenv(tuned.VARIABLE, raising=False)
     tuned.table_of.cache_clear()
@@ -139,6 +152,9 @@ def test_tables_are_found_in_the_config_folder_or_where_the_variable_says(gpu, p
         tuned.table_of.cache_clear()
         assert tuned.table_of(gpu) == expected
     assert tuned.table_of(torch.device("cpu")) is None
+    monkeypatch.setattr(tuned, "INTERPRETED", True)
+    tuned.table_of.cache_clear()
+    assert tuned.table_of(gpu) is None
 
 
 @pytest.mark.parametrize("content", [None, "{"], ids=["missing", "corrupt"])
@@ -159,8 +175,10 @@ def test_a_refused_table_is_a_warning_and_no_error(gpu, path, monkeypatch, caplo
 def driver(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "_ready", {})
     monkeypatch.setattr(launch, "table_of", lambda device: table(*ENTRIES))
+    launch.decide.cache_clear()
     with stub_driver(tmp_path / "cache") as stub:
         yield stub
+    launch.decide.cache_clear()
 
 
 @pytest.mark.parametrize("gate_dtype", [FP32, BF16])
@@ -194,10 +212,29 @@ def test_torch_multiplies_where_it_was_fastest(driver, row, poison, monkeypatch)
     assert (products.call_count, driver.launches) == (1, before)  # both in one, as in vLLM
     assert torch.equal(out, torch.nn.functional.linear(x, w.fused_weight))
     assert torch.equal(torch.cat((k, gate), 1), out)
-    apart = project(x, w, gate_dtype=BF16)
-    assert (products.call_count, driver.launches) == (3, before)
-    for found, matrix in zip(apart, (w.wk, w.gate), strict=True):
-        assert torch.equal(found, torch.nn.functional.linear(x, matrix.weight))
+
+
+def test_torch_does_not_multiply_twice_what_was_measured_as_one(driver, monkeypatch):
+    """Where outputs or weights are apart; kernels take them as they are."""
+    products = mock.Mock(wraps=torch.mm)
+    monkeypatch.setattr(torch, "mm", products)
+    packed, x, out = weights("dense-dense", GLM), torch.zeros(13, GLM[2], dtype=BF16), torch.empty(13, 160, dtype=BF16)
+    apart = ProjectionWeights(*(DenseMatrix(matrix.weight.clone()) for matrix in (packed.wk, packed.gate)))
+    for run in (lambda: project(x, packed, gate_dtype=BF16), lambda: project(x, apart, out=out)):
+        for _ in range(2):  # compiled, and taken from what is kept
+            before = driver.launches
+            run()
+            assert (products.call_count, driver.launches) == (0, before + 1)
+            assert driver.grid == SPLIT.grid(13, 128, 32)
+    project(x, packed, out=out)  # the same problem to a kernel, and still torch's
+    assert products.call_count == 1
+
+
+def test_torch_multiplies_what_requires_grad_as_the_kernels_do(driver):
+    w, x = weights("dense-dense", GLM), torch.zeros(13, GLM[2], dtype=BF16, requires_grad=True)
+    out = torch.empty(13, 160, dtype=BF16)
+    torch.ops.indexproj.project_out(x, [w.wk.weight, w.gate.weight], "BF16 BF16", out)
+    assert torch.equal(out, torch.zeros(13, 160, dtype=BF16))
 
 
 def test_a_config_that_is_given_goes_before_the_table(driver):
