@@ -94,6 +94,12 @@ def test_one_slow_round_does_not_decide():
     assert search("ab", 1, clock.sampler(times), clock.now + 1e9, clock)[0] == {"b": 3.0, "a": 5.0}
 
 
+def test_the_first_rounds_do_not_count():
+    clock = Clock()
+    times = {"a": itertools.cycle([1.0] * FIRST_ROUNDS + [4.0] * 4 + [5.0] * 5)}
+    assert search("a", 1, clock.sampler(times), clock.now + 1e9, clock)[0] == {"a": 5.0}
+
+
 def test_after_the_deadline_nothing_new_is_measured():
     clock = Clock()
     times = dict.fromkeys("abcdefgh", 1.0)

@@ -3,10 +3,12 @@
 import pytest
 import torch
 import triton
+from triton.compiler import CompilationError
 
 from indexproj.benchmarks.stub import stub_driver
-from indexproj.kernels import TARGETS, choose, project
+from indexproj.kernels import TARGETS, KernelConfig, choose, project
 from indexproj.kernels import launch as module
+from indexproj.kernels.matrix import Kind
 from support import DEEPSEEK, PAIRS, weights
 
 SM90 = TARGETS["sm_90"]
@@ -59,18 +61,19 @@ def test_the_short_way_hands_over_what_tritons_launcher_does(driver, m):
     assert len(set(seen)) == 1  # one workspace
 
 
-def test_profilers_see_every_launch(driver):
+@pytest.mark.parametrize("side", ["launch_enter_hook", "launch_exit_hook"])
+def test_profilers_see_every_launch(driver, side):
     w, seen = weights("fp8-dense", DEEPSEEK), []
 
     def hook(metadata):
         seen.append(metadata.get()["name"])
 
-    triton.knobs.runtime.launch_enter_hook.add(hook)
+    getattr(triton.knobs.runtime, side).add(hook)
     try:
         for _ in range(2):  # compiled, and taken from the dictionary
             project(x_of(16), w)
     finally:
-        triton.knobs.runtime.launch_enter_hook.remove(hook)
+        getattr(triton.knobs.runtime, side).remove(hook)
     assert seen == ["split_k_kernel"] * 2
 
 
@@ -140,3 +143,11 @@ def test_what_a_kernel_depends_on_gets_its_own(driver):
     project(x_of(16).half(), w)
     project(x_of(16), weights("fp8-fp8", DEEPSEEK))
     assert len(module._ready) == 9
+
+
+def test_a_config_that_rounds_x_in_other_groups_does_not_compile(driver):
+    w, outs = weights("fp8-dense", DEEPSEEK), (torch.empty(16, 128, dtype=torch.bfloat16), torch.empty(16, 64))
+    problem = module.problem_of(w, torch.bfloat16, torch.float32)._replace(kinds=(Kind.W8A8, Kind.BF16))
+    with pytest.raises(CompilationError) as caught:
+        module.launch(x_of(16), (w.wk.operands, w.gate.operands), outs, problem, KernelConfig("tiled", 16, 64))
+    assert "static_assert" in str(caught.value.__cause__.__cause__)

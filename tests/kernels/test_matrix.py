@@ -5,6 +5,7 @@ import torch
 
 from indexproj.indexer.synthetic import quantize_blocks, random_weight
 from indexproj.kernels import DenseMatrix, Fp4Matrix, Fp8Matrix, ProjectionWeights, reference
+from indexproj.kernels.matrix import joined
 from support import MATRICES, dense, fp8, same, weights
 
 CODES = torch.zeros(130, 300, dtype=torch.float8_e4m3fn)
@@ -185,6 +186,18 @@ def test_views_that_do_not_follow_each_other_are_not_fused():
         (buffer[:128], other[128:144]),
     ):
         assert ProjectionWeights(DenseMatrix(wk), DenseMatrix(gate)).fused_weight is None
+
+
+def test_only_slices_of_one_tensor_are_joined():
+    buffer = torch.arange(4 * 64.0).bfloat16().view(4, 64)
+    assert torch.equal(joined((buffer[:, :16], buffer[:, 16:40]), 1), buffer[:, :40])
+    for other in (
+        buffer.view(-1).as_strided((4, 24), (24, 1), 16),  # other rows
+        buffer.view(torch.float16)[:, 16:40],
+        buffer[:, 17:40],
+        buffer.clone()[:, 16:40],
+    ):
+        assert joined((buffer[:, :16], other), 1) is None
 
 
 def test_other_pairs_have_no_fused_weight():

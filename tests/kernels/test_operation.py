@@ -1,10 +1,13 @@
 """What `project` refuses, before any kernel runs."""
 
+import math
+
 import pytest
 import torch
 
 from indexproj.kernels import DenseMatrix, ProjectionWeights, project, project_all
 from indexproj.kernels.matrix import operand_specs
+from indexproj.kernels.operation import _check_inputs
 from support import PAIRS, weights
 
 SHAPE = (128, 16, 256)
@@ -40,7 +43,10 @@ def out_of(*shape, dtype=torch.bfloat16):
         (x_of(4, 256), {**out_of(4, 144), "gate_dtype": torch.bfloat16}, ValueError, "do not go with out="),
         (x_of(4, 256), {**out_of(4, 144), "gate_dtype": torch.float32}, ValueError, "do not go with out="),
         (ALIASED[:, :256], {"out": ALIASED[:, 100:244]}, ValueError, "out overlaps x in memory"),
+        (ALIASED[:, 144:400], {"out": ALIASED[:, 1:145]}, ValueError, "out overlaps x in memory"),
+        (ALIASED[::2, :256], {"out": ALIASED[1:3, 100:244]}, ValueError, "out overlaps x in memory"),
         (x_of(4, 256), {"gate_scale": float("nan")}, ValueError, "2 finite factors"),
+        (x_of(4, 256), {"activation": ["fp8"]}, ValueError, r"must be None, .* got \['fp8'\]"),
         (x_of(4, 256), {"activation": "int8"}, ValueError, "must be None, 'fp8' or 'fp8_ue8m0', got 'int8'"),
         (x_of(4, 256), {}, RuntimeError, "TRITON_INTERPRET=1 before Python starts"),
     ],
@@ -115,6 +121,21 @@ def test_weights_and_outputs_that_require_grad_are_refused():
         project(x_of(4, 256), w)
     with pytest.raises(RuntimeError, match="not differentiable"):
         project(x_of(4, 256), weights("dense-dense", SHAPE), out=x_of(4, 144).requires_grad_())
+
+
+@pytest.mark.parametrize("columns", [slice(256, 400), slice(0, 144)], ids=["after x", "before x"])
+def test_out_may_lie_between_the_rows_of_x(columns):
+    x = ALIASED[:, :256] if columns.start else ALIASED[:, 144:400]
+    with pytest.raises(RuntimeError, match="the Triton kernels need a GPU"):  # nothing else is wrong
+        project(x, weights("fp8-dense", SHAPE), out=ALIASED[:, columns])
+
+
+def test_a_scale_of_minus_zero_is_zero():
+    """They are equal, and the first one's kernel would be the other one's."""
+    w, x = weights("fp8-dense", SHAPE), x_of(4, 256)
+    operands = [operand for operand in (*w.wk.operands, *w.gate.operands) if operand is not None]
+    problem, _ = _check_inputs(x, operands, "FP8_BLOCK BF16", x.dtype, [1.0, -0.0], False)
+    assert math.copysign(1, problem.factors[1]) == 1
 
 
 def test_out_may_not_lie_in_the_weights():

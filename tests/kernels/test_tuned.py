@@ -152,6 +152,7 @@ def test_tables_are_found_in_the_config_folder_or_where_the_variable_says(gpu, p
         tuned.table_of.cache_clear()
         assert tuned.table_of(gpu) == expected
     assert tuned.table_of(torch.device("cpu")) is None
+    monkeypatch.setenv(tuned.VARIABLE, str(path))
     monkeypatch.setattr(tuned, "INTERPRETED", True)
     tuned.table_of.cache_clear()
     assert tuned.table_of(gpu) is None
