@@ -181,6 +181,10 @@ def compile_(
         typer.Option(metavar="GPU", help="sm_80, sm_90, sm_100, sm_120, gfx942 or gfx950; may be repeated."),
     ] = None,
     all_targets: Annotated[bool, typer.Option("--all", help="All GPUs that there are gates for.")] = False,
+    sm_count: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="SMs (compute units) of the GPU. Default: of the largest such GPU."),
+    ] = None,
     shape: Shapes = None,
     pair: Pairs = None,
     cache: Annotated[
@@ -193,9 +197,10 @@ def compile_(
 
     One row for each kernel that dispatch picks, for the shapes and encodings of published models. Ends with 1 if
     anything is wrong with one. With --cache also for the outputs that vLLM asks for; a server with the same GPU and
-    versions, and DIR at the same path, then compiles nothing of these.
+    versions, and DIR at the same path, then compiles nothing of these. GPUs of one architecture differ in SMs, and
+    kernels with them: --sm-count takes what torch.cuda.get_device_properties(0).multi_processor_count is on the server.
     """
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from ..kernels import TARGETS
     from ..kernels.gates import CASES, PAIRS, SHAPES, rows
@@ -208,6 +213,11 @@ def compile_(
     unknown = [name for name in names if name not in TARGETS]
     if unknown or not names:
         _fail(f"compile: --target is one of {', '.join(TARGETS)}, got {', '.join(unknown) or 'none'}")
+    targets = [TARGETS[name] for name in names]
+    if sm_count:
+        if len(targets) != 1:
+            _fail(f"compile: --sm-count goes with one --target, got {', '.join(names)}")
+        targets = [replace(targets[0], sm_count=sm_count)]
     _check_names("compile", shape, pair)
     cases = list(product(shape or SHAPES, pair or PAIRS)) if shape or pair else CASES
     if cache:
@@ -218,7 +228,7 @@ def compile_(
         os.environ["TRITON_CACHE_DIR"] = str(cache.resolve())
     found = []
     with Console(stderr=True).status("Compiling") as status:
-        for row in rows(names, cases, OUTS if cache else ("fp32",)):
+        for row in rows(targets, cases, OUTS if cache else ("fp32",)):
             found.append(row)
             status.update(f"{row.target}, {row.pair}, {row.kernel}")
         for name in names:
@@ -344,11 +354,12 @@ def bench(
 
 def _print_static(quick: bool) -> None:
     """What compiled kernels show, in place of times on a GPU."""
+    from ..kernels import TARGETS
     from ..kernels.gates import CASES, rows
 
     console.print("No GPU here: the projection was not measured. What the compiler made of the kernels for an H100:")
     cases = [("deepseek-v3.2", "FP8 128x128, BF16")] if quick else CASES
-    _print_compiled([*rows(["sm_90"], cases), *_vllms_gemm("bench", "sm_90")])
+    _print_compiled([*rows([TARGETS["sm_90"]], cases), *_vllms_gemm("bench", "sm_90")])
 
 
 def _vllms_gemm(command: str, target: str) -> list[Row]:

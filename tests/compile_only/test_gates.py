@@ -37,7 +37,7 @@ compiled = functools.cache(
 def binaries(name, pair, **options):
     """Every config that some M asks for, the largest such M, and the binary."""
     shape, kinds, dtypes = PAIRS[pair]
-    for config, m in configs(name, shape, kinds, x_dtype=dtypes.get("x", torch.bfloat16), **options).items():
+    for config, m in configs(TARGETS[name], shape, kinds, x_dtype=dtypes.get("x", torch.bfloat16), **options).items():
         yield config, m, compiled(name, config, shape, kinds, *dtypes.items())
 
 
@@ -45,7 +45,7 @@ def binaries(name, pair, **options):
 @pytest.mark.parametrize("name", TARGETS)
 def test_resources(name, pair):
     for config, m, binary in binaries(name, pair):
-        assert faults(name, PAIRS[pair][0], m, config, binary) == [], config
+        assert faults(TARGETS[name], PAIRS[pair][0], m, config, binary) == [], config
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_more_matrices_and_more_rows(name, ns, kinds, ms):
         config = choose(m, shape, kinds, TARGETS[name])
         binary = compile_for(TARGETS[name], config, shape, kinds, **options)
         # In decode, 32 rows of x are one tile; two may come in more than one wave.
-        assert faults(name, shape, min(m, 32) if config.regime == "split_k" else m, config, binary) == [], config
+        assert faults(TARGETS[name], shape, min(m, 32) if config.regime == "split_k" else m, config, binary) == [], config
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -97,7 +97,7 @@ FINE = {"registers": 64, "spills": 0, "scratch": 0, "shared_memory": 1024, "thre
 )
 def test_gates_can_close(changes, fault):
     config = choose(16, DEEPSEEK, (FP8, BF16), TARGETS["sm_90"])
-    found = faults("sm_90", DEEPSEEK, 16, config, Binary(**FINE | changes))
+    found = faults(TARGETS["sm_90"], DEEPSEEK, 16, config, Binary(**FINE | changes))
     assert any(fault in line for line in found) if fault else found == []
 
 
@@ -113,7 +113,7 @@ def test_a_batch_invariant_row_meets_the_same_instructions_in_any_batch(name, pa
     assert len(found[0][2].mma) == 1
     for config, m, binary in found:
         # Up to 32 rows are one tile; more of them may come in two waves.
-        assert faults(name, PAIRS[pair][0], min(m, 32), config, binary) == [], config
+        assert faults(TARGETS[name], PAIRS[pair][0], min(m, 32), config, binary) == [], config
 
 
 @pytest.mark.parametrize("name", [name for name in TARGETS if TARGETS[name].backend == "hip"])
