@@ -191,6 +191,9 @@ def compile_(
         Path | None,
         typer.Option(metavar="DIR", help="Keep the binaries, for servers that run with TRITON_CACHE_DIR=DIR."),
     ] = None,
+    batch_invariant: Annotated[
+        bool, typer.Option("--batch-invariant", help="For servers with VLLM_BATCH_INVARIANT=1.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compile the kernels for GPUs that need not be here, and check the binaries.
@@ -228,7 +231,7 @@ def compile_(
         os.environ["TRITON_CACHE_DIR"] = str(cache.resolve())
     found = []
     with Console(stderr=True).status("Compiling") as status:
-        for row in rows(targets, cases, OUTS if cache else ("fp32",)):
+        for row in rows(targets, cases, OUTS if cache else ("fp32",), batch_invariant):
             found.append(row)
             status.update(f"{row.target}, {row.pair}, {row.kernel}")
         for name in names:

@@ -115,19 +115,23 @@ def nbytes(kind: Kind, n: int, k: int) -> int:
 
 
 def rows(
-    targets: Iterable[Target], cases: Iterable[tuple[str, str]] = CASES, gates: Iterable[str] = ("fp32",)
+    targets: Iterable[Target],
+    cases: Iterable[tuple[str, str]] = CASES,
+    gates: Iterable[str] = ("fp32",),
+    batch_invariant: bool = False,
 ) -> Iterator[Row]:
     """Compiles every config of every target and case, for every dtype of the gate, on all cores; in order."""
     tasks = [
-        (target, shape, pair, gate, config, m)
+        (target, shape, pair, gate, config, m, min(m, 32) if batch_invariant else m)
         for target, (shape, pair), gate in itertools.product(targets, cases, gates)
-        for config, m in configs(target, SHAPES[shape], PAIRS[pair]).items()
+        for config, m in configs(target, SHAPES[shape], PAIRS[pair], batch_invariant=batch_invariant).items()
     ]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         yield from pool.map(_row, *zip(*tasks, strict=True))
 
 
-def _row(target: Target, shape: str, pair: str, gate: str, config: KernelConfig, m: int) -> Row:
+def _row(target: Target, shape: str, pair: str, gate: str, config: KernelConfig, m: int, at_once: int) -> Row:
+    """at_once: rows for which the GPU has to hold all programs; batch-invariant ones may come in several waves."""
     *ns, k = sizes = SHAPES[shape]
     binary = compile_for(target, config, sizes, PAIRS[pair], outs=OUTS[gate])
     programs, (weight_reads, x_reads) = math.prod(config.grid(m, *ns)), config.reads(m, *ns)
@@ -144,5 +148,5 @@ def _row(target: Target, shape: str, pair: str, gate: str, config: KernelConfig,
         weight_reads=weight_reads,
         x_reads=x_reads,
         bytes_per_program=(weights * weight_reads + 2 * m * k * x_reads) // programs,
-        faults=tuple(faults(target, sizes, m, config, binary)),
+        faults=tuple(faults(target, sizes, at_once, config, binary)),
     )

@@ -47,13 +47,16 @@ def test_report():
         assert {str(row["registers"]), str(row["shared_memory"]), "ok"} <= set(cells)
 
 
-@pytest.mark.parametrize("options", [{}, {"sm_count": 78}], ids=str)
-def test_a_server_compiles_nothing_that_the_cache_holds(options, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "sm_count", "asked_for"),
+    [("", 132, {}), ("--sm-count 78", 78, {}), ("--batch-invariant", 132, {"batch_invariant": True})],
+)
+def test_a_server_compiles_nothing_that_the_cache_holds(options, sm_count, asked_for, tmp_path, monkeypatch):
     """Up to the driver, which does nothing, the launches are those of a server on an H100 or H20."""
-    target = dataclasses.replace(TARGETS["sm_90"], **options)
+    target = dataclasses.replace(TARGETS["sm_90"], sm_count=sm_count)
     line = 'indexproj compile --target sm_90 --shape glm-5 --pair "FP8 128x128, BF16" --cache cache\n'
     assert line in (Path(__file__).parents[2] / "docs/benchmarks.md").read_text()
-    command = [*COMMAND, *shlex.split(line)[2:], *(f"--sm-count={count}" for count in options.values())]
+    command = [*COMMAND, *shlex.split(line + options)[2:]]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     assert f"TRITON_CACHE_DIR={tmp_path / 'cache'}" in result.stdout
@@ -66,6 +69,6 @@ def test_a_server_compiles_nothing_that_the_cache_holds(options, tmp_path, monke
         for kernel in launch.KERNELS.values():
             kernel.device_caches.clear()  # what other tests have compiled
         for m in [2**power for power in range(17)]:
-            project(x[:m], w)
-            project(x[:m], w, out=out[:m])
-    assert asked == [True] * 2 * len(configs(target, GLM, PAIRS[PAIR]))
+            project(x[:m], w, **asked_for)
+            project(x[:m], w, out=out[:m], **asked_for)
+    assert asked == [True] * 2 * len(configs(target, GLM, PAIRS[PAIR], **asked_for))

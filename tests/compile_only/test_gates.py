@@ -65,7 +65,8 @@ def test_more_matrices_and_more_rows(name, ns, kinds, ms):
         config = choose(m, shape, kinds, TARGETS[name])
         binary = compile_for(TARGETS[name], config, shape, kinds, **options)
         # In decode, 32 rows of x are one tile; two may come in more than one wave.
-        assert faults(TARGETS[name], shape, min(m, 32) if config.regime == "split_k" else m, config, binary) == [], config
+        at_once = min(m, 32) if config.regime == "split_k" else m
+        assert faults(TARGETS[name], shape, at_once, config, binary) == [], config
 
 
 @pytest.mark.parametrize("name", TARGETS)
