@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from datetime import date
 from importlib.metadata import version
 from itertools import product
@@ -206,7 +207,7 @@ def compile_(
     from dataclasses import asdict, replace
 
     from ..kernels import TARGETS
-    from ..kernels.gates import CASES, PAIRS, SHAPES, rows
+    from ..kernels.gates import CASES, COMPILED, SHAPES, rows
     from ..kernels.target import INTERPRETED
     from ..kernels.tuned import OUTS
 
@@ -221,8 +222,8 @@ def compile_(
         if len(targets) != 1:
             _fail(f"compile: --sm-count goes with one --target, got {', '.join(names)}")
         targets = [replace(targets[0], sm_count=sm_count)]
-    _check_names("compile", shape, pair)
-    cases = list(product(shape or SHAPES, pair or PAIRS)) if shape or pair else CASES
+    _check_names("compile", shape, pair, COMPILED)
+    cases = list(product(shape or SHAPES, pair or COMPILED)) if shape or pair else CASES
     if cache:
         try:
             cache.mkdir(parents=True, exist_ok=True)
@@ -276,7 +277,7 @@ def tune(
     from ..kernels.tuned import Case, Entry, Table, default_path, versions
     from . import tune as module
 
-    _check_names("tune", shape, pair)
+    _check_names("tune", shape, pair, PAIRS)
     if INTERPRETED or not torch.cuda.is_available():
         _fail(f"tune: measures on a GPU, and {'TRITON_INTERPRET=1 is set' if INTERPRETED else 'there is none here'}")
     device = torch.device("cuda", torch.cuda.current_device())
@@ -386,10 +387,10 @@ def _print_compiled(found: list[Row]) -> None:
     )
 
 
-def _check_names(command: str, shape: list[str] | None, pair: list[str] | None) -> None:
-    from ..kernels.gates import PAIRS, SHAPES
+def _check_names(command: str, shape: list[str] | None, pair: list[str] | None, pairs: Iterable[str]) -> None:
+    from ..kernels.gates import SHAPES
 
-    for option, chosen, known in (("--shape", shape, SHAPES), ("--pair", pair, PAIRS)):
+    for option, chosen, known in (("--shape", shape, SHAPES), ("--pair", pair, pairs)):
         if strange := [name for name in chosen or () if name not in known]:
             _fail(f"{command}: {option} is one of {'; '.join(known)}; got {'; '.join(strange)}")
 

@@ -29,8 +29,10 @@ PAIRS = {
     "MXFP4, BF16": (Kind.MXFP4, Kind.BF16),
     "MXFP4, MXFP4": (Kind.MXFP4, Kind.MXFP4),
 }
+# And what FP8 becomes where `project` is told an activation: no other checkpoint, but other kernels.
+COMPILED = PAIRS | {"W8A8, BF16": (Kind.W8A8, Kind.BF16), "W8A8 ue8m0, BF16": (Kind.W8A8_UE8M0, Kind.BF16)}
 # Encodings decide over registers and instructions, K and H over little: one shape has all pairs, the other the usual.
-CASES = [("deepseek-v3.2", pair) for pair in PAIRS] + [("glm-5", "BF16, BF16"), ("glm-5", "FP8 128x128, BF16")]
+CASES = [("deepseek-v3.2", pair) for pair in COMPILED] + [("glm-5", "BF16, BF16"), ("glm-5", "FP8 128x128, BF16")]
 LARGEST_M = 65536
 
 
@@ -124,7 +126,7 @@ def rows(
     tasks = [
         (target, shape, pair, gate, config, m, min(m, 32) if batch_invariant else m)
         for target, (shape, pair), gate in itertools.product(targets, cases, gates)
-        for config, m in configs(target, SHAPES[shape], PAIRS[pair], batch_invariant=batch_invariant).items()
+        for config, m in configs(target, SHAPES[shape], COMPILED[pair], batch_invariant=batch_invariant).items()
     ]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         yield from pool.map(_row, *zip(*tasks, strict=True))
@@ -133,9 +135,9 @@ def rows(
 def _row(target: Target, shape: str, pair: str, gate: str, config: KernelConfig, m: int, at_once: int) -> Row:
     """at_once: rows for which the GPU has to hold all programs; batch-invariant ones may come in several waves."""
     *ns, k = sizes = SHAPES[shape]
-    binary = compile_for(target, config, sizes, PAIRS[pair], outs=OUTS[gate])
+    binary = compile_for(target, config, sizes, COMPILED[pair], outs=OUTS[gate])
     programs, (weight_reads, x_reads) = math.prod(config.grid(m, *ns)), config.reads(m, *ns)
-    weights = sum(nbytes(kind, n, k) for kind, n in zip(PAIRS[pair], ns, strict=True))
+    weights = sum(nbytes(kind, n, k) for kind, n in zip(COMPILED[pair], ns, strict=True))
     return Row.of(
         binary,
         target,

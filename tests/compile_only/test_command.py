@@ -13,7 +13,7 @@ import triton
 
 from indexproj.benchmarks.stub import stub_driver
 from indexproj.kernels import TARGETS, launch, project
-from indexproj.kernels.gates import PAIRS, configs
+from indexproj.kernels.gates import COMPILED, PAIRS, configs
 from indexproj.kernels.target import INTERPRETED
 from support import DEEPSEEK, GLM, weights
 
@@ -48,15 +48,21 @@ def test_report():
 
 
 @pytest.mark.parametrize(
-    ("options", "sm_count", "asked_for"),
-    [("", 132, {}), ("--sm-count 78", 78, {}), ("--batch-invariant", 132, {"batch_invariant": True})],
+    ("options", "pair", "sm_count", "asked_for"),
+    [
+        ("", PAIR, 132, {}),
+        ("--sm-count 78", PAIR, 78, {}),
+        ("--batch-invariant", PAIR, 132, {"batch_invariant": True}),
+        ("", "W8A8, BF16", 132, {"activation": "fp8"}),
+        ("", "W8A8 ue8m0, BF16", 132, {"activation": "fp8_ue8m0"}),
+    ],
 )
-def test_a_server_compiles_nothing_that_the_cache_holds(options, sm_count, asked_for, tmp_path, monkeypatch):
+def test_a_server_compiles_nothing_that_the_cache_holds(options, pair, sm_count, asked_for, tmp_path, monkeypatch):
     """Up to the driver, which does nothing, the launches are those of a server on an H100 or H20."""
     target = dataclasses.replace(TARGETS["sm_90"], sm_count=sm_count)
     line = 'indexproj compile --target sm_90 --shape glm-5 --pair "FP8 128x128, BF16" --cache cache\n'
     assert line in (Path(__file__).parents[2] / "docs/benchmarks.md").read_text()
-    command = [*COMMAND, *shlex.split(line + options)[2:]]
+    command = [*COMMAND, *shlex.split(line.replace(PAIR, pair) + options)[2:]]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     assert f"TRITON_CACHE_DIR={tmp_path / 'cache'}" in result.stdout
@@ -71,4 +77,5 @@ def test_a_server_compiles_nothing_that_the_cache_holds(options, sm_count, asked
         for m in [2**power for power in range(17)]:
             project(x[:m], w, **asked_for)
             project(x[:m], w, out=out[:m], **asked_for)
-    assert asked == [True] * 2 * len(configs(target, GLM, PAIRS[PAIR], **asked_for))
+    is_invariant = "batch_invariant" in asked_for
+    assert asked == [True] * 2 * len(configs(target, GLM, COMPILED[pair], batch_invariant=is_invariant))

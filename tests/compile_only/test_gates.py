@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from indexproj.kernels import TARGETS, choose, gates
+from indexproj.kernels import TARGETS, choose
 from indexproj.kernels.compiled import Binary, compile_for, compile_kernel, warm_up
-from indexproj.kernels.gates import CASES, SHAPES, configs, faults
+from indexproj.kernels.gates import CASES, COMPILED, SHAPES, configs, faults
 from indexproj.kernels.matrix import Kind
 from indexproj.kernels.target import INTERPRETED
 from support import DEEPSEEK, GLM
@@ -19,12 +19,10 @@ from support import DEEPSEEK, GLM
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="nothing is compiled under TRITON_INTERPRET=1")
 
 BF16, FP8, FP16 = Kind.BF16, Kind.FP8_BLOCK, {"x": torch.float16, "outs": (torch.float16, torch.float32)}
-PAIRS = {f"{shape}: {pair}": (SHAPES[shape], gates.PAIRS[pair], {}) for shape, pair in CASES} | {
+PAIRS = {f"{shape}: {pair}": (SHAPES[shape], COMPILED[pair], {}) for shape, pair in CASES} | {
     "FP8 128x128, BF16, fp16 x": (DEEPSEEK, (FP8, BF16), FP16),
     "FP8 per row, BF16": (DEEPSEEK, (Kind.FP8, BF16), {}),
     "FP8 128x128 fnuz, BF16": (DEEPSEEK, (Kind.FP8_BLOCK_FNUZ, BF16), {}),
-    "W8A8, BF16": (DEEPSEEK, (Kind.W8A8, BF16), {}),
-    "W8A8 ue8m0, BF16": (DEEPSEEK, (Kind.W8A8_UE8M0, BF16), {}),
     "W8A8 fnuz, BF16": (DEEPSEEK, (Kind.W8A8_FNUZ, BF16), {}),
     "W8A8, BF16, fp16 x": (DEEPSEEK, (Kind.W8A8, BF16), FP16),
     "glm-5: W8A8, BF16": (GLM, (Kind.W8A8, BF16), {}),
@@ -104,7 +102,12 @@ def test_gates_can_close(changes, fault):
 
 @pytest.mark.parametrize(
     "pair",
-    ["deepseek-v3.2: FP8 128x128, BF16", "deepseek-v3.2: NVFP4, NVFP4", "FP8 128x128, BF16, fp16 x", "W8A8, BF16"],
+    [
+        "deepseek-v3.2: FP8 128x128, BF16",
+        "deepseek-v3.2: NVFP4, NVFP4",
+        "FP8 128x128, BF16, fp16 x",
+        "deepseek-v3.2: W8A8, BF16",
+    ],
 )
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_batch_invariant_row_meets_the_same_instructions_in_any_batch(name, pair):
