@@ -47,8 +47,10 @@ def _library():
 
 
 @contextlib.contextmanager
-def stub_driver(cache):
+def stub_driver(cache, target=TARGETS["sm_90"]):
     """Triton with an H100 that runs nothing, and a directory to keep kernels in; yields the Stub.
+
+    target may have another number of SMs than the usual H100.
 
     Tensors stay on the CPU. Triton's launcher, and what it is compiled from, are the real ones.
     """
@@ -56,7 +58,7 @@ def stub_driver(cache):
     before = triton.runtime.driver._active
     with (
         mock.patch.dict(os.environ, {"TRITON_LIBCUDA_PATH": directory.name, "TRITON_CACHE_DIR": str(cache)}),
-        mock.patch.object(launch, "target_of", return_value=TARGETS["sm_90"]),
+        mock.patch.object(launch, "target_of", return_value=target),
     ):
         nvidia.library_dirs.cache_clear()
         driver = nvidia.CudaDriver()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from datetime import date
 from functools import partial
 from importlib.metadata import version
@@ -184,24 +185,32 @@ def compile_(
         typer.Option(metavar="GPU", help="sm_80, sm_90, sm_100, sm_120, gfx942 or gfx950; may be repeated."),
     ] = None,
     all_targets: Annotated[bool, typer.Option("--all", help="All GPUs that there are gates for.")] = False,
+    sm_count: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="SMs (compute units) of the GPU. Default: of the largest such GPU."),
+    ] = None,
     shape: Shapes = None,
     pair: Pairs = None,
     cache: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Keep the binaries, for servers that run with TRITON_CACHE_DIR=DIR."),
     ] = None,
+    batch_invariant: Annotated[
+        bool, typer.Option("--batch-invariant", help="For servers with VLLM_BATCH_INVARIANT=1.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compile the kernels for GPUs that need not be here, and check the binaries.
 
     One row for each kernel that dispatch picks, for the shapes and encodings of published models. Ends with 1 if
     anything is wrong with one. With --cache also for the outputs that vLLM asks for; a server with the same GPU and
-    versions, and DIR at the same path, then compiles nothing of these.
+    versions, and DIR at the same path, then compiles nothing of these. GPUs of one architecture differ in SMs, and
+    kernels with them: --sm-count takes what torch.cuda.get_device_properties(0).multi_processor_count is on the server.
     """
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from ..kernels import TARGETS
-    from ..kernels.gates import CASES, PAIRS, SHAPES, rows
+    from ..kernels.gates import CASES, COMPILED, SHAPES, rows
     from ..kernels.target import INTERPRETED
     from ..kernels.tuned import OUTS
 
@@ -211,8 +220,13 @@ def compile_(
     unknown = [name for name in names if name not in TARGETS]
     if unknown or not names:
         _fail(f"compile: --target is one of {', '.join(TARGETS)}, got {', '.join(unknown) or 'none'}")
-    _check_names("compile", shape, pair)
-    cases = list(product(shape or SHAPES, pair or PAIRS)) if shape or pair else CASES
+    targets = [TARGETS[name] for name in names]
+    if sm_count:
+        if len(targets) != 1:
+            _fail(f"compile: --sm-count goes with one --target, got {', '.join(names)}")
+        targets = [replace(targets[0], sm_count=sm_count)]
+    _check_names("compile", shape, pair, COMPILED)
+    cases = list(product(shape or SHAPES, pair or COMPILED)) if shape or pair else CASES
     if cache:
         try:
             cache.mkdir(parents=True, exist_ok=True)
@@ -221,7 +235,7 @@ def compile_(
         os.environ["TRITON_CACHE_DIR"] = str(cache.resolve())
     found = []
     with Console(stderr=True).status("Compiling") as status:
-        for row in rows(names, cases, OUTS if cache else ("fp32",)):
+        for row in rows(targets, cases, OUTS if cache else ("fp32",), batch_invariant):
             found.append(row)
             status.update(f"{row.target}, {row.pair}, {row.kernel}")
         for name in names:
@@ -266,7 +280,7 @@ def tune(
     from ..kernels.tuned import Case, Entry, Table, default_path, versions
     from . import tune as module
 
-    _check_names("tune", shape, pair)
+    _check_names("tune", shape, pair, PAIRS)
     if INTERPRETED or not torch.cuda.is_available():
         _fail(f"tune: measures on a GPU, and {'TRITON_INTERPRET=1 is set' if INTERPRETED else 'there is none here'}")
     device = torch.device("cuda", torch.cuda.current_device())
@@ -351,11 +365,12 @@ def bench(
 
 def _print_static(quick: bool) -> None:
     """What compiled kernels show, in place of times on a GPU."""
+    from ..kernels import TARGETS
     from ..kernels.gates import CASES, rows
 
     console.print("No GPU here: the projection was not measured. What the compiler made of the kernels for an H100:")
     cases = [("deepseek-v3.2", "FP8 128x128, BF16")] if quick else CASES
-    _print_compiled([*rows(["sm_90"], cases), *_vllms_gemm("bench", "sm_90")])
+    _print_compiled([*rows([TARGETS["sm_90"]], cases), *_vllms_gemm("bench", "sm_90")])
 
 
 def _vllms_gemm(command: str, target: str) -> list[Row]:
@@ -379,10 +394,10 @@ def _print_compiled(found: list[Row]) -> None:
     )
 
 
-def _check_names(command: str, shape: list[str] | None, pair: list[str] | None) -> None:
-    from ..kernels.gates import PAIRS, SHAPES
+def _check_names(command: str, shape: list[str] | None, pair: list[str] | None, pairs: Iterable[str]) -> None:
+    from ..kernels.gates import SHAPES
 
-    for option, chosen, known in (("--shape", shape, SHAPES), ("--pair", pair, PAIRS)):
+    for option, chosen, known in (("--shape", shape, SHAPES), ("--pair", pair, pairs)):
         if strange := [name for name in chosen or () if name not in known]:
             _fail(f"{command}: {option} is one of {'; '.join(known)}; got {'; '.join(strange)}")
 

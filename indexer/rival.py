@@ -57,7 +57,7 @@ def block_scaled_gemm(target: str, ms: Iterable[int]) -> list[Row]:
     return [
         Row.of(
             binary,
-            target,
+            TARGETS[target],
             shape="deepseek-v3.2",
             pair="FP8 128x128, none",
             gate="none",

@@ -13,7 +13,7 @@ from typing import Any
 from .compiled import MULTIPROCESSORS, Binary, compile_for
 from .dispatch import KernelConfig, choose
 from .matrix import Kind, operand_specs
-from .target import TARGETS
+from .target import Target
 from .tuned import OUTS
 
 # (D, H, K) of published models.
@@ -29,8 +29,10 @@ PAIRS = {
     "MXFP4, BF16": (Kind.MXFP4, Kind.BF16),
     "MXFP4, MXFP4": (Kind.MXFP4, Kind.MXFP4),
 }
+# And what FP8 becomes where `project` is told an activation: no other checkpoint, but other kernels.
+COMPILED = PAIRS | {"W8A8, BF16": (Kind.W8A8, Kind.BF16), "W8A8 ue8m0, BF16": (Kind.W8A8_UE8M0, Kind.BF16)}
 # Encodings decide over registers and instructions, K and H over little: one shape has all pairs, the other the usual.
-CASES = [("deepseek-v3.2", pair) for pair in PAIRS] + [("glm-5", "BF16, BF16"), ("glm-5", "FP8 128x128, BF16")]
+CASES = [("deepseek-v3.2", pair) for pair in COMPILED] + [("glm-5", "BF16, BF16"), ("glm-5", "FP8 128x128, BF16")]
 LARGEST_M = 65536
 
 
@@ -71,28 +73,28 @@ class Row:
     faults: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, binary: Binary, target: str, **facts: Any) -> Row:
+    def of(cls, binary: Binary, target: Target, **facts: Any) -> Row:
         """A row with what the binary shows."""
         return cls(
-            target=target,
+            target=target.name,
             registers=binary.registers,
             shared_memory=binary.shared_memory,
-            per_sm=binary.programs(MULTIPROCESSORS[target]),
+            per_sm=binary.programs(MULTIPROCESSORS[target.name]),
             mma=sum(binary.mma.values()),
             loads=dict(sorted(binary.loads.items(), reverse=True)),
             **facts,
         )
 
 
-def configs(name: str, shape: tuple[int, ...], kinds: tuple[int, ...], **options: Any) -> dict[KernelConfig, int]:
+def configs(target: Target, shape: tuple[int, ...], kinds: tuple[int, ...], **options: Any) -> dict[KernelConfig, int]:
     """Every config that dispatch picks on that target, and the largest power of two of rows for which it does."""
     powers = [2**power for power in range(LARGEST_M.bit_length())]
-    return {choose(m, shape, kinds, TARGETS[name], **options): m for m in powers}
+    return {choose(m, shape, kinds, target, **options): m for m in powers}
 
 
-def faults(name: str, shape: tuple[int, ...], m: int, config: KernelConfig, binary: Binary) -> list[str]:
+def faults(target: Target, shape: tuple[int, ...], m: int, config: KernelConfig, binary: Binary) -> list[str]:
     """What speaks against a binary, launched with m rows; none if nothing does."""
-    sm, found = MULTIPROCESSORS[name], []
+    sm, found = MULTIPROCESSORS[target.name], []
     if binary.spills or binary.scratch:
         found.append(f"{binary.spills} spills, {binary.scratch} bytes of local memory")
     if binary.shared_memory > sm.per_program:
@@ -103,7 +105,7 @@ def faults(name: str, shape: tuple[int, ...], m: int, config: KernelConfig, bina
     if widest < (8 if config.regime == "tiled" else 16):  # 32 columns of fp16 are 8 bytes a thread
         found.append(f"no load is wider than {widest} bytes")
     if config.regime != "tiled" and not config.serial:
-        programs, resident = math.prod(config.grid(m, *shape[:-1])), binary.programs(sm) * TARGETS[name].sm_count
+        programs, resident = math.prod(config.grid(m, *shape[:-1])), binary.programs(sm) * target.sm_count
         if programs > resident:
             found.append(f"{programs} programs, and the GPU holds {resident}")
     return found
@@ -115,26 +117,30 @@ def nbytes(kind: Kind, n: int, k: int) -> int:
 
 
 def rows(
-    names: Iterable[str], cases: Iterable[tuple[str, str]] = CASES, gates: Iterable[str] = ("fp32",)
+    targets: Iterable[Target],
+    cases: Iterable[tuple[str, str]] = CASES,
+    gates: Iterable[str] = ("fp32",),
+    batch_invariant: bool = False,
 ) -> Iterator[Row]:
     """Compiles every config of every target and case, for every dtype of the gate, on all cores; in order."""
     tasks = [
-        (name, shape, pair, gate, config, m)
-        for name, (shape, pair), gate in itertools.product(names, cases, gates)
-        for config, m in configs(name, SHAPES[shape], PAIRS[pair]).items()
+        (target, shape, pair, gate, config, m, min(m, 32) if batch_invariant else m)
+        for target, (shape, pair), gate in itertools.product(targets, cases, gates)
+        for config, m in configs(target, SHAPES[shape], COMPILED[pair], batch_invariant=batch_invariant).items()
     ]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         yield from pool.map(_row, *zip(*tasks, strict=True))
 
 
-def _row(name: str, shape: str, pair: str, gate: str, config: KernelConfig, m: int) -> Row:
+def _row(target: Target, shape: str, pair: str, gate: str, config: KernelConfig, m: int, at_once: int) -> Row:
+    """at_once: rows for which the GPU has to hold all programs; batch-invariant ones may come in several waves."""
     *ns, k = sizes = SHAPES[shape]
-    binary = compile_for(TARGETS[name], config, sizes, PAIRS[pair], outs=OUTS[gate])
+    binary = compile_for(target, config, sizes, COMPILED[pair], outs=OUTS[gate])
     programs, (weight_reads, x_reads) = math.prod(config.grid(m, *ns)), config.reads(m, *ns)
-    weights = sum(nbytes(kind, n, k) for kind, n in zip(PAIRS[pair], ns, strict=True))
+    weights = sum(nbytes(kind, n, k) for kind, n in zip(COMPILED[pair], ns, strict=True))
     return Row.of(
         binary,
-        name,
+        target,
         shape=shape,
         pair=pair,
         gate=gate,
@@ -144,5 +150,5 @@ def _row(name: str, shape: str, pair: str, gate: str, config: KernelConfig, m: i
         weight_reads=weight_reads,
         x_reads=x_reads,
         bytes_per_program=(weights * weight_reads + 2 * m * k * x_reads) // programs,
-        faults=tuple(faults(name, sizes, m, config, binary)),
+        faults=tuple(faults(target, sizes, at_once, config, binary)),
     )

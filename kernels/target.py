@@ -26,6 +26,11 @@ class Target:
     arch: int | str
     sm_count: int
 
+    @property
+    def name(self) -> str:
+        """Its key in TARGETS, if it is there."""
+        return f"sm_{self.arch}" if self.backend == "cuda" else str(self.arch)
+
     def is_cuda(self, capability: int = 0) -> bool:
         """Whether it is an NVIDIA GPU of that compute capability (times ten) or a newer one."""
         return isinstance(self.arch, int) and self.arch >= capability

@@ -19,6 +19,6 @@ for name in ("sm_90", "gfx942"):
         for m in (4, 16, 1000):
             config = choose(m, SHAPE, kinds, TARGETS[name])
             binary = compile_for(TARGETS[name], config, SHAPE, kinds, factors=(1.0, 0.0110485))
-            found += [f"{name} {kinds} {config}: {fault}" for fault in faults(name, SHAPE, m, config, binary)]
+            found += [f"{name} {kinds} {config}: {fault}" for fault in faults(TARGETS[name], SHAPE, m, config, binary)]
             count += 1
 print(json.dumps({"version": triton.__version__, "count": count, "faults": found}))

@@ -1,5 +1,6 @@
 """`indexproj compile`, as a user runs it."""
 
+import dataclasses
 import json
 import shlex
 import subprocess
@@ -11,8 +12,8 @@ import torch
 import triton
 
 from indexproj.benchmarks.stub import stub_driver
-from indexproj.kernels import launch, project
-from indexproj.kernels.gates import PAIRS, configs
+from indexproj.kernels import TARGETS, launch, project
+from indexproj.kernels.gates import COMPILED, PAIRS, configs
 from indexproj.kernels.target import INTERPRETED
 from support import DEEPSEEK, GLM, weights
 
@@ -31,7 +32,7 @@ def test_report():
     assert (table.returncode, data.returncode) == (0, 0), table.stderr + data.stderr
     rows = [row for row in json.loads(data.stdout) if row["pair"] == PAIR]
     expected = [(shape, str(config), m) for shape, sizes in (("deepseek-v3.2", DEEPSEEK), ("glm-5", GLM))
-                for config, m in configs("sm_90", sizes, PAIRS[PAIR]).items()]  # fmt: skip
+                for config, m in configs(TARGETS["sm_90"], sizes, PAIRS[PAIR]).items()]  # fmt: skip
     assert [(row["shape"], row["kernel"], row["m"]) for row in rows] == expected
     for row in rows:
         assert (row["target"], row["faults"]) == ("sm_90", [])
@@ -46,11 +47,22 @@ def test_report():
         assert {str(row["registers"]), str(row["shared_memory"]), "ok"} <= set(cells)
 
 
-def test_a_server_compiles_nothing_that_the_cache_holds(tmp_path, monkeypatch):
-    """Up to the driver, which does nothing, the launches are those of a server on an H100."""
+@pytest.mark.parametrize(
+    ("options", "pair", "sm_count", "asked_for"),
+    [
+        ("", PAIR, 132, {}),
+        ("--sm-count 78", PAIR, 78, {}),
+        ("--batch-invariant", PAIR, 132, {"batch_invariant": True}),
+        ("", "W8A8, BF16", 132, {"activation": "fp8"}),
+        ("", "W8A8 ue8m0, BF16", 132, {"activation": "fp8_ue8m0"}),
+    ],
+)
+def test_a_server_compiles_nothing_that_the_cache_holds(options, pair, sm_count, asked_for, tmp_path, monkeypatch):
+    """Up to the driver, which does nothing, the launches are those of a server on an H100 or H20."""
+    target = dataclasses.replace(TARGETS["sm_90"], sm_count=sm_count)
     line = 'indexproj compile --target sm_90 --shape glm-5 --pair "FP8 128x128, BF16" --cache cache\n'
     assert line in (Path(__file__).parents[2] / "docs/benchmarks.md").read_text()
-    command = [*COMMAND, *shlex.split(line)[2:]]
+    command = [*COMMAND, *shlex.split(line.replace(PAIR, pair) + options)[2:]]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     assert f"TRITON_CACHE_DIR={tmp_path / 'cache'}" in result.stdout
@@ -59,10 +71,11 @@ def test_a_server_compiles_nothing_that_the_cache_holds(tmp_path, monkeypatch):
     out = torch.empty(65536, 128 + 32, dtype=torch.bfloat16)
     monkeypatch.setattr(launch, "_ready", {})
     monkeypatch.setattr(triton.knobs.compilation, "listener", lambda **seen: asked.append(seen["cache_hit"]))
-    with stub_driver(tmp_path / "cache"):
+    with stub_driver(tmp_path / "cache", target):
         for kernel in launch.KERNELS.values():
             kernel.device_caches.clear()  # what other tests have compiled
         for m in [2**power for power in range(17)]:
-            project(x[:m], w)
-            project(x[:m], w, out=out[:m])
-    assert asked == [True] * 2 * len(configs("sm_90", GLM, PAIRS[PAIR]))
+            project(x[:m], w, **asked_for)
+            project(x[:m], w, out=out[:m], **asked_for)
+    is_invariant = "batch_invariant" in asked_for
+    assert asked == [True] * 2 * len(configs(target, GLM, COMPILED[pair], batch_invariant=is_invariant))

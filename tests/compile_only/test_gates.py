@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from indexproj.kernels import TARGETS, choose, gates
+from indexproj.kernels import TARGETS, choose
 from indexproj.kernels.compiled import Binary, compile_for, compile_kernel, warm_up
-from indexproj.kernels.gates import CASES, SHAPES, configs, faults
+from indexproj.kernels.gates import CASES, COMPILED, SHAPES, configs, faults
 from indexproj.kernels.matrix import Kind
 from indexproj.kernels.target import INTERPRETED
 from support import DEEPSEEK, GLM
@@ -19,12 +19,10 @@ from support import DEEPSEEK, GLM
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="nothing is compiled under TRITON_INTERPRET=1")
 
 BF16, FP8, FP16 = Kind.BF16, Kind.FP8_BLOCK, {"x": torch.float16, "outs": (torch.float16, torch.float32)}
-PAIRS = {f"{shape}: {pair}": (SHAPES[shape], gates.PAIRS[pair], {}) for shape, pair in CASES} | {
+PAIRS = {f"{shape}: {pair}": (SHAPES[shape], COMPILED[pair], {}) for shape, pair in CASES} | {
     "FP8 128x128, BF16, fp16 x": (DEEPSEEK, (FP8, BF16), FP16),
     "FP8 per row, BF16": (DEEPSEEK, (Kind.FP8, BF16), {}),
     "FP8 128x128 fnuz, BF16": (DEEPSEEK, (Kind.FP8_BLOCK_FNUZ, BF16), {}),
-    "W8A8, BF16": (DEEPSEEK, (Kind.W8A8, BF16), {}),
-    "W8A8 ue8m0, BF16": (DEEPSEEK, (Kind.W8A8_UE8M0, BF16), {}),
     "W8A8 fnuz, BF16": (DEEPSEEK, (Kind.W8A8_FNUZ, BF16), {}),
     "W8A8, BF16, fp16 x": (DEEPSEEK, (Kind.W8A8, BF16), FP16),
     "glm-5: W8A8, BF16": (GLM, (Kind.W8A8, BF16), {}),
@@ -37,7 +35,7 @@ compiled = functools.cache(
 def binaries(name, pair, **options):
     """Every config that some M asks for, the largest such M, and the binary."""
     shape, kinds, dtypes = PAIRS[pair]
-    for config, m in configs(name, shape, kinds, x_dtype=dtypes.get("x", torch.bfloat16), **options).items():
+    for config, m in configs(TARGETS[name], shape, kinds, x_dtype=dtypes.get("x", torch.bfloat16), **options).items():
         yield config, m, compiled(name, config, shape, kinds, *dtypes.items())
 
 
@@ -45,7 +43,7 @@ def binaries(name, pair, **options):
 @pytest.mark.parametrize("name", TARGETS)
 def test_resources(name, pair):
     for config, m, binary in binaries(name, pair):
-        assert faults(name, PAIRS[pair][0], m, config, binary) == [], config
+        assert faults(TARGETS[name], PAIRS[pair][0], m, config, binary) == [], config
 
 
 @pytest.mark.parametrize(
@@ -65,7 +63,8 @@ def test_more_matrices_and_more_rows(name, ns, kinds, ms):
         config = choose(m, shape, kinds, TARGETS[name])
         binary = compile_for(TARGETS[name], config, shape, kinds, **options)
         # In decode, 32 rows of x are one tile; two may come in more than one wave.
-        assert faults(name, shape, min(m, 32) if config.regime == "split_k" else m, config, binary) == [], config
+        at_once = min(m, 32) if config.regime == "split_k" else m
+        assert faults(TARGETS[name], shape, at_once, config, binary) == [], config
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -97,13 +96,18 @@ FINE = {"registers": 64, "spills": 0, "scratch": 0, "shared_memory": 1024, "thre
 )
 def test_gates_can_close(changes, fault):
     config = choose(16, DEEPSEEK, (FP8, BF16), TARGETS["sm_90"])
-    found = faults("sm_90", DEEPSEEK, 16, config, Binary(**FINE | changes))
+    found = faults(TARGETS["sm_90"], DEEPSEEK, 16, config, Binary(**FINE | changes))
     assert any(fault in line for line in found) if fault else found == []
 
 
 @pytest.mark.parametrize(
     "pair",
-    ["deepseek-v3.2: FP8 128x128, BF16", "deepseek-v3.2: NVFP4, NVFP4", "FP8 128x128, BF16, fp16 x", "W8A8, BF16"],
+    [
+        "deepseek-v3.2: FP8 128x128, BF16",
+        "deepseek-v3.2: NVFP4, NVFP4",
+        "FP8 128x128, BF16, fp16 x",
+        "deepseek-v3.2: W8A8, BF16",
+    ],
 )
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_batch_invariant_row_meets_the_same_instructions_in_any_batch(name, pair):
@@ -113,7 +117,7 @@ def test_a_batch_invariant_row_meets_the_same_instructions_in_any_batch(name, pa
     assert len(found[0][2].mma) == 1
     for config, m, binary in found:
         # Up to 32 rows are one tile; more of them may come in two waves.
-        assert faults(name, PAIRS[pair][0], min(m, 32), config, binary) == [], config
+        assert faults(TARGETS[name], PAIRS[pair][0], min(m, 32), config, binary) == [], config
 
 
 @pytest.mark.parametrize("name", [name for name in TARGETS if TARGETS[name].backend == "hip"])

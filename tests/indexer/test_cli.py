@@ -216,6 +216,9 @@ def test_help_needs_neither_torch_nor_triton():
         (("--target", "sm_90", "--pair", "INT4, BF16"), "got INT4, BF16"),
         (("--target", "sm_90", "--shape", "glm"), "--shape is one of deepseek-v3.2; glm-5; got glm"),
         (("--target", "sm_90", "--cache", __file__), "--cache"),
+        (("--target", "sm_90", "--target", "sm_100", "--sm-count", "78"), "one --target, got sm_90, sm_100"),
+        (("--all", "--sm-count", "78"), "--sm-count goes with one --target"),
+        (("--target", "sm_90", "--sm-count", "0"), "Invalid value for '--sm-count'"),
     ],
 )
 def test_compile_names_what_there_is(arguments, message):
