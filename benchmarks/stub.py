@@ -50,8 +50,6 @@ def _library():
 def stub_driver(cache, target=TARGETS["sm_90"]):
     """Triton with an H100 that runs nothing, and a directory to keep kernels in; yields the Stub.
 
-    target may have another number of SMs than the usual H100.
-
     Tensors stay on the CPU. Triton's launcher, and what it is compiled from, are the real ones.
     """
     directory, library = _library()
@@ -61,6 +59,7 @@ def stub_driver(cache, target=TARGETS["sm_90"]):
         mock.patch.object(launch, "target_of", return_value=target),
     ):
         nvidia.library_dirs.cache_clear()
+        launch.decide.cache_clear()
         driver = nvidia.CudaDriver()
         driver.get_current_device = lambda: 0
         driver.get_current_stream = lambda _: 0
@@ -70,3 +69,4 @@ def stub_driver(cache, target=TARGETS["sm_90"]):
             yield Stub(library)
         finally:
             triton.runtime.driver._active = before
+            launch.decide.cache_clear()

@@ -28,7 +28,7 @@ class Target:
 
     @property
     def name(self) -> str:
-        """Its key in TARGETS, if it is there."""
+        """As in TARGETS."""
         return f"sm_{self.arch}" if self.backend == "cuda" else str(self.arch)
 
     def is_cuda(self, capability: int = 0) -> bool:

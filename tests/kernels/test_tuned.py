@@ -176,10 +176,8 @@ def test_a_refused_table_is_a_warning_and_no_error(gpu, path, monkeypatch, caplo
 def driver(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "_ready", {})
     monkeypatch.setattr(launch, "table_of", lambda device: table(*ENTRIES))
-    launch.decide.cache_clear()
     with stub_driver(tmp_path / "cache") as stub:
         yield stub
-    launch.decide.cache_clear()
 
 
 @pytest.mark.parametrize("gate_dtype", [FP32, BF16])
