@@ -60,7 +60,6 @@ types: .venv/.installed-dev
 	@MYPYPATH=build/types $(BIN)/mypy tests/typing_check.py
 
 benchmark: .venv/.installed-dev
-	@$(BIN)/python -m pip install -qq -e '.[bench]'
 	@$(BIN)/pytest -q benchmarks
 
 clean:

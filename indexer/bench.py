@@ -120,6 +120,8 @@ def plot(found: dict[str, Any], folder: Path) -> list[Path]:
         machine = found["machine_info"]
         name = machine.get("gpu", {}).get("name") or machine["cpu"].get("brand_raw", machine["machine"])
         axes.set_title(f"{title}\n{name}", loc="left")
+        versions = ", ".join(f"{package} {version}" for package, version in machine.get("versions", {}).items())
+        axes.set_title(f"{found['datetime'][:10]}\n{versions}", loc="right", fontsize="small")
         paths.append(folder / f"{'-'.join(re.findall(r'[a-z0-9.]+', title.lower()))}.png")
         figure.savefig(paths[-1], dpi=120)
         pyplot.close(figure)
@@ -130,15 +132,14 @@ def _plot_lines(axes: Any, benchmarks: list[dict[str, Any]]) -> None:
     from matplotlib import colormaps
 
     lines: dict[str, list[tuple[int, float, float, float]]] = {}
-    floors: dict[str, dict[int, float]] = {}
+    floors: dict[str, dict[int, list[float]]] = {}
     for benchmark in benchmarks:
         info, stats = benchmark["extra_info"], benchmark["stats"]
         point = (info["column"], *(1e6 * stats[key] for key in ("median", "q1", "q3")))
         lines.setdefault(info["row"], []).append(point)
         for floor in ("memory floor", "compute floor"):
             if floor in info:
-                known = floors.setdefault(floor, {})
-                known[info["column"]] = min(info[floor], known.get(info["column"], info[floor]))
+                floors.setdefault(floor, {}).setdefault(info["column"], []).append(info[floor])
     axes.set_prop_cycle(color=[colormaps["tab20"](shade) for shade in range(20)])
     for name, points in lines.items():
         m, median, low, high = zip(*sorted(points), strict=True)
@@ -146,14 +147,17 @@ def _plot_lines(axes: Any, benchmarks: list[dict[str, Any]]) -> None:
         (line,) = axes.plot(m, median, label=name, marker="o", markersize=3, linestyle="-" if ours else "--")
         axes.fill_between(m, low, high, color=line.get_color(), alpha=0.2)
     for (name, by_m), style in zip(floors.items(), (":", "-."), strict=False):
-        m, us = zip(*sorted(by_m.items()), strict=True)
-        axes.plot(m, us, label=f"{name}, by the data sheet", color="black", linestyle=style)
+        m = sorted(by_m)
+        lowest, highest = ([of(by_m[column]) for column in m] for of in (min, max))
+        axes.plot(m, lowest, label=f"{name}, by the data sheet", color="black", linestyle=style)
+        if lowest != highest:
+            axes.fill_between(m, lowest, highest, label=f"{name}, to the largest weights", color="black", alpha=0.15)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     ticks = sorted({m for points in lines.values() for m, *_ in points})
     axes.set_xticks(ticks, map(str, ticks))
     # The compute floor of few rows would take half of the figure.
-    axes.set_ylim(bottom=min(floors.get("memory floor", {0: 1.0}).values()) / 2)
+    axes.set_ylim(bottom=min(map(min, floors.get("memory floor", {0: [1.0]}).values())) / 2)
     axes.set(xlabel="M, rows of x", ylabel="us per projection, median and quartiles")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5))

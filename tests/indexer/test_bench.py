@@ -70,7 +70,8 @@ def measured():
                 info |= floors("NVIDIA H100 80GB HBM3", shape, pair, m, us / 1e6)
                 stats = {"q1": us * 0.98e-6, "median": us * 1e-6, "q3": us * 1.05e-6}
                 benchmarks.append({"group": f"{shape}, device", "extra_info": info, "stats": stats})
-    return {"machine_info": {"gpu": {"name": "a GPU that is made up"}}, "benchmarks": benchmarks}
+    machine = {"gpu": {"name": "a GPU that is made up"}, "versions": {"torch": "2.13.0", "triton": "3.9.0"}}
+    return {"machine_info": machine, "datetime": "2026-11-24T12:00:00", "benchmarks": benchmarks}
 
 
 def text_of(table):
@@ -106,6 +107,10 @@ def test_a_line_for_each_contender_and_the_floors(measured, tmp_path):
     least = (128 + 32) * 6144 * (1 / 2 + 1 / 32)  # MXFP4
     assert memory[0] == pytest.approx((least + 2 * 6144 + 2 * 128 + 4 * 32) / 3.35e6)
     assert lines["compute floor, by the data sheet"].get_ydata()[-1] == pytest.approx(2 * 16384 * 6144 * 160 / 989e6)
+    # The weights of other pairs are up to four times as many bytes.
+    (band,) = (found for found in axes.collections if found.get_label() == "memory floor, to the largest weights")
+    most = (2 * (128 + 32) * 6144 + 2 * 6144 + 2 * 128 + 4 * 32) / 3.35e6
+    assert max(y for x, y in band.get_paths()[0].vertices if x == 1) == pytest.approx(most)
     pyplot.close("all")
 
 
@@ -215,7 +220,7 @@ def test_two_runs_can_be_compared(tmp_path):
     assert "(0001" in result.stdout
     (saved, _) = sorted(tmp_path.rglob("*.json"))
     content = json.loads(saved.read_text())
-    assert content["machine_info"]["versions"].keys() == {"indexproj", "torch", "triton"}
+    assert content["machine_info"]["versions"].keys() == {"indexproj", "kernels", "torch", "triton"}
 
 
 def test_tuning_without_a_gpu_ends_with_its_reason(tmp_path):

@@ -3,6 +3,7 @@
 Bounds are those of a tensor's memory. Not seen here: what lies below Triton's IR, PDL, and AMD's wait for its stores.
 """
 
+import dataclasses
 import importlib
 import importlib.util
 import shutil
@@ -15,6 +16,8 @@ import torch
 
 from indexproj.kernels import TARGETS, KernelConfig
 from indexproj.kernels import launch as original
+from indexproj.kernels.operation import QUANTIZING
+from indexproj.kernels.ref import quantize
 from support import MATRICES
 
 pytestmark = pytest.mark.skipif(
@@ -34,7 +37,10 @@ LAUNCHES = {
 
 @pytest.fixture
 def run(ttsem, monkeypatch):
-    """Launches matrices of up to 40, 9 and 24 rows; returns the error against fp64 and the counters afterwards."""
+    """Launches matrices of up to 40, 9 and 24 rows; returns the error against fp64 and the counters afterwards.
+
+    "w8a8" is an FP8 matrix that takes x in e4m3: in steps that are twice as deep, as x has a scale for 128 of K.
+    """
 
     def launch(module, config, m, encodings, k=200):
         counters = []
@@ -48,16 +54,21 @@ def run(ttsem, monkeypatch):
         monkeypatch.setattr(module, "workspace", workspace)  # the real one lends more than is asked for
         monkeypatch.setattr(module, "target_of", lambda device: TARGETS["sm_90"])
         monkeypatch.setattr(module, "_ready", {})  # a launch that ttsem takes over leaves nothing ready for the next
-        rows = zip(encodings.split("-"), (40, 9, 24), strict=False)
+        names = encodings.split("-")
+        rows = zip([name.replace("w8a8", "fp8") for name in names], (40, 9, 24), strict=False)
         matrices = [MATRICES[name](n, k).map(torch.clone) for name, n in rows]
         operands, kinds = tuple(matrix.operands for matrix in matrices), tuple(matrix.kind for matrix in matrices)
         x = torch.randn(m, k, dtype=torch.bfloat16)
+        xs = [x.double()] * len(names)
+        if names[0] == "w8a8":
+            kinds, xs[0] = (QUANTIZING["fp8"][kinds[0]], *kinds[1:]), quantize(x, ue8m0=False)
+            config = dataclasses.replace(config, block_k=2 * config.block_k)
         outs = tuple(torch.full((m, matrix.shape[0]), torch.nan) for matrix in matrices)
         for tensor in (x, *outs, *(tensor for matrix in matrices for tensor in matrix.tensors)):
             assert tensor.untyped_storage().nbytes() == tensor.nbytes  # the bounds are seen only where memory ends
         ns, factors, dtypes = zip(*[(out.shape[1], 1.0, out.dtype) for out in outs], strict=True)
         module.launch(x, operands, outs, module.Problem(x.device, x.dtype, k, ns, kinds, factors, dtypes), config)
-        exact = [x.double() @ matrix.dequantize(torch.float64).T for matrix in matrices]
+        exact = [taken @ matrix.dequantize(torch.float64).T for taken, matrix in zip(xs, matrices, strict=True)]
         errors = [(out - truth).abs().max() / truth.abs().max() for out, truth in zip(outs, exact, strict=True)]
         return torch.stack(errors).max().item(), torch.cat(counters).tolist() if counters else []
 
@@ -65,7 +76,7 @@ def run(ttsem, monkeypatch):
 
 
 @pytest.mark.parametrize("order", ["", "reverse", "shuffle:1"])
-@pytest.mark.parametrize("encodings", ["dense-dense", "fp8-dense", "nvfp4-mxfp8", "fp8_row-mxfp4-dense"])
+@pytest.mark.parametrize("encodings", ["dense-dense", "fp8-dense", "nvfp4-mxfp8", "fp8_row-mxfp4-dense", "w8a8-dense"])
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_kernels(name, encodings, order, run, monkeypatch):
     monkeypatch.setenv("TTSEM_GRID_ORDER", order)
@@ -121,6 +132,7 @@ OUT = ("tile.py", "(rows < M)[None, :] & (cols < N)[:, None]")
 GEMV_X = ("gemv.py", "(rows < M)[:, None, None] & (offs_k < K)[None, :, :]")
 X = ("split_k.py", "(rows < M)[None, None, :] & (offs_k < K)")
 TILED_X = ("tiled.py", "(rows < M)[None, :] & (offs_k < K)[:, None]")
+AMAX = ("tile.py", "tl.max(tl.abs(x), AXIS, keep_dims=True)")
 
 # What stands somewhere once, what takes its place, what is found then, in which launches, of which matrices. Masks that
 # change nothing where they are not needed are left out: a gemv program has no column too many, a tiled one no block of
@@ -163,6 +175,11 @@ MUTANTS = {
     "x, K, gemv": (GEMV_X, "(rows < M)[:, None, None]", "oob_read x_ptr", "gemv", "dense"),
     "x, rows, tiled": (TILED_X, "(offs_k < K)[:, None]", "oob_read x_ptr", "tiled splits", "dense"),
     "x, K, tiled": (TILED_X, "(rows < M)[None, :]", "oob_read x_ptr", "tiled splits", "dense"),
+    "x, rows, w8a8": (X, "(offs_k < K)", "oob_read x_ptr", "split_k serial", "w8a8"),
+    "x, K, w8a8": (X, "(rows < M)[None, None, :]", "oob_read x_ptr", "split_k serial", "w8a8"),
+    "x, K, gemv, w8a8": (GEMV_X, "(rows < M)[:, None, None]", "oob_read x_ptr", "gemv", "w8a8"),
+    "x, K, tiled, w8a8": (TILED_X, "(rows < M)[None, :]", "oob_read x_ptr", "tiled splits", "w8a8"),
+    "amax, w8a8": (AMAX, "tl.max(x, AXIS, keep_dims=True)", "error", "gemv split_k serial tiled splits", "w8a8"),
 }
 
 
