@@ -35,7 +35,9 @@ def run(quick: bool) -> dict[str, Any]:
         # Not in the current folder: `python -m` would look there for modules first.
         code = subprocess.run(command, cwd=folder, stdout=sys.stderr, check=False).returncode
         if code or not found.exists():  # none if pytest-benchmark is switched off
-            raise RuntimeError(f"the suites ended with {code}, and measured nothing; their output is above")
+            raise RuntimeError(
+                f"the suites ended with {code}; what went wrong is above, and the rest of the run is not shown"
+            )
         result: dict[str, Any] = json.loads(found.read_text())
     return result
 
@@ -147,11 +149,13 @@ def _plot_lines(axes: Any, benchmarks: list[dict[str, Any]]) -> None:
         (line,) = axes.plot(m, median, label=name, marker="o", markersize=3, linestyle="-" if ours else "--")
         axes.fill_between(m, low, high, color=line.get_color(), alpha=0.2)
     for (name, by_m), style in zip(floors.items(), (":", "-."), strict=False):
-        m = sorted(by_m)
-        lowest, highest = ([of(by_m[column]) for column in m] for of in (min, max))
-        axes.plot(m, lowest, label=f"{name}, by the data sheet", color="black", linestyle=style)
+        columns = sorted(by_m)
+        lowest, highest = ([of(by_m[column]) for column in columns] for of in (min, max))
+        axes.plot(columns, lowest, label=f"{name}, by the data sheet", color="black", linestyle=style)
         if lowest != highest:
-            axes.fill_between(m, lowest, highest, label=f"{name}, to the largest weights", color="black", alpha=0.15)
+            axes.fill_between(
+                columns, lowest, highest, label=f"{name}, to the largest weights", color="black", alpha=0.15
+            )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     ticks = sorted({m for points in lines.values() for m, *_ in points})

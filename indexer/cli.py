@@ -261,7 +261,9 @@ def compile_(
 def tune(
     shape: Shapes = None,
     pair: Pairs = None,
-    seconds: Annotated[float, typer.Option(min=1, help="For each shape; where they run out, less is tried.")] = 110,
+    seconds: Annotated[
+        float, typer.Option(min=1, max=86400, help="For each shape; where they run out, less is tried.")
+    ] = 110,
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Where to keep it. Default: the user's config folder.")
     ] = None,
@@ -269,8 +271,9 @@ def tune(
     """Measure which kernel is fastest on this GPU, for 1 to 16384 rows, and keep a table of it.
 
     From then on processes on such a GPU, with the same versions of indexproj, torch and Triton, run what was fastest;
-    where weights are BF16, that may be torch's GEMM. Entries for other shapes and pairs stay. What --output names is
-    used with INDEXPROJ_TUNED=FILE. Ends with 1 if a kernel is wrong.
+    where weights are BF16, that may be torch's GEMM. Entries for other shapes and pairs stay, and so do those for which
+    more kernels were tried then. What --output names is used with INDEXPROJ_TUNED=FILE. Ends with 1 if a kernel is
+    wrong.
     """
     import torch
     from rich.progress import Progress
@@ -285,16 +288,17 @@ def tune(
         _fail(f"tune: measures on a GPU, and {'TRITON_INTERPRET=1 is set' if INTERPRETED else 'there is none here'}")
     device = torch.device("cuda", torch.cuda.current_device())
     gpu = torch.cuda.get_device_name(device)
-    path = output or default_path(gpu)
     entries: dict[Case, Entry] = {}
     try:
+        path = output or default_path(gpu)
+        path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             entries |= Table.read(path, gpu, target_of(device)).by_case
     except ValueError as error:
         _complain(f"tune: replaces what is there: {error}")
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
         _fail(f"tune: {error}")
-    for name in shape or SHAPES:
+    for name in dict.fromkeys(shape or SHAPES):
         tasks = [module.Task(SHAPES[name], PAIRS[kinds]) for kinds in dict.fromkeys(pair or PAIRS)]
         found = []
         with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -307,8 +311,10 @@ def tune(
                 raise typer.Exit(1) from error
             except RuntimeError as error:
                 _fail(f"tune: {error}")
-            finally:  # what was measured is kept
-                entries |= {entry.case: entry for entry in found}
+            finally:  # what was measured is kept, but not in place of what was measured at more length
+                for entry in found:
+                    if entry.case not in entries or entries[entry.case].tried <= entry.tried:
+                        entries[entry.case] = entry
                 try:
                     if found:
                         Table(gpu, date.today().isoformat(), versions(), tuple(entries.values())).write(path)

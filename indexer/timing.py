@@ -23,7 +23,7 @@ def copies_to_outgrow_l2(nbytes: int, device: torch.device) -> int:
 class Replay:
     """A CUDA graph of calls, which replays without Python.
 
-    It has to be gone before the block of `counters_returned` ends in which it was made.
+    Where it was made in a block of `counters_returned`, it must not run beside what is launched or made after that.
     """
 
     def __init__(self, calls: Sequence[Call]) -> None:

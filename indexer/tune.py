@@ -81,7 +81,7 @@ def search(
         RuntimeError: the first choice cannot be done.
     """
     samples: dict[Choice, list[float]] = {}
-    failed = set()
+    failed: list[Choice] = []
 
     def measure(choice: Choice) -> None:
         try:
@@ -89,21 +89,26 @@ def search(
                 samples.setdefault(choice, []).append(sample(choice))
         except (RuntimeError, TritonError) as error:  # also how torch says that it lacks something
             if choice == choices[0]:
-                raise RuntimeError(f"{choice} cannot be measured: {error}") from error
-            failed.add(choice)
+                after = f", after {failed[-1]} had failed" if failed else ""  # which may be what broke the GPU
+                raise RuntimeError(f"{choice} cannot be measured{after}: {error}") from error
+            failed.append(choice)
 
     for choice in choices:
         if samples and clock() >= deadline:
             break
         for _ in range(FIRST_ROUNDS):
             measure(choice)
-    others = sorted(samples.keys() - set(choices[:always]) - failed, key=lambda one: statistics.median(samples[one]))
+    others = sorted(
+        samples.keys() - set(choices[:always]) - set(failed), key=lambda one: statistics.median(samples[one])
+    )
     last = [*choices[:always], *others[:FINALISTS]]
     for _ in range(LAST_ROUNDS):
         for choice in last:
             if choice in samples:
                 measure(choice)
-    medians = {one: statistics.median(samples[one][FIRST_ROUNDS:]) for one in last if one in samples.keys() - failed}
+    medians = {
+        one: statistics.median(samples[one][FIRST_ROUNDS:]) for one in last if one in samples.keys() - set(failed)
+    }
     return dict(sorted(medians.items(), key=lambda item: item[1])), list(samples)
 
 
@@ -148,10 +153,8 @@ def tune(
         default, *others = configs[case]
         ready = [config for config in others if (config, case.shape, case.kinds) in compiled]
         deadline = begin + (start + seconds - begin) * number / len(cases)
-        with counters_returned(device):
-            sample = (sampler or Sampler)(case, device)
-            ranking, tried = search([default, *OUTS, *ready], 1 + len(OUTS), sample, deadline, clock)
-            del sample  # and with it the graphs
+        sample = (sampler or Sampler)(case, device)
+        ranking, tried = search([default, *OUTS, *ready], 1 + len(OUTS), sample, deadline, clock)
         report("measuring", number, len(cases))
         yield _entry(case, configs[case], ranking, len(set(tried) - OUTS.keys()))
 
@@ -186,13 +189,16 @@ class Sampler:
 
     def __call__(self, choice: Choice) -> float:
         if choice not in self._replays:
-            outs = self._outputs(choice)
-            copies = (
-                self._copies if isinstance(choice, KernelConfig) else [weights.to_bf16() for weights in self._copies]
-            )
+            outs, copies, exact = self._outputs(choice), self._copies, self._exact
+            if not isinstance(choice, KernelConfig):
+                copies = [weights.to_bf16() for weights in copies]
+                exact = reference(self._x, copies[0])
             self._run(choice, copies[0], outs)
-            self._check(choice, outs)
-            self._replays[choice] = Replay([functools.partial(self._run, choice, weights, outs) for weights in copies])
+            self._check(choice, outs, exact)
+            # Graphs that are replayed one after the other can share their counters, and would use up the reserve.
+            with counters_returned(self._x.device):
+                calls = [functools.partial(self._run, choice, weights, outs) for weights in copies]
+                self._replays[choice] = Replay(calls)
         return self._replays[choice].microseconds()
 
     def _outputs(self, choice: Choice) -> tuple[Tensor, ...]:
@@ -208,10 +214,10 @@ class Sampler:
         else:
             assert multiply_by_torch(self._x, [weight for weight, _, _ in operands], outs)
 
-    def _check(self, choice: Choice, outs: tuple[Tensor, ...]) -> None:
+    def _check(self, choice: Choice, outs: tuple[Tensor, ...], exact: tuple[Tensor, Tensor]) -> None:
         is_ours = isinstance(choice, KernelConfig)
-        for out, exact in zip(outs, self._exact, strict=True):
-            error = ((out.double() - exact).abs().max() / exact.abs().max()).item()
+        for out, truth in zip(outs, exact, strict=True):
+            error = ((out.double() - truth).abs().max() / truth.abs().max()).item()
             if not error <= (TOLERANCES if is_ours else TORCH_TOLERANCES)[out.dtype]:
                 what = f"{choice if is_ours else 'torch'} is off by {error:.1e} of the largest output, for {self._case}"
                 raise WrongError(what) if is_ours else RuntimeError(what)
@@ -235,7 +241,7 @@ def _compile(target: Target, kernels: Sequence[Kernel], seconds: float) -> Itera
         for future in as_completed(futures, timeout=seconds):
             error = future.exception()
             if isinstance(error, BrokenExecutor):
-                raise RuntimeError("a process that compiled was killed; is there too little memory?") from error
+                raise RuntimeError("a process that compiled was killed, for memory? Try `taskset -c 0-3`") from error
             if error is None:
                 yield futures[future]
     except TimeoutError:

@@ -13,7 +13,7 @@ from typing import Any
 from .compiled import MULTIPROCESSORS, Binary, compile_for
 from .dispatch import KernelConfig, choose
 from .matrix import Kind, operand_specs
-from .target import Target
+from .target import TARGETS, Target
 from .tuned import OUTS
 
 # (D, H, K) of published models.
@@ -104,7 +104,8 @@ def faults(target: Target, shape: tuple[int, ...], m: int, config: KernelConfig,
     widest = max(binary.loads, default=0)
     if widest < (8 if config.regime == "tiled" else 16):  # 32 columns of fp16 are 8 bytes a thread
         found.append(f"no load is wider than {widest} bytes")
-    if config.regime != "tiled" and not config.serial:
+    # Of GPUs with other numbers of SMs, what does not fit comes in a second wave.
+    if config.regime != "tiled" and not config.serial and target in TARGETS.values():
         programs, resident = math.prod(config.grid(m, *shape[:-1])), binary.programs(sm) * target.sm_count
         if programs > resident:
             found.append(f"{programs} programs, and the GPU holds {resident}")

@@ -95,7 +95,8 @@ def launch(
     if ready is not None:
         compiled, grid, needs, constexprs = ready
     else:
-        config = config or decide(m, problem)
+        # torch's GEMM is not for who asks for torch's deterministic algorithms: cuBLAS needs a setting for that.
+        config = config or decide(m, problem, may_be_torch=not torch.are_deterministic_algorithms_enabled())
         if config == "torch":
             if not multiply_by_torch(x, [weight for weight, _, _ in matrices], outs):
                 launch(x, matrices, outs, problem, decide(m, problem, may_be_torch=False))

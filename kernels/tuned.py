@@ -56,7 +56,7 @@ class Entry:
         runner_up: the second fastest, None if only one was measured.
         default_us: of the config that `choose` reckons.
         torch_us: of torch's GEMM with bf16 weights, by the keys of OUTS, as far as torch could be measured.
-        tried: how many of the kernels in question were measured before time ran out.
+        tried: how many of the kernels in question were launched before time ran out.
         candidates: how many were in question.
     """
 
@@ -119,24 +119,27 @@ class Table:
         """The table of a file, for use on the GPU of that name.
 
         Raises:
-            ValueError: it is no table, was measured on another GPU or with other versions, or has an entry that
-                `indexproj tune` does not write.
+            ValueError: it is no table, was measured on another GPU or with other kernels or versions, or has an entry
+                that `indexproj tune` does not write.
             OSError: it cannot be read.
         """
+        advice = "run `indexproj tune` again"
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
+            for what, expected, had in (
+                ("GPU", gpu, found["gpu"]),
+                ("kernels or versions", versions(), found["versions"]),
+            ):
+                if had != expected:
+                    raise ValueError(f"it was measured with other {what}: expected {expected}, got {had}")
             entries = tuple(_entry(number, fields, target) for number, fields in enumerate(found.pop("entries"), 1))
             table = cls(**found, entries=entries)
-            count = len(table.by_case)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path} is no table of `indexproj tune`: {error}") from error
-        for what, expected, had in (("GPU", gpu, table.gpu), ("versions", versions(), table.versions)):
-            if had != expected:
-                raise ValueError(
-                    f"{path} was measured with another {what}: expected {expected}, got {had}; run `indexproj tune`"
-                )
-        if count < len(entries):
-            raise ValueError(f"{path} has two entries for one case")
+            if len(table.by_case) < len(entries):
+                raise ValueError("it has two entries for one case")
+        except KeyError as error:
+            raise ValueError(f"{path} is no table of `indexproj tune`: {error} is missing; {advice}") from error
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path} cannot be used: {error}; {advice}") from error
         return table
 
     def write(self, path: Path) -> None:
@@ -145,14 +148,15 @@ class Table:
         lines = ",\n".join(f"    {json.dumps(_fields(entry))}" for entry in self.entries)
         text = "".join(f"  {json.dumps(key)}: {json.dumps(value)},\n" for key, value in head.items())
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole = path.with_suffix(".new")  # so that a disk that is full leaves the old one
+        whole = path.with_name(f"{path.name}.{os.getpid()}")  # so that a disk that is full leaves the old one
         whole.write_text(f'{{\n{text}  "entries": [\n{lines}\n  ]\n}}\n', encoding="utf-8")
         whole.replace(path)
 
 
 def versions() -> dict[str, str]:
-    """What measurements depend on, besides the GPU; the kernels are known by their text."""
-    texts = (Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("tile", "gemv", "split_k", "tiled"))
+    """What measurements depend on, besides the GPU; kernels and compiler options are known by their text."""
+    names = "tile", "gemv", "split_k", "tiled", "launch"
+    texts = (Path(__file__).with_name(f"{name}.py").read_bytes() for name in names)
     return {
         "indexproj": version("indexproj"),
         "kernels": hashlib.sha256(b"".join(texts)).hexdigest()[:12],
@@ -217,11 +221,14 @@ def _entry(number: int, fields: dict[str, Any], target: Target) -> Entry:
             raise ValueError(f"expected as many kinds as matrices, got {names} for {shape}")
         pick, runner_up = (fields.pop(name) for name in ("pick", "runner_up"))
         entry = Entry(case, KernelConfig(**pick), runner_up=runner_up and KernelConfig(**runner_up), **fields)
-        times = entry.us, entry.default_us, *entry.torch_us.values()
-        if not all(isinstance(us, float | int) and us > 0 for us in times) or not entry.torch_us.keys() <= OUTS.keys():
+        others = [entry.runner_up_us] if runner_up else []
+        times = entry.us, entry.default_us, *entry.torch_us.values(), *others
+        are_times = all(isinstance(us, int | float) and 0 < us < 1e9 for us in times)
+        if not are_times or not entry.torch_us.keys() <= OUTS.keys():
             raise ValueError(f"expected microseconds, and those of torch by {' and '.join(OUTS)}, got {fields}")
-        if type(entry.tried) is not int or type(entry.candidates) is not int:
-            raise ValueError(f"expected how many kernels were tried, of how many candidates, got {fields}")
+        counts = entry.tried, entry.candidates
+        if not (all(type(count) is int for count in counts) and 1 <= entry.tried <= entry.candidates):
+            raise ValueError(f"expected how many kernels were tried, of how many candidates, got {counts}")
         if torch_for != entry.torch_for:
             raise ValueError(f"expected torch_for to be {entry.torch_for} by what was measured, got {torch_for}")
         if entry.pick not in candidates(m, case.shape, case.kinds, target):

@@ -5,6 +5,7 @@ import itertools
 import math
 import os
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 from indexproj.indexer import timing, tune
 from indexproj.indexer.cli import app
 from indexproj.indexer.tune import FINALISTS, FIRST_ROUNDS, LAST_ROUNDS, MS, Task, WrongError, search
-from indexproj.kernels import TARGETS, KernelConfig, choose, reference, target
+from indexproj.kernels import TARGETS, KernelConfig, choose, reference, target, tuned, workspace
 from indexproj.kernels.dispatch import candidates
 from indexproj.kernels.gates import PAIRS, SHAPES
 from indexproj.kernels.matrix import Kind
@@ -122,6 +123,9 @@ def test_what_cannot_run_is_left_out_and_what_is_wrong_ends_the_search():
     assert search("ab", 1, clock.sampler({"a": 2.0, "b": late}), clock.now + 1e9, clock)[0] == {"a": 2.0}
     with pytest.raises(RuntimeError, match="b cannot be measured: out of resources"):
         search("bac", 1, clock.sampler(times), clock.now + 1e9, clock)
+    broken = itertools.cycle([2.0] * FIRST_ROUNDS + [RuntimeError("illegal memory access")])
+    with pytest.raises(RuntimeError, match="a cannot be measured, after c had failed: illegal"):
+        search("abc", 1, clock.sampler({"a": broken, "b": 1.0, "c": RuntimeError("d")}), clock.now + 1e9, clock)
     with pytest.raises(WrongError):
         search("abc", 1, clock.sampler(times | {"c": WrongError("c")}), clock.now + 1e9, clock)
 
@@ -129,7 +133,6 @@ def test_what_cannot_run_is_left_out_and_what_is_wrong_ends_the_search():
 @pytest.fixture
 def h100(monkeypatch):
     monkeypatch.setattr(tune, "target_of", lambda device: TARGETS["sm_90"])
-    monkeypatch.setattr(tune, "counters_returned", lambda device: contextlib.nullcontext())
 
 
 class Speeds(dict):
@@ -141,7 +144,7 @@ class Speeds(dict):
         return 3.0 + abs(choice.split_k - 7) / 100
 
 
-def tuned(clock, seconds, compiler, **options):
+def tune_both(clock, seconds, compiler, **options):
     def sampler(case, device):
         return clock.sampler(Speeds(), cost=0.01)
 
@@ -162,7 +165,7 @@ def test_all_rows_of_all_tasks_get_an_entry_in_the_time_that_there_is(h100, seco
         assert len(set(kernels)) == len(kernels)
         return kernels
 
-    entries = tuned(clock, seconds, compiler, report=lambda *what: said.append(what))
+    entries = tune_both(clock, seconds, compiler, report=lambda *what: said.append(what))
     assert [(entry.case.kinds, entry.case.m) for entry in entries] == [
         (task.kinds, m) for task in (DENSE, FP8) for m in MS
     ]
@@ -181,6 +184,8 @@ def test_all_rows_of_all_tasks_get_an_entry_in_the_time_that_there_is(h100, seco
             assert entry.torch_us == {"fp32": 7.0, "bf16": 2.0}
             assert entry.torch_for == (["bf16"] if entry.case.kinds == DENSE.kinds else [])
     assert min(entry.tried for entry in entries) == (3 if seconds == 110 else 1)
+    if seconds == 5:  # a share of the time for each
+        assert max(entry.tried for entry in entries) <= 4
 
 
 def test_what_is_likely_fast_is_compiled_first_and_only_what_is_compiled_is_measured(h100):
@@ -190,7 +195,7 @@ def test_what_is_likely_fast_is_compiled_first_and_only_what_is_compiled_is_meas
         asked.extend(kernels)
         return kernels[:20]
 
-    entries = tuned(clock, 110, compiler)
+    entries = tune_both(clock, 110, compiler)
     reckoned = {(candidates(e.case.m, GLM, e.case.kinds, TARGETS["sm_90"])[0], GLM, e.case.kinds) for e in entries}
     assert set(asked[: len(reckoned)]) == reckoned
     for entry in entries:
@@ -206,7 +211,7 @@ def test_kernels_are_compiled_by_processes_until_the_time_is_over(monkeypatch, t
     assert list(tune._compile(TARGETS["sm_90"], [fine, broken], 300)) == [fine]
     assert list(tmp_path.rglob("gemv_kernel.cubin"))
     assert list(tune._compile(TARGETS["sm_90"], [fine], 0)) == []
-    with pytest.raises(RuntimeError, match="too little memory"):
+    with pytest.raises(RuntimeError, match="a process that compiled was killed"):
         list(tune._compile(Killer(), [fine], 300))
 
 
@@ -235,6 +240,7 @@ def sampled(monkeypatch, mm_to_fp32):
     monkeypatch.setattr(tune, "Replay", Calls)
     monkeypatch.setattr(tune, "copies_to_outgrow_l2", lambda nbytes, device: 3)
     seen, error = [], [0.0]
+    workspace._reserves.clear()
 
     def launch(x, operands, outs, problem, config):
         seen.append(operands[0][0].data_ptr())
@@ -261,6 +267,25 @@ def test_a_sample_goes_through_all_copies_and_is_checked_first(sampled, task):
     assert sample(config) == 3.0
     with pytest.raises(WrongError, match=r"split_k .* is off by 1.0e-05 of the largest output"):
         sample(replace(config, num_warps=4))
+
+
+def test_graphs_that_take_turns_share_their_counters(sampled, monkeypatch):
+    class Graph(Calls):
+        def __init__(self, calls):
+            super().__init__(calls)
+            workspace._reserved(torch.device("cpu"), 1000)
+
+    monkeypatch.setattr(tune, "Replay", Graph)
+    sample = tune.Sampler(Case(5, GLM, DENSE.kinds), torch.device("cpu"))
+    for warps in (1, 2, 4):
+        sample(KernelConfig("gemv", 4, 128, slices=8, num_warps=warps))
+        assert workspace._reserves[torch.device("cpu")].numel() == workspace.RESERVE
+
+
+def test_torch_is_judged_by_the_weights_that_it_has(sampled):
+    """bf16 rounds what FP8 with scales in fp32 stands for."""
+    sample = tune.Sampler(Case(5, GLM, (Kind.FP8_BLOCK, Kind.FP8_BLOCK)), torch.device("cpu"))
+    assert sample("fp32") == 3.0
 
 
 @pytest.mark.parametrize("off", [2e-4, 2**-5])
@@ -381,6 +406,31 @@ def test_the_command_keeps_a_table_and_what_else_is_in_it(gpu, tmp_path):
     assert [(entry.case.shape, entry.us) for entry in Table.read(path, GPU, TARGETS["sm_90"]).entries] == [
         (GLM, 1.0), (GLM, 1.0), (GLM, 2.0), (GLM, 2.0), (DEEPSEEK, 3.0), (DEEPSEEK, 3.0),
     ]  # fmt: skip
+
+
+def test_what_was_measured_at_more_length_stays(gpu, monkeypatch, tmp_path):
+    measure, path, counts = tune.tune, tmp_path / "table.json", iter((5, 4, 5))
+
+    def tried(tasks, device, seconds, report):
+        count = next(counts)
+        for entry in measure(tasks, device, seconds, report):
+            yield replace(entry, tried=count)
+
+    monkeypatch.setattr(tune, "tune", tried)
+    for us in (1.0, 1.0, 3.0):
+        run("--shape", "glm-5", "--pair", "BF16, BF16", "--output", path)
+        assert {entry.us for entry in Table.read(path, GPU, TARGETS["sm_90"]).entries} == {us}
+
+
+def test_a_folder_that_cannot_be_is_said_before_anything_is_measured(gpu, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = run("--output", tmp_path / "file/table.json")
+    assert (result.exit_code, gpu) == (2, [])
+    assert "tune: " in result.stderr
+    monkeypatch.setattr(tuned, "default_path", mock.Mock(side_effect=RuntimeError("no home directory")))
+    result = run()
+    assert (result.exit_code, gpu) == (2, [])
+    assert "tune: no home directory" in result.stderr
 
 
 def test_a_table_that_does_not_fit_is_replaced_with_a_word(gpu, tmp_path):

@@ -11,7 +11,8 @@ from indexproj.kernels.operation import _check_inputs
 from support import PAIRS, weights
 
 SHAPE = (128, 16, 256)
-ALIASED = torch.zeros(4, 512, dtype=torch.bfloat16)
+ALIASED, WIDE = (torch.zeros(4, columns, dtype=torch.bfloat16) for columns in (512, 1024))
+FLAT = torch.zeros(4 * (144 + 256), dtype=torch.bfloat16)
 
 
 def x_of(*shape, dtype=torch.bfloat16, device="cpu"):
@@ -45,6 +46,10 @@ def out_of(*shape, dtype=torch.bfloat16):
         (ALIASED[:, :256], {"out": ALIASED[:, 100:244]}, ValueError, "out overlaps x in memory"),
         (ALIASED[:, 144:400], {"out": ALIASED[:, 1:145]}, ValueError, "out overlaps x in memory"),
         (ALIASED[::2, :256], {"out": ALIASED[1:3, 100:244]}, ValueError, "out overlaps x in memory"),
+        (WIDE[:, :256], {"out": WIDE.view(torch.float32)[:, 127:271]}, ValueError, "out overlaps x in memory"),
+        (WIDE[:, 280:536], {"out": WIDE.view(torch.float32)[:, :144]}, ValueError, "out overlaps x in memory"),
+        (ALIASED[None, :, :256], {"out": FLAT[:576].view(1, 4, 144)}, RuntimeError, "need a GPU"),
+        (FLAT[:1024].view(1, 4, 256), {"out": FLAT[1023:1599].view(1, 4, 144)}, ValueError, "out overlaps x in memory"),
         (x_of(4, 256), {"gate_scale": float("nan")}, ValueError, "2 finite factors"),
         (x_of(4, 256), {"activation": ["fp8"]}, ValueError, r"must be None, .* got \['fp8'\]"),
         (x_of(4, 256), {"activation": "int8"}, ValueError, "must be None, 'fp8' or 'fp8_ue8m0', got 'int8'"),
@@ -123,11 +128,20 @@ def test_weights_and_outputs_that_require_grad_are_refused():
         project(x_of(4, 256), weights("dense-dense", SHAPE), out=x_of(4, 144).requires_grad_())
 
 
-@pytest.mark.parametrize("columns", [slice(256, 400), slice(0, 144)], ids=["after x", "before x"])
-def test_out_may_lie_between_the_rows_of_x(columns):
-    x = ALIASED[:, :256] if columns.start else ALIASED[:, 144:400]
+@pytest.mark.parametrize(
+    ("x", "out"),
+    [
+        (ALIASED[:, :256], ALIASED[:, 256:400]),
+        (ALIASED[:, 144:400], ALIASED[:, :144]),
+        (WIDE[:, :256], WIDE.view(torch.float32)[:, 128:272]),
+        (WIDE[:, 288:544], WIDE.view(torch.float32)[:, :144]),
+        (FLAT[:1024].view(4, 256), FLAT[1024:].view(4, 144)),
+        (FLAT[576:].view(4, 256), FLAT[:576].view(4, 144)),
+    ],
+)
+def test_out_may_lie_beside_x_or_between_its_rows(x, out):
     with pytest.raises(RuntimeError, match="the Triton kernels need a GPU"):  # nothing else is wrong
-        project(x, weights("fp8-dense", SHAPE), out=ALIASED[:, columns])
+        project(x, weights("fp8-dense", SHAPE), out=out)
 
 
 def test_a_scale_of_minus_zero_is_zero():

@@ -75,12 +75,16 @@ def changed(place, **fields):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (changed("head", gpu="NVIDIA H200"), "another GPU: expected NVIDIA H100 80GB HBM3, got NVIDIA H200; run"),
-        (changed("head", versions=tuned.versions() | {"kernels": "0" * 12}), "another versions"),
-        (changed("head", versions=tuned.versions() | {"triton": "3.0"}), r"another versions: .*'triton': '3.0'}; run"),
-        (changed("head", extra=1), "no table .*extra"),
-        (lambda content: content.pop("date"), "no table .*date"),
+        (changed("head", gpu="NVIDIA H200"), "other GPU: expected NVIDIA H100 80GB HBM3, got NVIDIA H200; run"),
+        (changed("head", versions=tuned.versions() | {"kernels": "0" * 12}), "other kernels or versions"),
+        (
+            changed("head", versions=tuned.versions() | {"triton": "3.0"}),
+            "other kernels or versions: .*3.0'}; run",
+        ),
+        (changed("head", extra=1), "cannot be used: .*extra"),
+        (lambda content: content.pop("date"), "cannot be used: .*date"),
         (lambda content: content.pop("entries"), "no table .*entries"),
+        (lambda content: content.pop("versions"), "no table .*versions"),
         (lambda content: content["entries"].append(content["entries"][0]), "two entries for one case"),
         (lambda content: content["entries"][1].pop("us"), "entry 2: .*us"),
         (lambda content: content["entries"][1].pop("m"), "entry 2: 'm' is missing"),
@@ -90,6 +94,11 @@ def changed(place, **fields):
         (changed(1, us=2.5), r"entry 2: expected torch_for to be \[\]"),
         (changed(1, us="3.25"), "entry 2: "),
         (changed(1, us=-1), "entry 2: expected microseconds"),
+        (changed(1, us=10**400), "entry 2: expected microseconds"),
+        (changed(1, us=float("inf")), "entry 2: expected microseconds"),
+        (changed(0, runner_up_us="4"), "entry 1: expected microseconds"),
+        (changed(0, tried=0), "entry 1: expected how many kernels were tried"),
+        (changed(0, tried=21), "entry 1: expected how many kernels were tried"),
         (changed(1, torch_us={"fp64": 3.0}, torch_for=["fp64"]), "entry 2: expected microseconds"),
         (changed(0, pick={"regime": "tiled", "block_m": 24, "block_k": 64}), "entry 1: KernelConfig: block_m"),
         (changed(0, pick={"regime": "tiled", "block_n": 16}), "entry 1: .*block_m"),
@@ -122,10 +131,18 @@ def test_a_table_that_does_not_fit_is_refused_with_a_reason(path, change, messag
     assert str(path) in str(caught.value)
 
 
+def test_a_table_of_another_gpu_is_refused_for_that(path):
+    """Not for kernels that this one would not try."""
+    with pytest.raises(ValueError, match="measured with other GPU"):
+        Table.read(path, "NVIDIA H20", dataclasses.replace(SM90, sm_count=1000))
+    with pytest.raises(ValueError, match="entry 1: expected a kernel"):
+        Table.read(path, GPU, dataclasses.replace(SM90, sm_count=1000))
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"entries": 3}', "null", "\ud800", "[" * 100_000])
 def test_a_file_that_is_no_table_is_refused(path, text):
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
-    with pytest.raises(ValueError, match="no table of `indexproj tune`"):
+    with pytest.raises(ValueError, match="run `indexproj tune` again"):
         Table.read(path, GPU, SM90)
 
 
@@ -201,11 +218,11 @@ def test_a_launch_has_the_config_that_was_fastest(driver, gate_dtype):
 
 
 @pytest.mark.parametrize("row", [160, 200], ids=["contiguous", "row-strided"])
-def test_torch_multiplies_where_it_was_fastest(driver, row, poison, monkeypatch):
+def test_torch_multiplies_where_it_was_fastest(driver, row, monkeypatch):
     products = mock.Mock(wraps=torch.mm)
     monkeypatch.setattr(torch, "mm", products)
     w, x = weights("dense-dense", GLM), torch.randn(13, GLM[2]).bfloat16()
-    out = torch.empty(13, row, dtype=BF16)[:, :160]
+    out = torch.full((13, row), torch.nan, dtype=BF16)[:, :160]
     before = driver.launches
     k, gate = project(x, w, out=out)
     assert (products.call_count, driver.launches) == (1, before)  # both in one, as in vLLM
@@ -248,12 +265,27 @@ def test_without_a_home_there_is_no_table_and_no_error(gpu, monkeypatch):
     assert tuned.table_of(gpu) is None
 
 
-def test_torch_does_not_multiply_what_it_would_round_twice(driver):
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_torch_does_not_multiply_what_it_would_round_twice(driver, dtype, monkeypatch):
+    entry = dataclasses.replace(ENTRIES[1], torch_us={"fp32": 3.0, "bf16": 3.0})
+    monkeypatch.setattr(launch, "table_of", lambda device: table(entry))
     w, x = weights("dense-dense", GLM), torch.zeros(13, GLM[2], dtype=BF16)
     before = driver.launches
-    project(x, w, gate_dtype=BF16, gate_scale=0.5)
+    options = {"out": torch.empty(13, 160, dtype=BF16)} if dtype == BF16 else {"gate_dtype": FP32}
+    project(x, w, gate_scale=0.5, **options)
     assert driver.launches == before + 1
     assert driver.grid == SPLIT.grid(13, 128, 32)
+
+
+def test_torch_does_not_multiply_for_who_asks_for_deterministic_algorithms(driver):
+    w, x = weights("dense-dense", GLM), torch.zeros(13, GLM[2], dtype=BF16)
+    before = driver.launches
+    torch.use_deterministic_algorithms(True)
+    try:
+        project(x, w, out=torch.empty(13, 160, dtype=BF16))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert driver.launches == before + 1
 
 
 @pytest.mark.usefixtures("mm_to_fp32")
