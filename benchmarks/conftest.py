@@ -1,4 +1,5 @@
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,22 @@ def pytest_generate_tests(metafunc):
     if "m" in metafunc.fixturenames:
         module, is_quick = metafunc.module, metafunc.config.getoption("quick")
         metafunc.parametrize("m", module.QUICK_MS if is_quick else module.MS)
+
+
+FAILED = set()
+
+
+def pytest_runtest_logreport(report):
+    if report.failed:
+        FAILED.add(Path(report.fspath).name)
+
+
+pytest_collectreport = pytest_runtest_logreport
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    """Adds the suites that failed, in part or as a whole; the others are measured all the same."""
+    output_json["failed"] = sorted(FAILED)
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

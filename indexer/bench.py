@@ -21,8 +21,10 @@ _SCALES = {"us": 1e6, "ms": 1e3}
 def run(quick: bool) -> dict[str, Any]:
     """What pytest-benchmark writes of all suites that this machine can run; their own output goes to stderr.
 
+    "failed" names the suites in which something failed; all that was measured is kept.
+
     Raises:
-        RuntimeError: pytest-benchmark is not installed, or a suite failed.
+        RuntimeError: pytest-benchmark is not installed, or there is no result.
     """
     suites = find_spec("indexproj.benchmarks")
     if suites is None or suites.origin is None or find_spec("pytest_benchmark") is None:
@@ -30,14 +32,14 @@ def run(quick: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "found.json"
         command = [sys.executable, "-m", "pytest", "-q", "-rs", "-c", "/dev/null", "-p", "no:cacheprovider"]
-        command += ["--import-mode=importlib", "--no-header", "--benchmark-disable-gc", "--benchmark-quiet"]
-        command += [f"--benchmark-json={found}", *["--quick"] * quick, str(Path(suites.origin).parent)]
+        command += ["--import-mode=importlib", "--no-header", "--continue-on-collection-errors"]
+        command += ["--benchmark-disable-gc", "--benchmark-quiet", f"--benchmark-json={found}"]
+        command += [*["--quick"] * quick, str(Path(suites.origin).parent)]
         # Not in the current folder: `python -m` would look there for modules first.
         code = subprocess.run(command, cwd=folder, stdout=sys.stderr, check=False).returncode
-        if code or not found.exists():  # none if pytest-benchmark is switched off
-            raise RuntimeError(
-                f"the suites ended with {code}; what went wrong is above, and the rest of the run is not shown"
-            )
+        # 1 with a file: some failed. Without one all did, or pytest-benchmark is switched off.
+        if code not in (0, 1) or not found.exists():
+            raise RuntimeError(f"the suites ended with {code}, without a result; their output is above")
         result: dict[str, Any] = json.loads(found.read_text())
     return result
 
@@ -134,14 +136,15 @@ def _plot_lines(axes: Any, benchmarks: list[dict[str, Any]]) -> None:
     from matplotlib import colormaps
 
     lines: dict[str, list[tuple[int, float, float, float]]] = {}
-    floors: dict[str, dict[int, list[float]]] = {}
+    floors: dict[str, dict[int, list[tuple[float, str]]]] = {}
     for benchmark in benchmarks:
         info, stats = benchmark["extra_info"], benchmark["stats"]
         point = (info["column"], *(1e6 * stats[key] for key in ("median", "q1", "q3")))
         lines.setdefault(info["row"], []).append(point)
+        pair = info["row"].partition(": ")[2] or "BF16, BF16"  # which is what the others read
         for floor in ("memory floor", "compute floor"):
             if floor in info:
-                floors.setdefault(floor, {}).setdefault(info["column"], []).append(info[floor])
+                floors.setdefault(floor, {}).setdefault(info["column"], []).append((info[floor], pair))
     axes.set_prop_cycle(color=[colormaps["tab20"](shade) for shade in range(20)])
     for name, points in lines.items():
         m, median, low, high = zip(*sorted(points), strict=True)
@@ -150,18 +153,18 @@ def _plot_lines(axes: Any, benchmarks: list[dict[str, Any]]) -> None:
         axes.fill_between(m, low, high, color=line.get_color(), alpha=0.2)
     for (name, by_m), style in zip(floors.items(), (":", "-."), strict=False):
         columns = sorted(by_m)
-        lowest, highest = ([of(by_m[column]) for column in columns] for of in (min, max))
+        ends = [[of(by_m[column]) for column in columns] for of in (min, max)]
+        lowest, highest = ([us for us, _ in end] for end in ends)
         axes.plot(columns, lowest, label=f"{name}, by the data sheet", color="black", linestyle=style)
         if lowest != highest:
-            axes.fill_between(
-                columns, lowest, highest, label=f"{name}, to the largest weights", color="black", alpha=0.15
-            )
+            label = " to ".join(pair for (_, pair), *_ in ends)
+            axes.fill_between(columns, lowest, highest, label=label, color="black", alpha=0.15)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     ticks = sorted({m for points in lines.values() for m, *_ in points})
     axes.set_xticks(ticks, map(str, ticks))
     # The compute floor of few rows would take half of the figure.
-    axes.set_ylim(bottom=min(map(min, floors.get("memory floor", {0: [1.0]}).values())) / 2)
+    axes.set_ylim(bottom=min(map(min, floors.get("memory floor", {0: [(1.0, "")]}).values()))[0] / 2)
     axes.set(xlabel="M, rows of x", ylabel="us per projection, median and quartiles")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5))

@@ -1,4 +1,4 @@
-"""The command line. Exit codes: 0 good, 1 a kernel is wrong, 2 bad input.
+"""The command line. Exit codes: 0 good, 1 a kernel is wrong or a benchmark failed, 2 bad input.
 
 torch, Triton and the kernels are imported inside the commands: `--help` should not wait for them, and `verify` must
 choose between GPU and interpreter before Triton is imported.
@@ -28,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="The indexer projection of DeepSeek Sparse Attention: audit, check, compile, time and tune.",
-    epilog="Exit codes: 0 all is well, 1 a kernel is wrong, 2 bad input.",
+    epilog="Exit codes: 0 all is well, 1 a kernel is wrong or a benchmark failed, 2 bad input.",
 )
 # Never narrower than the tables: a long line that the terminal folds is better than a number that is cut.
 console = Console(width=max(144, shutil.get_terminal_size().columns), highlight=False, markup=False)
@@ -40,10 +40,28 @@ if TYPE_CHECKING:
     from ..kernels.gates import Row
 
 Shapes = Annotated[
-    list[str] | None, typer.Option("--shape", help="deepseek-v3.2 or glm-5; may be repeated. Default: both.")
+    list[str] | None,
+    typer.Option(
+        "--shape",
+        metavar="SHAPE",
+        help="Sizes of the matrices, whatever the checkpoint: deepseek-v3.2 (D=128, H=64, K=7168) or glm-5 (D=128, "
+        "H=32, K=6144); may be repeated. Default: both.",
+    ),
 ]
-Pairs = Annotated[
-    list[str] | None, typer.Option("--pair", help='Encodings, such as "NVFP4, BF16"; may be repeated. Default: all.')
+# As in kernels.gates, which is not imported for a help.
+_PAIRS = (
+    '"BF16, BF16", "FP8 128x128, BF16", "FP8 128x128, FP8 128x128", "MXFP8, MXFP8", "NVFP4, BF16", "NVFP4, NVFP4", '
+    '"MXFP4, BF16", "MXFP4, MXFP4"'
+)
+_PAIR = f"Encodings of wk and weights_proj, in quotes; may be repeated. Default: all. {_PAIRS}"
+Pairs = Annotated[list[str] | None, typer.Option("--pair", metavar="PAIR", help=f"{_PAIR}.")]
+CompiledPairs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--pair",
+        metavar="PAIR",
+        help=f'{_PAIR}; for activation="fp8" or "fp8_ue8m0": "W8A8, BF16", "W8A8 ue8m0, BF16".',
+    ),
 ]
 Kind = Literal["deepseek-v3.2", "glm-5-bf16", "glm-5.2-fp8"]
 
@@ -63,7 +81,7 @@ def _options(
 
 @app.command()
 def fixture(
-    kind: Annotated[Kind, typer.Argument(metavar="KIND", help="deepseek-v3.2, glm-5-bf16 or glm-5.2-fp8.")],
+    kind: Annotated[Kind, typer.Argument(metavar="KIND", help="Checkpoint: deepseek-v3.2, glm-5-bf16 or glm-5.2-fp8.")],
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write; must be empty.")],
     layers: Annotated[int | None, typer.Option(help="Number of indexer layers, the first ones. Default: all.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
@@ -71,7 +89,10 @@ def fixture(
         bool, typer.Option("--power-of-two-scales", help='Round FP8 scales up to powers of two ("scale_fmt": "ue8m0").')
     ] = False,
 ) -> None:
-    """Write a made-up checkpoint, laid out like a published one."""
+    """Write a made-up checkpoint, laid out like a published one.
+
+    compile and tune know the first kind's shape as deepseek-v3.2 too, and that of the other two as glm-5.
+    """
     from .fixture import write_fixture
 
     try:
@@ -190,7 +211,7 @@ def compile_(
         typer.Option(min=1, metavar="N", help="SMs (compute units) of the GPU. Default: of the largest such GPU."),
     ] = None,
     shape: Shapes = None,
-    pair: Pairs = None,
+    pair: CompiledPairs = None,
     cache: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Keep the binaries, for servers that run with TRITON_CACHE_DIR=DIR."),
@@ -338,7 +359,8 @@ def bench(
     """Run the benchmarks: the projection against what else computes it, loading, the host, compilation.
 
     Without a GPU, the projection is not measured; instead, what the compiler made of the kernels for an H100 is shown
-    beside vLLM's GEMM, where vLLM is installed.
+    beside vLLM's GEMM, where vLLM is installed. Where something fails, the rest is shown all the same, and the command
+    ends with 1.
     """
     import torch
 
@@ -367,6 +389,9 @@ def bench(
         except OSError as error:
             _fail(f"bench: --plot: {error}")
         Console(stderr=True, soft_wrap=True).print(f"Plots: {', '.join(map(str, paths))}")
+    if found["failed"]:
+        _complain(f"bench: failed, see above: {', '.join(found['failed'])}")
+        raise typer.Exit(1)
 
 
 def _print_static(quick: bool) -> None:

@@ -71,7 +71,7 @@ def measured():
                 stats = {"q1": us * 0.98e-6, "median": us * 1e-6, "q3": us * 1.05e-6}
                 benchmarks.append({"group": f"{shape}, device", "extra_info": info, "stats": stats})
     machine = {"gpu": {"name": "a GPU that is made up"}, "versions": {"torch": "2.13.0", "triton": "3.9.0"}}
-    return {"machine_info": machine, "datetime": "2026-11-24T12:00:00", "benchmarks": benchmarks}
+    return {"machine_info": machine, "datetime": "2026-11-24T12:00:00", "benchmarks": benchmarks, "failed": []}
 
 
 def text_of(table):
@@ -108,7 +108,7 @@ def test_a_line_for_each_contender_and_the_floors(measured, tmp_path):
     assert memory[0] == pytest.approx((least + 2 * 6144 + 2 * 128 + 4 * 32) / 3.35e6)
     assert lines["compute floor, by the data sheet"].get_ydata()[-1] == pytest.approx(2 * 16384 * 6144 * 160 / 989e6)
     # The weights of other pairs are up to four times as many bytes.
-    (band,) = (found for found in axes.collections if found.get_label() == "memory floor, to the largest weights")
+    (band,) = (found for found in axes.collections if found.get_label() == "MXFP4, MXFP4 to BF16, BF16")
     most = (2 * (128 + 32) * 6144 + 2 * 6144 + 2 * 128 + 4 * 32) / 3.35e6
     assert max(y for x, y in band.get_paths()[0].vertices if x == 1) == pytest.approx(most)
     pyplot.close("all")
@@ -245,7 +245,37 @@ def test_what_cannot_be_is_said_before_anything_runs(tmp_path, arguments, enviro
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_a_suite_that_fails_is_no_result(monkeypatch):
+def test_a_suite_that_fails_is_named_and_the_rest_is_shown(tmp_path):
+    """Of a copy of the suites, in which one is broken from the start and one in a test."""
+    package = tmp_path / "suites"
+    package.mkdir()
+    for name in ("__init__.py", "conftest.py", "test_load.py"):
+        (package / name).write_text((ROOT / "benchmarks" / name).read_text())
+    (package / "test_broken.py").write_text("import nothing_of_that_name\n")
+    (package / "test_wrong.py").write_text("def test_wrong():\n    assert False\n")
+    script = f"""
+import sys
+from importlib.machinery import ModuleSpec
+from indexproj.indexer import bench, cli
+found = bench.find_spec
+suites = ModuleSpec("indexproj.benchmarks", None, origin={str(package / "__init__.py")!r})
+bench.find_spec = lambda name: suites if name == "indexproj.benchmarks" else found(name)
+cli._print_static = lambda quick: None
+sys.argv = ["indexproj", "bench", "--quick"]
+cli.main()
+"""
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 1, result.stderr
+    assert result.stderr.endswith("bench: failed, see above: test_broken.py, test_wrong.py\n")
+    assert "streaming and upcasting" in result.stdout
+    (package / "test_load.py").unlink()
+    result = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "the suites ended with 1, without a result" in result.stderr
+
+
+def test_suites_that_do_not_run_are_no_result(monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1))
     with pytest.raises(RuntimeError, match="the suites ended with 1"):
         bench.run(quick=True)

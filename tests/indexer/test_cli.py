@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from exports import EXPORTS, named
 from indexproj.indexer import rival
 from indexproj.indexer.cli import app
-from indexproj.kernels.gates import Row
+from indexproj.kernels.gates import COMPILED, PAIRS, SHAPES, Row
 from support import INDEXER, fp8_layer, write_checkpoint
 
 
@@ -225,6 +225,15 @@ def test_compile_names_what_there_is(arguments, message):
     result = CliRunner().invoke(app, ["compile", *arguments])
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+@pytest.mark.parametrize(("command", "pairs"), [("compile", COMPILED), ("tune", PAIRS)])
+def test_help_lists_shapes_and_pairs(command, pairs):
+    text = " ".join(CliRunner().invoke(app, [command, "--help"]).stdout.split())
+    listed = set(re.findall(r'"([\w ]+, [\w ]+)"', text))
+    assert listed == set(pairs)
+    for name, (d, h, k) in SHAPES.items():
+        assert f"{name} (D={d}, H={h}, K={k})" in text
 
 
 def test_version():
