@@ -240,7 +240,9 @@ def compile_(
     names = list(TARGETS) if all_targets else list(dict.fromkeys(target or ()))
     unknown = [name for name in names if name not in TARGETS]
     if unknown or not names:
-        _fail(f"compile: --target is one of {', '.join(TARGETS)}, got {', '.join(unknown) or 'none'}")
+        _fail(f"compile: --target is one of {', '.join(TARGETS)}, or --all; got {', '.join(unknown) or 'none'}")
+    if all_targets and target:
+        _fail("compile: --all goes without --target")
     targets = [TARGETS[name] for name in names]
     if sm_count:
         if len(targets) != 1:

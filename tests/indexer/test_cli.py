@@ -212,6 +212,7 @@ def test_help_needs_neither_torch_nor_triton():
     ("arguments", "message"),
     [
         ((), "--target is one of sm_80, sm_90"),
+        (("--all", "--target", "sm_90"), "--all goes without --target"),
         (("--target", "sm_70"), "got sm_70"),
         (("--target", "sm_90", "--pair", "INT4, BF16"), "got INT4, BF16"),
         (("--target", "sm_90", "--shape", "glm"), "--shape is one of deepseek-v3.2; glm-5; got glm"),
