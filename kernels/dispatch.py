@@ -139,9 +139,10 @@ def _choose(
     if batch_invariant:
         return replace(decode, serial=m > 64)
     if m <= (32 if w8a8 else 64):
-        # Every SM holds two of these programs; two steps each are better than a second wave. Three would spill.
+        # Every SM holds two of these programs; two steps each are better than a second wave. Three would spill,
+        # and so would two beside an x that is rounded.
         has_room = math.prod(decode.grid(m, *ns)) <= 2 * target.sm_count
-        return decode if has_room else replace(decode, split_k=cdiv(splits, 2))
+        return decode if has_room or w8a8 else replace(decode, split_k=cdiv(splits, 2))
     # On sm_120, weights that are decoded spill beside 64 rows.
     is_tight = is_wide or (target.arch == 120 and set(kinds) != {Kind.BF16})
     block_m = 16 if m <= 256 else 32 if is_tight else 64

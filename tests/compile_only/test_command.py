@@ -84,6 +84,6 @@ def test_a_server_compiles_nothing_that_the_cache_holds(options, pair, sm_count,
 @pytest.mark.parametrize("options", ["--target sm_90 --sm-count 78", "--target gfx942 --sm-count 80 --batch-invariant"])
 def test_fewer_sms_are_fine_for_deepseek(options):
     """Where a launch then comes in a second wave, that is no fault."""
-    command = [*COMMAND, *options.split(), "--shape", "deepseek-v3.2", "--pair", PAIR]
+    command = [*COMMAND, *options.split(), "--shape", "deepseek-v3.2", "--pair", PAIR, "--pair", "W8A8, BF16"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
