@@ -35,9 +35,9 @@ def contenders(m):
         torch.zeros(m, 7168, dtype=torch.bfloat16),
         (torch.empty(m, 128, dtype=torch.bfloat16), torch.empty(m, 64)),
     )
-    matrices, kinds = (w.wk.operands, w.gate.operands), (int(w.wk.kind), int(w.gate.kind))
+    matrices, kinds = (w.wk.operands, w.gate.operands), w.kinds
     operands = [operand for matrix in matrices for operand in matrix if operand is not None]
-    problem = module.Problem(x.device, x.dtype, 7168, (128, 64), kinds, (1.0, 1.0), (x.dtype, torch.float32))
+    problem = module.problem_of(w, x.dtype, torch.float32)
     target = TARGETS["sm_90"]
     config = choose(m, DEEPSEEK, kinds, target)
     kernel, grid = module.KERNELS[config.regime], config.grid(m, 128, 64)

@@ -151,11 +151,14 @@ def _plot_lines(axes: Any, benchmarks: list[dict[str, Any]]) -> None:
         ours = name.startswith("indexproj")
         (line,) = axes.plot(m, median, label=name, marker="o", markersize=3, linestyle="-" if ours else "--")
         axes.fill_between(m, low, high, color=line.get_color(), alpha=0.2)
+    bottom = 1.0
     for (name, by_m), style in zip(floors.items(), (":", "-."), strict=False):
         columns = sorted(by_m)
         ends = [[of(by_m[column]) for column in columns] for of in (min, max)]
         lowest, highest = ([us for us, _ in end] for end in ends)
         axes.plot(columns, lowest, label=f"{name}, by the data sheet", color="black", linestyle=style)
+        if name == "memory floor":  # the compute floor of few rows would take half of the figure
+            bottom = min(lowest)
         if lowest != highest:
             label = " to ".join(pair for (_, pair), *_ in ends)
             axes.fill_between(columns, lowest, highest, label=label, color="black", alpha=0.15)
@@ -163,8 +166,7 @@ def _plot_lines(axes: Any, benchmarks: list[dict[str, Any]]) -> None:
     axes.set_yscale("log")
     ticks = sorted({m for points in lines.values() for m, *_ in points})
     axes.set_xticks(ticks, map(str, ticks))
-    # The compute floor of few rows would take half of the figure.
-    axes.set_ylim(bottom=min(map(min, floors.get("memory floor", {0: [(1.0, "")]}).values()))[0] / 2)
+    axes.set_ylim(bottom=bottom / 2)
     axes.set(xlabel="M, rows of x", ylabel="us per projection, median and quartiles")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5))

@@ -98,17 +98,14 @@ def search(
             break
         for _ in range(FIRST_ROUNDS):
             measure(choice)
-    others = sorted(
-        samples.keys() - set(choices[:always]) - set(failed), key=lambda one: statistics.median(samples[one])
-    )
-    last = [*choices[:always], *others[:FINALISTS]]
+    left = [choice for choice in samples if choice not in failed]
+    others = [choice for choice in left if choice not in choices[:always]]
+    others.sort(key=lambda choice: statistics.median(samples[choice]))
+    last = [choice for choice in left if choice not in others[FINALISTS:]]
     for _ in range(LAST_ROUNDS):
         for choice in last:
-            if choice in samples:
-                measure(choice)
-    medians = {
-        one: statistics.median(samples[one][FIRST_ROUNDS:]) for one in last if one in samples.keys() - set(failed)
-    }
+            measure(choice)
+    medians = {choice: statistics.median(samples[choice][FIRST_ROUNDS:]) for choice in last if choice not in failed}
     return dict(sorted(medians.items(), key=lambda item: item[1])), list(samples)
 
 
@@ -189,10 +186,8 @@ class Sampler:
 
     def __call__(self, choice: Choice) -> float:
         if choice not in self._replays:
-            outs, copies, exact = self._outputs(choice), self._copies, self._exact
-            if not isinstance(choice, KernelConfig):
-                copies = [weights.to_bf16() for weights in copies]
-                exact = reference(self._x, copies[0])
+            outs = self._outputs(choice)
+            copies, exact = (self._copies, self._exact) if isinstance(choice, KernelConfig) else self._for_torch
             self._run(choice, copies[0], outs)
             self._check(choice, outs, exact)
             # Graphs that are replayed one after the other can share their counters, and would use up the reserve.
@@ -200,6 +195,12 @@ class Sampler:
                 calls = [functools.partial(self._run, choice, weights, outs) for weights in copies]
                 self._replays[choice] = Replay(calls)
         return self._replays[choice].microseconds()
+
+    @functools.cached_property
+    def _for_torch(self) -> tuple[list[ProjectionWeights], tuple[Tensor, Tensor]]:
+        """The weights in bf16, and what is exact for these."""
+        copies = [weights.to_bf16() for weights in self._copies]
+        return copies, reference(self._x, copies[0])
 
     def _outputs(self, choice: Choice) -> tuple[Tensor, ...]:
         if choice == "bf16":
@@ -211,8 +212,8 @@ class Sampler:
         operands = weights.wk.operands, weights.gate.operands
         if isinstance(choice, KernelConfig):
             launch(self._x, operands, outs, problem_of(weights, *OUTS["fp32"]), choice)
-        else:
-            assert multiply_by_torch(self._x, [weight for weight, _, _ in operands], outs)
+        elif not multiply_by_torch(self._x, [weight for weight, _, _ in operands], outs):
+            raise RuntimeError("torch would take two GEMMs: weights or outputs are not one tensor's")
 
     def _check(self, choice: Choice, outs: tuple[Tensor, ...], exact: tuple[Tensor, Tensor]) -> None:
         is_ours = isinstance(choice, KernelConfig)
