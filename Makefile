@@ -55,7 +55,8 @@ lint: .venv/.installed-dev
 types: .venv/.installed-dev
 	@echo "== mypy"
 	@mkdir -p build/types/indexproj
-	@for floor in kernels loading indexer; do ln -sfn ../../../$$floor build/types/indexproj/$$floor; done
+	@ln -sfn ../../../main/__init__.py ../../../main/__main__.py build/types/indexproj/
+	@for floor in kernels loading indexer benchmarks; do ln -sfn ../../../$$floor build/types/indexproj/$$floor; done
 	@MYPYPATH=build/types $(BIN)/mypy -p indexproj
 	@MYPYPATH=build/types $(BIN)/mypy tests/typing_check.py
 

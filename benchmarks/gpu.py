@@ -7,7 +7,7 @@ import subprocess
 
 import torch
 
-from indexproj.kernels.gates import PAIRS, SHAPES, nbytes
+from indexproj.benchmarks.gates import PAIRS, SHAPES, nbytes
 
 # TB/s of memory and dense bf16 TFLOPS, by a part of the name that torch gives: the vendors' data sheets.
 PEAKS = {

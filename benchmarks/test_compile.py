@@ -5,9 +5,9 @@ For an H100, FP8 wk and BF16 gate. `indexproj compile --cache` turns the first i
 
 import pytest
 
+from indexproj.benchmarks.compiled import warm_up
+from indexproj.benchmarks.gates import SHAPES
 from indexproj.kernels import TARGETS, choose
-from indexproj.kernels.compiled import warm_up
-from indexproj.kernels.gates import SHAPES
 from indexproj.kernels.launch import KERNELS
 from indexproj.kernels.matrix import Kind
 

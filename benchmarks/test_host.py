@@ -10,11 +10,11 @@ import time
 import pytest
 import torch
 
+from indexproj.benchmarks.gates import SHAPES
 from indexproj.benchmarks.stub import stub_driver
-from indexproj.indexer.synthetic import random_matrix
+from indexproj.indexer.cli.synthetic import random_matrix
 from indexproj.kernels import TARGETS, ProjectionWeights, choose, project
 from indexproj.kernels import launch as module
-from indexproj.kernels.gates import SHAPES
 from indexproj.kernels.matrix import Kind
 
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="the driver's stub is compiled by gcc")

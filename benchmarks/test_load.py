@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from indexproj.indexer.fixture import write_fixture
+from indexproj.indexer.cli.fixture import write_fixture
 from indexproj.loading import Checkpoint, Plan, load
 
 D, H, K = 128, 64, 7168

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from indexproj.benchmarks.contenders import OTHERS, OURS, UnavailableError
+from indexproj.benchmarks.gates import PAIRS, SHAPES
 from indexproj.benchmarks.gpu import floors
-from indexproj.indexer.synthetic import random_matrix
-from indexproj.indexer.timing import Replay, copies_to_outgrow_l2, enough
+from indexproj.benchmarks.timing import Replay, copies_to_outgrow_l2, enough
+from indexproj.indexer.cli.synthetic import random_matrix
 from indexproj.kernels import ProjectionWeights, reference
-from indexproj.kernels.gates import PAIRS, SHAPES
 from indexproj.kernels.workspace import counters_returned
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="measured on a GPU, and there is none here")

@@ -3,7 +3,7 @@
 from .dispatch import KernelConfig, choose
 from .matrix import DenseMatrix, Fp4Matrix, Fp8Matrix, Matrix, ProjectionWeights
 from .operation import project, project_all
-from .ref import reference
+from .reference import reference
 from .target import TARGETS, Target
 
 __all__ = [

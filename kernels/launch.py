@@ -16,9 +16,9 @@ from torch import Tensor
 from .dispatch import KernelConfig, choose
 from .gemv import gemv_kernel
 from .matrix import Operands, ProjectionWeights, joined
+from .prefill import tiled_kernel
 from .split_k import split_k_kernel
 from .target import INTERPRETED, Target, target_of
-from .tiled import tiled_kernel
 from .tuned import Pick, table_of
 from .workspace import workspace
 

@@ -155,7 +155,7 @@ class Table:
 
 def versions() -> dict[str, str]:
     """What measurements depend on, besides the GPU; kernels and compiler options are known by their text."""
-    names = "tile", "gemv", "split_k", "tiled", "launch"
+    names = "tile", "gemv", "split_k", "prefill", "launch"
     texts = (Path(__file__).with_name(f"{name}.py").read_bytes() for name in names)
     return {
         "indexproj": version("indexproj"),

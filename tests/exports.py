@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from indexproj.indexer.synthetic import random_e4m3, random_e8m0
+from indexproj.indexer.cli.synthetic import random_e4m3, random_e8m0
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
 

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from indexproj.indexer.cli import app
-from indexproj.indexer.synthetic import random_matrix
+from indexproj.__main__ import app
+from indexproj.indexer.cli.synthetic import random_matrix
 from indexproj.kernels import ProjectionWeights
 from indexproj.kernels.matrix import Kind
 from indexproj.loading import CheckpointError, load

@@ -22,7 +22,7 @@ def run(python, script, **environment):
 def installed(tmp_path_factory):
     """python of an empty environment with the wheel in it, and without what it depends on."""
     source = tmp_path_factory.mktemp("source")
-    for name in ("kernels", "loading", "indexer", "benchmarks", "tests"):
+    for name in ("main", "kernels", "loading", "indexer", "benchmarks", "tests"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
@@ -52,7 +52,7 @@ def test_one_top_level_name(installed):
         """
 import importlib.util as util
 assert util.find_spec("indexproj").submodule_search_locations
-for name in ("kernels", "loading", "indexer", "benchmarks", "tests"):
+for name in ("main", "kernels", "loading", "indexer", "benchmarks", "tests"):
     assert util.find_spec(name) is None, name
 """,
     )
@@ -61,13 +61,13 @@ for name in ("kernels", "loading", "indexer", "benchmarks", "tests"):
 def test_what_the_wheel_holds(installed):
     files = run(installed, "import importlib.metadata as m; print(*m.files('indexproj'), sep='\\n')").splitlines()
     sources = {
-        f"indexproj/{path.relative_to(ROOT)}"
-        for name in ("kernels", "loading", "indexer", "benchmarks")
-        for path in (ROOT / name).glob("*.py")
+        f"indexproj/{path.relative_to(ROOT)}".replace("/main/", "/")
+        for name in ("main", "kernels", "loading", "indexer", "benchmarks")
+        for path in (ROOT / name).rglob("*.py")
     }
     assert {file for file in files if file.endswith(".py")} == sources
     assert {file for file in files if file.endswith("py.typed")} == {
-        f"indexproj/{name}/py.typed" for name in ("kernels", "loading", "indexer")
+        f"indexproj/{name}py.typed" for name in ("", "kernels/", "loading/", "indexer/")
     }
     assert "indexproj/benchmarks/stub.c" in files
     assert any(file.endswith("LICENSE") for file in files)
@@ -89,7 +89,7 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 import indexproj.indexer
 from indexproj.indexer import IndexerProjection
-import indexproj.kernels, indexproj.loading, indexproj.indexer.vllm_plugin
+import indexproj.kernels, indexproj.loading, indexproj.indexer.vllm.plugin
 import torch, triton
 assert indexproj.indexer.__file__.startswith(sys.prefix), indexproj.indexer.__file__
 assert not torch.cuda.is_initialized()
@@ -105,7 +105,7 @@ def test_vllm_finds_the_plugin(installed):
         installed,
         "from importlib.metadata import entry_points as e; print(*(p.value for p in e(group='vllm.general_plugins')))",
     )
-    assert found.split() == ["indexproj.indexer.vllm_plugin:register"]
+    assert found.split() == ["indexproj.indexer.vllm:register"]
 
 
 def test_the_requirements_hold_every_pair_that_torch_pins():

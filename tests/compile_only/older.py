@@ -7,9 +7,9 @@ import json
 
 import triton
 
+from indexproj.benchmarks.compiled import compile_for
+from indexproj.benchmarks.gates import PAIRS, SHAPES, faults
 from indexproj.kernels import TARGETS, choose
-from indexproj.kernels.compiled import compile_for
-from indexproj.kernels.gates import PAIRS, SHAPES, faults
 
 SHAPE = SHAPES["deepseek-v3.2"]
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 import triton
 
+from indexproj.benchmarks.gates import COMPILED, PAIRS, configs
 from indexproj.benchmarks.stub import stub_driver
 from indexproj.kernels import TARGETS, launch, project
-from indexproj.kernels.gates import COMPILED, PAIRS, configs
 from indexproj.kernels.target import INTERPRETED
 from support import DEEPSEEK, GLM, weights
 

@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
+from indexproj.benchmarks.compiled import Binary, compile_for, compile_kernel, warm_up
+from indexproj.benchmarks.gates import CASES, COMPILED, SHAPES, configs, faults
 from indexproj.kernels import TARGETS, choose
-from indexproj.kernels.compiled import Binary, compile_for, compile_kernel, warm_up
-from indexproj.kernels.gates import CASES, COMPILED, SHAPES, configs, faults
 from indexproj.kernels.matrix import Kind
 from indexproj.kernels.target import INTERPRETED
 from support import DEEPSEEK, GLM

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from indexproj.kernels.gates import PAIRS
+from indexproj.benchmarks.gates import PAIRS
 from indexproj.kernels.target import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="nothing is compiled under TRITON_INTERPRET=1")

@@ -34,8 +34,8 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.cpu_model_runner import _set_torch_accelerator_to_noop
 
-from indexproj.indexer import vllm_plugin
-from indexproj.indexer.synthetic import random_weight
+from indexproj.indexer.cli.synthetic import random_weight
+from indexproj.indexer.vllm import plugin as vllm_plugin
 
 M, K, D, H = 5, 256, 128, 16
 HEADS, Q_RANK, KV_RANK, NOPE, ROPE, V, INNER, VOCAB = 2, 128, 64, 32, 64, 32, 128, 128

@@ -28,7 +28,7 @@ from engine.harness import (
     write,
 )
 from exports import EXPORTS, Export, named
-from indexproj.indexer.vllm_plugin import layer_of
+from indexproj.indexer.vllm.plugin import layer_of
 from indexproj.loading import CheckpointError
 
 ROWS = {"wk": D, "weights_proj": H, "wk_weights_proj": D + H}

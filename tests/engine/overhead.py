@@ -29,7 +29,7 @@ from engine.harness import (
     write,
 )
 from engine.kinds import BF16, FP8, exports_of
-from indexproj.indexer import vllm_plugin
+from indexproj.indexer.vllm import plugin as vllm_plugin
 
 LAYERS, ROUNDS = 61, 15
 
@@ -112,7 +112,7 @@ def main():
 if __name__ == "__main__":
     logging.disable(logging.CRITICAL)
     start = time.perf_counter()
-    import indexproj.indexer.vllm_layer  # noqa: F401
+    import indexproj.indexer.vllm.layer  # noqa: F401
 
     print(f"first import, where vLLM is imported already: {1000 * (time.perf_counter() - start):.1f} ms")
     main()

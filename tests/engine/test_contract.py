@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import vllm
 
-from indexproj.indexer.vllm_plugin import GLM5NEXT, INDEXERS, MODEL_FILES, one_launch
+from indexproj.indexer.vllm.plugin import GLM5NEXT, INDEXERS, MODEL_FILES, one_launch
 
 NEWEST = "0.33.0"
 DOWNLOADS = Path(__file__).parent.parent.parent / "build/vllm"

@@ -27,8 +27,8 @@ from engine.harness import (
     projections,
     write,
 )
-from indexproj.indexer.fixture import MODELS
-from indexproj.indexer.synthetic import quantize_blocks
+from indexproj.indexer.cli.fixture import MODELS
+from indexproj.indexer.cli.synthetic import quantize_blocks
 from indexproj.kernels.matrix import spread
 
 MTP = {"method": "mtp", "num_speculative_tokens": 1}

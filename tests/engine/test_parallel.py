@@ -36,7 +36,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from engine import harness
-from indexproj.indexer import vllm_plugin
+from indexproj.indexer.vllm import plugin as vllm_plugin
 
 path = harness.write(Path(sys.argv[1]), harness.deepseek())
 with harness.cpu_worker(), harness.plugin("1"):
@@ -65,7 +65,7 @@ load_general_plugins()
 vllm.plugins.plugins_loaded = False
 load_general_plugins()
 import sys
-from indexproj.indexer.vllm_plugin import MODEL_FILES
+from indexproj.indexer.vllm.plugin import MODEL_FILES
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 patched = BaseModelLoader.create_model
 print(hasattr(patched, "is_indexproj") and not hasattr(patched.__wrapped__, "is_indexproj"))

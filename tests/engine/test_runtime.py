@@ -14,7 +14,7 @@ from vllm.lora.peft_helper import PEFTHelper
 from engine.harness import LAYERS, D, H, K, activations, environment, is_projection, like, projections
 from engine.kinds import BF16, FP8
 from engine.server import Server, checkpoint
-from indexproj.indexer import vllm_layer
+from indexproj.indexer.vllm import layer as vllm_layer
 
 RANK = 8
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from indexproj.indexer import IndexerProjection
-from indexproj.indexer.fixture import write_fixture
+from indexproj.indexer.cli.fixture import write_fixture
 from indexproj.kernels import project, reference
 from indexproj.loading import load
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
-from indexproj.indexer.tune import candidates
+from indexproj.benchmarks.tune import candidates
 from indexproj.kernels import (
     DenseMatrix,
     Fp4Matrix,
@@ -23,7 +23,7 @@ from indexproj.kernels import (
 )
 from indexproj.kernels.launch import Problem, launch
 from indexproj.kernels.matrix import Kind
-from indexproj.kernels.ref import quantize
+from indexproj.kernels.reference import quantize
 from indexproj.kernels.target import TARGETS
 from indexproj.kernels.workspace import workspace
 from support import DEEPSEEK, GLM, MATRICES, PAIRS, fp8, weights

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from indexproj.benchmarks.gates import PAIRS
 from indexproj.kernels import TARGETS, KernelConfig, choose
 from indexproj.kernels.dispatch import cdiv, next_power_of_2
-from indexproj.kernels.gates import PAIRS
 from indexproj.kernels.matrix import Kind
 from support import DEEPSEEK, GLM
 

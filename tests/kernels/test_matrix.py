@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from indexproj.indexer.synthetic import quantize_blocks, random_weight
+from indexproj.indexer.cli.synthetic import quantize_blocks, random_weight
 from indexproj.kernels import DenseMatrix, Fp4Matrix, Fp8Matrix, ProjectionWeights, reference
 from indexproj.kernels.matrix import joined
 from support import MATRICES, dense, fp8, same, weights

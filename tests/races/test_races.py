@@ -17,7 +17,7 @@ import torch
 from indexproj.kernels import TARGETS, KernelConfig
 from indexproj.kernels import launch as original
 from indexproj.kernels.operation import QUANTIZING
-from indexproj.kernels.ref import quantize
+from indexproj.kernels.reference import quantize
 from support import MATRICES
 
 pytestmark = pytest.mark.skipif(

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from indexproj.indexer.verify import MAX_ERROR, Measurement, _activations, _error
+from indexproj.indexer.cli.verify import MAX_ERROR, Measurement, _activations, _error
 
 
 def outputs(k, gate):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels import DenseMatrix, Fp4Matrix, Fp8Matrix, Matrix
-from ..kernels.matrix import MX_GROUP, NVFP4_GROUP, SCALE_BLOCK, Kind, scale_shape
+from ...kernels import DenseMatrix, Fp4Matrix, Fp8Matrix, Matrix
+from ...kernels.matrix import MX_GROUP, NVFP4_GROUP, SCALE_BLOCK, Kind, scale_shape
 
 
 def random_matrix(kind: Kind, n: int, k: int) -> Matrix:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels import ProjectionWeights, project, reference
-from ..kernels.launch import decide, problem_of
-from ..kernels.target import INTERPRETED
-from ..loading import Checkpoint, LayerPlan, load
+from ...kernels import ProjectionWeights, project, reference
+from ...kernels.launch import decide, problem_of
+from ...kernels.target import INTERPRETED
+from ...loading import Checkpoint, LayerPlan, load
 
 # fp32 sums of 7168 products stay well below this; a wrong scale, mask or decode does not.
 MAX_ERROR = 2e-6

@@ -10,14 +10,13 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from ..indexer.models import SHAPES
+from ..kernels.dispatch import KernelConfig, choose
+from ..kernels.matrix import Kind, operand_specs
+from ..kernels.target import TARGETS, Target
+from ..kernels.tuned import OUTS
 from .compiled import MULTIPROCESSORS, Binary, compile_for
-from .dispatch import KernelConfig, choose
-from .matrix import Kind, operand_specs
-from .target import TARGETS, Target
-from .tuned import OUTS
 
-# (D, H, K) of published models.
-SHAPES = {"deepseek-v3.2": (128, 64, 7168), "glm-5": (128, 32, 6144)}
 # The pairs of encodings that published checkpoints hold.
 PAIRS = {
     "BF16, BF16": (Kind.BF16, Kind.BF16),

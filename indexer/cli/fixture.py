@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from ..kernels.matrix import SCALE_BLOCK, scale_shape
-from ..loading.checkpoint import INDEX
+from ...kernels.matrix import SCALE_BLOCK, scale_shape
+from ...loading.checkpoint import INDEX
 from .synthetic import quantize_blocks, random_weight
 
 D = 128

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from indexproj.indexer import vllm_plugin
-from indexproj.indexer.vllm_plugin import UnexpectedError, one_launch, register
+from indexproj.indexer.vllm import plugin as vllm_plugin
+from indexproj.indexer.vllm.plugin import UnexpectedError, one_launch, register
 from indexproj.loading import CheckpointError
 from support import bf16_layer, fp8_layer
 
@@ -111,11 +111,11 @@ def vllm(monkeypatch):
     )
     made.types = module("vllm.model_executor.model_loader.reload.types", LayerReloadingInfo=LayerReloadingInfo)
     made.reload = module("vllm.model_executor.model_loader.reload", layerwise=made.layerwise)
-    monkeypatch.delitem(sys.modules, "indexproj.indexer.vllm_layer", raising=False)
+    monkeypatch.delitem(sys.modules, "indexproj.indexer.vllm.layer", raising=False)
     monkeypatch.setattr("indexproj.kernels.target.target_of", lambda device: None)
     made.model = Model()
     yield made
-    sys.modules.pop("indexproj.indexer.vllm_layer", None)
+    sys.modules.pop("indexproj.indexer.vllm.layer", None)
 
 
 def create(vllm, model=None):

@@ -16,10 +16,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
-from .dispatch import KernelConfig, cdiv
-from .launch import KERNELS, constants, options
-from .matrix import operand_specs
-from .target import INTERPRETED, Target
+from ..kernels.dispatch import KernelConfig, cdiv
+from ..kernels.launch import KERNELS, constants, options
+from ..kernels.matrix import operand_specs
+from ..kernels.target import INTERPRETED, Target
 
 
 @dataclass(frozen=True)

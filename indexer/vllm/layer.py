@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearMethodBase
 
-from ..kernels import DenseMatrix, Fp4Matrix, Fp8Matrix, Matrix, ProjectionWeights, project
-from ..loading import Assembly, CheckpointError, Problem
-from ..loading.headers import Header
-from ..loading.names import GATE, UNUSED, WK, parse
-from ..loading.plan import ranges
-from ..loading.values import unusable
-from .vllm_plugin import LOGGER, layer_of
+from ...kernels import DenseMatrix, Fp4Matrix, Fp8Matrix, Matrix, ProjectionWeights, project
+from ...loading import Assembly, CheckpointError, Problem
+from ...loading.headers import Header
+from ...loading.names import GATE, UNUSED, WK, parse
+from ...loading.plan import ranges
+from ...loading.values import unusable
+from .plugin import LOGGER, layer_of
 
 
 class IndexerMethod(LinearMethodBase):  # type: ignore[misc]

@@ -1,17 +1,16 @@
-"""What the commands print as tables."""
+"""What compile and tune print as tables."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from ..kernels.gates import Row
     from ..kernels.tuned import Entry
-    from .verify import Measurement
+    from .gates import Row
 
 
 def compiled_tables(found: Iterable[Row]) -> Iterator[Table]:
@@ -64,40 +63,3 @@ def tuned_tables(shape: str, entries: Iterable[Entry]) -> Iterator[Table]:
                 f"{entry.tried} of {entry.candidates}",
             )
         yield table
-
-
-def layer_table(*columns: str) -> Table:
-    table = Table()
-    for column in ("layer", "wk", "weights_proj"):
-        table.add_column(column, no_wrap=True)
-    for column in ("MB kept", "MB upcast", *columns):
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
-
-
-def layer_cells(layer: dict[str, Any]) -> tuple[str, ...]:
-    name = f"{layer['layer']} (MTP)" if layer["is_mtp"] else f"{layer['layer']}"
-    matrices = layer["wk"], layer["weights_proj"]
-    encodings = (f"{m['encoding'] or '?'}{' to BF16' if m['in_memory'] == 'bf16' else ''}" for m in matrices)
-    sizes = (sum(m[key] for m in matrices) for key in ("kept_bytes", "upcast_bytes"))
-    return (name, *encodings, *(f"{size / 1e6:.2f}" if layer["loads"] else "-" for size in sizes))
-
-
-def shape_cell(layer: dict[str, Any]) -> str:
-    if not layer["loads"]:
-        return "-"
-    (d, k), (h, _) = layer["wk"]["shape"], layer["weights_proj"]["shape"]
-    return f"{d}, {h}, {k}"
-
-
-def measurement_cells(measurement: Measurement) -> tuple[str, ...]:
-    ours, upcast = measurement.error, measurement.upcast_error
-    closer = f"{upcast / ours:,.0f} times" if upcast > ours > 0 else "-"
-    return (
-        f"{measurement.m}",
-        measurement.regime,
-        f"{ours:.1e}",
-        f"{upcast:.1e}" if upcast else "none",
-        closer,
-        "ok" if measurement.passed else "WRONG",
-    )

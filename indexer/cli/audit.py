@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from ..loading import Checkpoint, CheckpointError, LayerPlan, MatrixPlan, Plan
+from ...loading import Checkpoint, CheckpointError, LayerPlan, MatrixPlan, Plan
 
 
 def audit(path: Path) -> dict[str, Any]:

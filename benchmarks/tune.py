@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 from triton.errors import TritonError
 
+from ..indexer.cli.synthetic import random_matrix
 from ..kernels import KernelConfig, ProjectionWeights, Target, reference
-from ..kernels.compiled import warm_up
 from ..kernels.dispatch import candidates
 from ..kernels.launch import launch, multiply_by_torch, problem_of
 from ..kernels.matrix import Kind
 from ..kernels.target import target_of
 from ..kernels.tuned import OUTS, Case, Entry
 from ..kernels.workspace import counters_returned
-from .synthetic import random_matrix
+from .compiled import warm_up
 from .timing import Replay, copies_to_outgrow_l2
 
 MS = tuple(2**power for power in range(15))

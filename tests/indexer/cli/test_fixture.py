@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from indexproj.indexer.cli import Kind
-from indexproj.indexer.fixture import MODELS, write_fixture
+from indexproj.indexer.cli.commands import Kind
+from indexproj.indexer.cli.fixture import MODELS, write_fixture
 from indexproj.loading import Checkpoint
 from indexproj.loading.checkpoint import INDEX
 

@@ -177,7 +177,7 @@ def swap(model: Any, vllm_config: Any, model_config: Any, to_bf16: bool) -> None
         from vllm import envs
 
         batch_invariant = envs.VLLM_BATCH_INVARIANT
-        from .vllm_layer import IndexerModel
+        from .layer import IndexerModel
     except (UnexpectedError, AttributeError, ImportError, OSError) as error:  # the last one: there is no source
         _warn(error)
         return
@@ -301,7 +301,7 @@ def _check(model: Any, indexers: dict[str, Any]) -> None:
 
 def _unsupported(model: Any, vllm_config: Any, indexers: dict[str, Any]) -> str | None:
     """Why the projections of a model as expected cannot be ours; None where they can."""
-    from ..kernels.target import target_of
+    from ...kernels.target import target_of
 
     if not isinstance(vllm_config.additional_config, dict):
         return "additional_config is no dict, so vLLM could not tell compiled code with these kernels from code without"

@@ -15,12 +15,12 @@ import torch
 from matplotlib import pyplot
 from rich.console import Console
 
+from indexproj.benchmarks import report as bench
 from indexproj.benchmarks import test_projection as suite
 from indexproj.benchmarks.contenders import OTHERS, OURS, UnavailableError
+from indexproj.benchmarks.gates import PAIRS, SHAPES
 from indexproj.benchmarks.gpu import floors
-from indexproj.indexer import bench
 from indexproj.kernels import reference
-from indexproj.kernels.gates import PAIRS, SHAPES
 from support import GLM, weights
 from support import PAIRS as MAKERS
 
@@ -238,7 +238,7 @@ def test_tuning_without_a_gpu_ends_with_its_reason(tmp_path):
     ],
 )
 def test_what_cannot_be_is_said_before_anything_runs(tmp_path, arguments, environment, message):
-    command = [sys.executable, "-c", "from indexproj.indexer.cli import main; main()", "bench", *arguments]
+    command = [sys.executable, "-c", "from indexproj.__main__ import app; app()", "bench", *arguments]
     result = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT | environment, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, "")
     assert message in result.stderr
@@ -256,13 +256,15 @@ def test_a_suite_that_fails_is_named_and_the_rest_is_shown(tmp_path):
     script = f"""
 import sys
 from importlib.machinery import ModuleSpec
-from indexproj.indexer import bench, cli
+from indexproj.__main__ import app
+from indexproj.benchmarks import commands
+from indexproj.benchmarks import report as bench
 found = bench.find_spec
 suites = ModuleSpec("indexproj.benchmarks", None, origin={str(package / "__init__.py")!r})
 bench.find_spec = lambda name: suites if name == "indexproj.benchmarks" else found(name)
-cli._print_static = lambda quick: None
+commands._print_static = lambda quick: None
 sys.argv = ["indexproj", "bench", "--quick"]
-cli.main()
+app()
 """
     command = [sys.executable, "-c", script]
     result = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)

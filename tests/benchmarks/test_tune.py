@@ -11,12 +11,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from indexproj.indexer import timing, tune
-from indexproj.indexer.cli import app
-from indexproj.indexer.tune import FINALISTS, FIRST_ROUNDS, LAST_ROUNDS, MS, Task, WrongError, search
+from indexproj.__main__ import app
+from indexproj.benchmarks import timing, tune
+from indexproj.benchmarks.gates import PAIRS, SHAPES
+from indexproj.benchmarks.tune import FINALISTS, FIRST_ROUNDS, LAST_ROUNDS, MS, Task, WrongError, search
 from indexproj.kernels import TARGETS, KernelConfig, choose, reference, target, tuned, workspace
 from indexproj.kernels.dispatch import candidates
-from indexproj.kernels.gates import PAIRS, SHAPES
 from indexproj.kernels.matrix import Kind
 from indexproj.kernels.tuned import OUTS, Case, Entry, Table
 from support import DEEPSEEK, GLM

@@ -1,0 +1,5 @@
+"""The vLLM plugin. `register` is its entry point; importing it imports neither vLLM nor the kernels."""
+
+from .plugin import register
+
+__all__ = ["register"]

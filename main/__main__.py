@@ -1,0 +1,7 @@
+"""`indexproj`, also as `python -m indexproj`."""
+
+from .benchmarks import commands  # noqa: F401  # adds compile, tune and bench
+from .indexer.cli.commands import app
+
+if __name__ == "__main__":
+    app(prog_name="indexproj")
