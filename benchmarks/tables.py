@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from ..kernels.tuned import Entry
+
     from .gates import Row
 
 

@@ -1,14 +1,17 @@
-"""Ground floor: kernel-ready weight layouts, the Triton kernels, their dispatch, and the fp64 reference."""
+"""Ground floor: weight layouts, the Triton kernels, their dispatch, and the fp64 reference."""
 
 from .dispatch import KernelConfig, choose
-from .matrix import DenseMatrix, Fp4Matrix, Fp8Matrix, Matrix, ProjectionWeights
+from .formats import Format
+from .matrix import DenseMatrix, Fp4Matrix, Fp8Matrix, Matrix
 from .operation import project, project_all
 from .reference import reference
 from .target import TARGETS, Target
+from .weights import ProjectionWeights
 
 __all__ = [
     "TARGETS",
     "DenseMatrix",
+    "Format",
     "Fp4Matrix",
     "Fp8Matrix",
     "KernelConfig",

@@ -1,39 +1,39 @@
-"""Decode of very few rows: a program owns one row of one matrix and all of K, multiplies in fp32 and needs no other.
+"""Decode of very few rows: one program per row of a matrix, fp32 FMA over all of K.
 
-Tensor cores would spend most of their width on rows of x that are not there. What counts is that all of the weights are
-asked for at once and that nothing comes after them: no second round trip, no counter, no workspace.
+Tensor cores would be mostly idle at this size. What counts is that a program loads its weights in one round trip to
+memory and that nothing follows: no partial sums, no counter, no workspace.
 """
 
 import triton
 import triton.language as tl
 
 from .tile import (
-    has_block_scales,
+    FP8_BLOCK,
+    UNCHANGED,
     launch_dependents,
     load_block_scales,
     load_weights,
     quantize,
-    quantizes_x,
     store_tile,
     wait_for_dependencies,
 )
 
 
 @triton.jit
-def _one_row(
+def _gemv_row(
     x_ptr, w, out_ptr, row_n, M, stride_xm, stride_om,
-    N: tl.constexpr, KIND: tl.constexpr, FACTOR: tl.constexpr, K: tl.constexpr,
+    N: tl.constexpr, FORMAT: tl.constexpr, ACTIVATION: tl.constexpr, FACTOR: tl.constexpr, K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One column of one output. K is a grid of [SLICES, BLOCK_K] per step, which the threads share out."""
+    """One column of one output. A step covers [SLICES, BLOCK_K] of K, divided among the threads."""
     STEPS: tl.constexpr = (K + SLICES * BLOCK_K - 1) // (SLICES * BLOCK_K)
     slices = tl.arange(0, SLICES)
     cols = row_n + tl.zeros_like(slices)
     weights = ()
     for step in tl.static_range(STEPS):
         start_k = (step * SLICES + slices) * BLOCK_K
-        values = load_weights(w, cols, start_k, N, K, BLOCK_K, KIND, tl.float32)
-        if has_block_scales(KIND):
+        values = load_weights(w, cols, start_k, N, K, BLOCK_K, FORMAT, tl.float32)
+        if FORMAT == FP8_BLOCK:
             values *= load_block_scales(w, cols, start_k, N, K)[:, None]
         weights = weights + (values,)
 
@@ -47,9 +47,9 @@ def _one_row(
             mask=(rows < M)[:, None, None] & (offs_k < K)[None, :, :],
             other=0.0,
         )
-        if quantizes_x(KIND):
-            codes, scale = quantize(x, 2, KIND)
-            x = codes * scale
+        if ACTIVATION != UNCHANGED:
+            x, x_scales = quantize(x, 2, ACTIVATION)
+            x *= x_scales
         acc += x.to(tl.float32) * weights[step][None, :, :]
     launch_dependents(PDL)
     total = tl.sum(tl.sum(acc, 2), 1)
@@ -59,19 +59,19 @@ def _one_row(
 @triton.jit(do_not_specialize=["M"])
 def gemv_kernel(
     x_ptr,  # [M, K] bf16 or fp16
-    matrices,  # of each matrix its pointers, see tile.py
-    outs,  # of each matrix its output [M, N]
+    matrices,  # per matrix its three pointers, see tile.py
+    outs,  # per matrix its output [M, N]
     M, stride_xm, strides_om,
-    NS: tl.constexpr, KINDS: tl.constexpr, FACTORS: tl.constexpr, K: tl.constexpr,
+    NS: tl.constexpr, FORMATS: tl.constexpr, ACTIVATIONS: tl.constexpr, FACTORS: tl.constexpr, K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (sum of N over the matrices, cdiv(M, BLOCK_M))."""
     row_n = tl.program_id(0)
-    first = 0  # row of the matrix
+    first = 0  # row of matrix i
     for i in tl.static_range(len(NS)):
         if (row_n >= first) & (row_n < first + NS[i]):
-            _one_row(
+            _gemv_row(
                 x_ptr, matrices[i], outs[i], row_n - first, M, stride_xm, strides_om[i],
-                NS[i], KINDS[i], FACTORS[i], K, BLOCK_M, BLOCK_K, SLICES, PDL,
+                NS[i], FORMATS[i], ACTIVATIONS[i], FACTORS[i], K, BLOCK_M, BLOCK_K, SLICES, PDL,
             )  # fmt: skip
         first += NS[i]

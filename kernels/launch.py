@@ -1,4 +1,4 @@
-"""From tensors to one kernel launch: compile-time arguments, compiler options, and the short way to the driver."""
+"""From tensors to one kernel launch: compile-time arguments, compiler options, and a short path to the driver."""
 
 from __future__ import annotations
 
@@ -13,75 +13,160 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import KernelConfig, choose
+from .dispatch import KernelConfig, choose, next_power_of_2, table_of
+from .formats import ACTIVATIONS, Activation, Format, Operands
 from .gemv import gemv_kernel
-from .matrix import Operands, ProjectionWeights, joined
-from .prefill import tiled_kernel
+from .prefill import prefill_kernel
 from .split_k import split_k_kernel
 from .target import INTERPRETED, Target, target_of
-from .tuned import Pick, table_of
+from .weights import ProjectionWeights, joined
 from .workspace import workspace
 
-KERNELS = {"gemv": gemv_kernel, "split_k": split_k_kernel, "tiled": tiled_kernel}
+KERNELS = {"gemv": gemv_kernel, "split_k": split_k_kernel, "prefill": prefill_kernel}
 
-_NOTHING: AbstractContextManager[Any] = nullcontext()
-# Triton's interpreter keeps the program that it runs in one global.
-_TURN: AbstractContextManager[Any] = threading.Lock() if INTERPRETED else _NOTHING
+_NO_GUARD: AbstractContextManager[Any] = nullcontext()
+# Triton's interpreter keeps the program that it runs in a global.
+_CPU_GUARD: AbstractContextManager[Any] = threading.Lock() if INTERPRETED else _NO_GUARD
+_FORMAT_CODES = {format: code for code, format in enumerate(Format)}
 
 
-class Problem(NamedTuple):
-    """All that a launch depends on, but for M, addresses and strides.
+class Signature(NamedTuple):
+    """Everything a launch depends on except M, addresses and strides. Tuples have one element per matrix.
 
     Attributes:
-        ns: rows of each matrix.
-        kinds: `Matrix.kind` of each.
-        factors: of each output.
-        dtypes: of each output.
+        ns: rows.
+        factors: multiply the outputs.
+        dtypes: of the outputs.
     """
 
     device: torch.device
     x_dtype: torch.dtype
     k: int
     ns: tuple[int, ...]
-    kinds: tuple[int, ...]
+    formats: tuple[Format, ...]
+    activations: tuple[Activation | None, ...]
     factors: tuple[float, ...]
     dtypes: tuple[torch.dtype, ...]
     batch_invariant: bool = False
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(D, H, K), or more rows before K."""
+        return *self.ns, self.k
 
-def problem_of(weights: ProjectionWeights, *dtypes: torch.dtype) -> Problem:
-    """The projection of bf16 activations, with outputs of these dtypes."""
+
+def signature_of(weights: ProjectionWeights, *dtypes: torch.dtype) -> Signature:
+    """The projection of bf16 activations to outputs of these dtypes."""
     *ns, k = weights.shape
-    return Problem(weights.device, torch.bfloat16, k, tuple(ns), weights.kinds, (1.0, 1.0), dtypes)
-
-
-MAX_READY = 4096  # every M is one
-
-# Compiled kernels with their grids, sizes of workspace and compile-time arguments, by all that these depend on.
-_ready: dict[Any, tuple[Any, tuple[int, ...], tuple[int, ...], tuple[Any, ...]]] = {}
+    return Signature(weights.device, torch.bfloat16, k, tuple(ns), weights.formats, (None, None), (1.0, 1.0), dtypes)
 
 
 def launch(
     x: Tensor,
     matrices: tuple[Operands, ...],
     outs: tuple[Tensor, ...],
-    problem: Problem,
-    config: Pick | None = None,
+    signature: Signature,
+    config: KernelConfig | None = None,
 ) -> None:
-    """out [M, N] = factor * x [M, K] @ matrix.T of each matrix: one launch, or none where M is 0. Checks nothing.
+    """out [M, N] = factor * x [M, K] @ matrix.T for each matrix, in one launch; none if M is 0. Checks nothing.
 
     Args:
         matrices: `Matrix.operands` of each.
-        config: for tests and tuning; left out, `decide` does.
+        config: for tests and tuning; by default the tuned table or `choose` decides.
     """
     m = x.shape[0]
     if m == 0:
         return
-    device, ns = problem.device, problem.ns
-    stride_xm, strides_om = x.stride(0), tuple([out.stride(0) for out in outs])
-    # One compiled kernel serves all launches whose addresses and strides are multiples of 16, and whose tensors reach
-    # no further than 2 GB: within these, Triton counts on 32-bit offsets on AMD. For the others Triton's own launcher,
-    # which looks at each argument, finds or compiles one.
+    plan = plan_of(signature, next_power_of_2(m), config)
+    # cuBLAS is deterministic only with a setting that torch checks for in this mode.
+    if plan.prefers_torch and not torch.are_deterministic_algorithms_enabled() and torch_mm(x, matrices, outs):
+        return
+    plan.run(x, matrices, outs)
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_of(signature: Signature, bucket: int, config: KernelConfig | None = None) -> Plan:
+    """The plan for up to bucket rows of x, a power of two."""
+    case = bucket, signature.shape, signature.formats
+    is_measured = signature.x_dtype == torch.bfloat16 and not signature.batch_invariant and not any(signature.activations)
+    table = table_of(signature.device) if is_measured and config is None else None
+    if table is None or case not in table.configs:
+        return Plan(signature, bucket, config or _choose(signature, bucket), prefers_torch=False)
+    # torch would round before it multiplies by a factor.
+    prefers_torch = signature.dtypes in table.torch_for[case] and set(signature.factors) == {1.0}
+    return Plan(signature, bucket, table.configs[case], prefers_torch)
+
+
+def decide(m: int, signature: Signature) -> KernelConfig:
+    """The config that a launch with m >= 1 rows uses."""
+    return plan_of(signature, next_power_of_2(m)).config
+
+
+def _choose(signature: Signature, m: int) -> KernelConfig:
+    return choose(
+        m,
+        signature.shape,
+        signature.formats,
+        target_of(signature.device),
+        signature.x_dtype,
+        quantize_x=any(signature.activations),
+        batch_invariant=signature.batch_invariant,
+    )
+
+
+class Plan:
+    """How to launch one signature for M up to a power of two.
+
+    Attributes:
+        config: the kernel and its block sizes.
+        prefers_torch: `indexproj tune` has found torch.mm faster.
+    """
+
+    def __init__(self, signature: Signature, bucket: int, config: KernelConfig, prefers_torch: bool) -> None:
+        target = target_of(signature.device)
+        self.config = config
+        self.prefers_torch = prefers_torch
+        self._device, self._ns = signature.device, signature.ns
+        self._kernel = KERNELS[config.regime]
+        self._constants = tuple(constants(config, signature, target).values())
+        self._options = options(config, target)
+        self._takes_workspace = config.regime != "gemv"
+        self._workspace_size = config.workspace_size(bucket, *signature.ns)
+        self._compiled: Any = None
+
+    def run(self, x: Tensor, matrices: tuple[Operands, ...], outs: tuple[Tensor, ...]) -> None:
+        """Launches. Compiles at the first launch, or finds the kernel in Triton's cache."""
+        m, stride_xm, strides_om = x.shape[0], x.stride(0), tuple([out.stride(0) for out in outs])
+        grid = self.config.grid(m, *self._ns)
+        with _device_guard(self._device):
+            buffers = workspace(self._device, *self._workspace_size) if self._takes_workspace else ()
+            arguments = x, matrices, outs, *buffers, m, stride_xm, strides_om, *self._constants
+            if not _is_aligned(x, matrices, outs, stride_xm, strides_om):
+                self._kernel[grid](*arguments, **self._options)
+            elif self._compiled is None:
+                self._compiled = self._kernel[grid](*arguments, **self._options)
+            else:
+                self._run_compiled(grid, arguments)
+
+    def _run_compiled(self, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
+        """What `compiled[grid](*arguments)` does, without preparing for launch hooks, which only profilers set."""
+        enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+        compiled = self._compiled
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+            compiled[grid](*arguments)
+        else:
+            stream = triton.runtime.driver.active.get_current_stream(self._device.index)
+            compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+
+
+def _is_aligned(
+    x: Tensor, matrices: tuple[Operands, ...], outs: tuple[Tensor, ...], stride_xm: int, strides_om: tuple[int, ...]
+) -> bool:
+    """Whether the one compiled kernel of a plan may run: Triton specializes on what this tests.
+
+    Addresses and strides are multiples of 16, and tensors are smaller than 2 GB, within which Triton uses 32-bit
+    offsets on AMD. Otherwise Triton's own launcher, which looks at each argument, finds or compiles a kernel.
+    """
     bits = stride_xm | x.data_ptr()
     for out, stride_om in zip(outs, strides_om, strict=True):
         bits |= stride_om | out.data_ptr()
@@ -89,71 +174,20 @@ def launch(
         for operand in operands:
             if operand is not None:
                 bits |= operand.data_ptr()
-    is_usual = not (bits & 15 or INTERPRETED) and m * max(stride_xm, *strides_om) < 2**29  # times 4 bytes at most
-    key = problem, m, config
-    ready = _ready.get(key) if is_usual else None
-    if ready is not None:
-        compiled, grid, needs, constexprs = ready
-    else:
-        # torch's GEMM is not for who asks for torch's deterministic algorithms: cuBLAS needs a setting for that.
-        config = config or decide(m, problem, may_be_torch=not torch.are_deterministic_algorithms_enabled())
-        if config == "torch":
-            if not multiply_by_torch(x, [weight for weight, _, _ in matrices], outs):
-                launch(x, matrices, outs, problem, decide(m, problem, may_be_torch=False))
-            return
-        target, shape = target_of(device), (*ns, problem.k)
-        known = constants(config, shape, problem.kinds, problem.factors, problem.x_dtype, target)
-        grid, constexprs = config.grid(m, *ns), tuple(known.values())
-        needs = () if config.regime == "gemv" else config.workspace(grid, *ns)
-        compile_and_run = functools.partial(KERNELS[config.regime][grid], **options(config, target))
-    with _turn(device):
-        lent = workspace(device, *needs) if needs else ()
-        arguments = x, matrices, outs, *lent, m, stride_xm, strides_om, *constexprs
-        if ready is not None:
-            _run(compiled, grid, device, arguments)
-        else:
-            compiled = compile_and_run(*arguments)
-            if is_usual:
-                if len(_ready) >= MAX_READY:
-                    _ready.clear()
-                _ready[key] = compiled, grid, needs, constexprs
-
-
-def _run(compiled: Any, grid: tuple[int, ...], device: torch.device, arguments: tuple[Any, ...]) -> None:
-    """What `compiled[grid](*arguments)` does, less what it prepares for hooks that only profilers set."""
-    enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
-    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
-        compiled[grid](*arguments)
-    else:
-        stream = triton.runtime.driver.active.get_current_stream(device.index)
-        compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
-
-
-@functools.lru_cache(maxsize=MAX_READY)
-def decide(m: int, problem: Problem, *, may_be_torch: bool = True) -> Pick:
-    """What runs: what was fastest on the device, if a table says so, or else what `choose` reckons."""
-    shape, kinds, x_dtype = (*problem.ns, problem.k), problem.kinds, problem.x_dtype
-    has_table = x_dtype == torch.bfloat16 and not problem.batch_invariant
-    table = table_of(problem.device) if has_table else None
-    # torch would round twice where there are factors.
-    for_torch = problem.dtypes if may_be_torch and set(problem.factors) == {1.0} else None
-    pick = table.find(m, shape, kinds, for_torch) if table else None
-    if pick is None:
-        target = target_of(problem.device)
-        return choose(m, shape, kinds, target, x_dtype, batch_invariant=problem.batch_invariant)
-    return pick
+    # 4 bytes per element at most.
+    return not (bits & 15 or INTERPRETED) and x.shape[0] * max(stride_xm, *strides_om) < 2**29
 
 
 @torch.no_grad()
-def multiply_by_torch(x: Tensor, weights: Sequence[Tensor], outs: Sequence[Tensor]) -> bool:
-    """out [M, N] = x [M, K] @ weight [N, K].T of each bf16 weight, by torch's GEMM.
+def torch_mm(x: Tensor, matrices: Sequence[Operands], outs: Sequence[Tensor]) -> bool:
+    """out [M, N] = x [M, K] @ weight [N, K].T for each bf16 matrix, by torch.mm.
 
-    Outputs of one dtype are one GEMM's, as in vLLM. For that weights and outputs have to be slices of one tensor each:
-    where they are not, nothing is done, and the answer is False.
+    Outputs of one dtype take one GEMM, as in vLLM. If weights or outputs are then not slices of one tensor, does
+    nothing and returns False.
     """
-    pairs = list(zip(weights, outs, strict=True))
+    pairs = [(weight, out) for (weight, _, _), out in zip(matrices, outs, strict=True)]
     if len({out.dtype for out in outs}) == 1:
-        weight, out = joined(weights, 0), joined(outs, 1)
+        weight, out = joined([weight for weight, _ in pairs], 0), joined(outs, 1)
         if weight is None or out is None:
             return False
         pairs = [(weight, out)]
@@ -165,37 +199,30 @@ def multiply_by_torch(x: Tensor, weights: Sequence[Tensor], outs: Sequence[Tenso
     return True
 
 
-def _turn(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes the device current where it is not, as that is where Triton launches."""
+def _device_guard(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes the device current, as Triton launches there."""
     if device.type != "cuda":
-        return _TURN
-    return _NOTHING if device.index == torch.cuda.current_device() else torch.cuda.device(device)
+        return _CPU_GUARD
+    return _NO_GUARD if device.index == torch.cuda.current_device() else torch.cuda.device(device)
 
 
-def constants(
-    config: KernelConfig,
-    shape: tuple[int, ...],
-    kinds: tuple[int, ...],
-    factors: tuple[float, ...],
-    x_dtype: torch.dtype,
-    target: Target,
-) -> dict[str, Any]:
-    """The compile-time arguments of a launch, in the order in which the kernel takes them."""
-    *ns, k = shape
+def constants(config: KernelConfig, signature: Signature, target: Target) -> dict[str, Any]:
+    """The compile-time arguments, in the order of the kernel's parameters."""
     known = {
-        "NS": tuple(ns),
-        "KINDS": tuple(map(int, kinds)),  # Triton keys its cache by how they print, and `Kind` prints otherwise
-        "FACTORS": factors,
-        "K": k,
+        "NS": signature.ns,
+        "FORMATS": tuple([_FORMAT_CODES[format] for format in signature.formats]),
+        "ACTIVATIONS": tuple([ACTIVATIONS.index(activation) for activation in signature.activations]),
+        "FACTORS": signature.factors,
+        "K": signature.k,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "SLICES": config.slices,
         "SPLIT_K": config.split_k,
-        "SERIAL": config.serial,
-        "SIZE": config.size(*ns),
-        # fp16 has 11 significand bits: exact in tf32, not in bf16. And Triton's interpreter computes bf16 wrongly.
-        "DOT": tl.bfloat16 if x_dtype == torch.bfloat16 and not INTERPRETED else tl.float32,
+        "LOOP_SPLITS": config.loop_splits,
+        "ACC_SIZE": config.acc_size(*signature.ns),
+        # fp16 has 11 significand bits: exact in tf32, not in bf16. Triton's interpreter computes bf16 wrongly.
+        "DOT": tl.bfloat16 if signature.x_dtype == torch.bfloat16 and not INTERPRETED else tl.float32,
         "AMD": target.backend == "hip",
         "PDL": _has_pdl(config, target),
     }
@@ -203,14 +230,13 @@ def constants(
 
 
 def options(config: KernelConfig, target: Target) -> dict[str, Any]:
-    """The compiler's options. Triton's default for fp_fusion changes between versions, so it is always given."""
+    """The compiler's options. Triton's default for fp_fusion differs between versions."""
     chosen = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
     if target.backend == "hip":
-        # One shape of matrix instruction for all tiles, as rows must not change with the size of the batch.
+        # One matrix instruction for all tiles, as the bits of a row must not depend on the batch.
         return chosen | ({"matrix_instr_nonkdim": 16} if config.regime == "split_k" else {})
-    # Left alone, ptxas would rather spill a few registers than run one program less at a time; but `choose` counts on
-    # two programs of split_k.
-    chosen["maxnreg"] = 128 if config.regime == "split_k" and not config.serial else 255
+    # By default ptxas spills a few registers to fit one more program. `choose` counts on two programs of split_k.
+    chosen["maxnreg"] = 128 if config.regime == "split_k" and not config.loop_splits else 255
     return chosen | ({"launch_pdl": True} if _has_pdl(config, target) else {})
 
 

@@ -1,4 +1,4 @@
-"""What the kernels are judged by."""
+"""The fp64 reference that the kernels are compared with."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .matrix import SCALE_BLOCK, ProjectionWeights
+from .formats import SCALE_BLOCK, Activation
+from .weights import ProjectionWeights
 
 
-def reference(x: Tensor, weights: ProjectionWeights, activation: str | None = None) -> tuple[Tensor, Tensor]:
+def reference(x: Tensor, weights: ProjectionWeights, activation: Activation | None = None) -> tuple[Tensor, Tensor]:
     """The projection in fp64, from exactly decoded weights.
 
     Args:
-        x: [..., K], any floating dtype.
-        weights: the matrices, on the device of x.
+        x: [..., K], any floating dtype, on the device of the weights.
         activation: as for `project`.
 
     Returns:
         k [..., D] and gate [..., H], both fp64.
     """
-    wide = x.to(torch.float64)
+    wide = x.double()
     rounded = wide if activation is None else quantize(x, activation == "fp8_ue8m0")
     return rounded @ weights.wk.dequantize(torch.float64).T, wide @ weights.gate.dequantize(torch.float64).T
 
 
 def quantize(x: Tensor, ue8m0: bool) -> Tensor:
-    """[..., K] in fp64: x as its e4m3 codes and their scales, one for 128 values along K, have it."""
+    """[..., K] in fp64: x rounded to e4m3, with one scale per 128 values along K."""
     *leading, k = x.shape
     padded = functional.pad(x.float(), (0, -k % SCALE_BLOCK))
     groups = padded.view(*leading, padded.shape[-1] // SCALE_BLOCK, SCALE_BLOCK)

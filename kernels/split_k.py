@@ -1,26 +1,26 @@
-"""Decode: few rows, so the time goes into one round trip to memory for the weights.
+"""Decode and small batches: K divided over programs, partial sums reduced in the same launch.
 
-The weights are spread over as many programs as the GPU holds: a program owns BLOCK_N rows of one of the matrices and
-1/SPLIT_K of K, for BLOCK_M rows of x. It cuts its part of K once more into SLICES, which the warps multiply side by
-side as one 3-D dot. The last program to arrive adds up the splits.
+Few rows leave the time to one round trip to memory, so the weights are spread over as many programs as the GPU holds.
+A program owns BLOCK_N rows of one matrix and 1/SPLIT_K of K, for BLOCK_M rows of x. Inside the program, the warps
+multiply SLICES of its K side by side as one 3-D dot. The last program to arrive at a tile sums the splits.
 
-With SERIAL, one program computes all splits of its tile and adds them up in the same order: the same bits without the
-workspace, which is how results that do not depend on the size of the batch stay affordable for many rows.
+With LOOP_SPLITS one program computes all splits of its tile, in the same order and without the workspace: the same
+bits, which keeps batch-invariant results affordable for many rows.
 """
 
 import triton
 import triton.language as tl
 
 from .tile import (
+    FP8_BLOCK,
     SCALE_BLOCK,
+    UNCHANGED,
     dot,
-    has_block_scales,
     last_to_arrive,
     launch_dependents,
     load_block_scales,
     load_weights,
     quantize,
-    quantizes_x,
     store_tile,
     sum_splits,
     tile_offsets,
@@ -29,16 +29,16 @@ from .tile import (
 
 
 @triton.jit
-def _dot_slices(
+def _dot_split(
     x_ptr, w, cols, rows, split, M, stride_xm,
-    N: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr,
     SPLIT_K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """w @ x.T for one tile, over one split of K: [BLOCK_N, BLOCK_M] fp32."""
+    """w @ x.T of one tile over one split of K: [BLOCK_N, BLOCK_M] fp32."""
     STEPS: tl.constexpr = tl.cdiv(K, SPLIT_K * SLICES * BLOCK_K)
     slices = tl.arange(0, SLICES)
-    # One row of weights per slice and column.
+    # load_weights takes one row per slice and column.
     w_cols = tl.reshape(tl.broadcast_to(cols[None, :], (SLICES, BLOCK_N)), (SLICES * BLOCK_N,))
     w_slices = tl.reshape(tl.broadcast_to(slices[:, None], (SLICES, BLOCK_N)), (SLICES * BLOCK_N,))
     acc = tl.zeros((SLICES, BLOCK_N, BLOCK_M), tl.float32)
@@ -50,18 +50,18 @@ def _dot_slices(
             mask=(rows < M)[None, None, :] & (offs_k < K),
             other=0.0,
         )
-        if quantizes_x(KIND):
+        if ACTIVATION != UNCHANGED:
             GROUPS: tl.constexpr = SLICES * BLOCK_K // SCALE_BLOCK
-            x, x_scales = quantize(tl.reshape(x, (GROUPS, SCALE_BLOCK, BLOCK_M)), 1, KIND)
+            x, x_scales = quantize(tl.reshape(x, (GROUPS, SCALE_BLOCK, BLOCK_M)), 1, ACTIVATION)
             x = tl.reshape(x, (SLICES, BLOCK_K, BLOCK_M))
         x = x.to(DOT)
         start_k = (first + w_slices) * BLOCK_K
-        weights = tl.reshape(load_weights(w, w_cols, start_k, N, K, BLOCK_K, KIND, DOT), (SLICES, BLOCK_N, BLOCK_K))
+        weights = tl.reshape(load_weights(w, w_cols, start_k, N, K, BLOCK_K, FORMAT, DOT), (SLICES, BLOCK_N, BLOCK_K))
         product = dot(weights, x, PRECISION)
-        if has_block_scales(KIND):
+        if FORMAT == FP8_BLOCK:
             scales = load_block_scales(w, w_cols, start_k, N, K)
             product *= tl.reshape(scales, (SLICES, BLOCK_N))[:, :, None]
-        if quantizes_x(KIND):
+        if ACTIVATION != UNCHANGED:
             x_scales = tl.broadcast_to(x_scales, (GROUPS, SLICES // GROUPS, BLOCK_M))
             product *= tl.reshape(x_scales, (SLICES, BLOCK_M))[:, None, :]
         acc += product
@@ -69,25 +69,25 @@ def _dot_slices(
 
 
 @triton.jit
-def _one_tile(
+def _split_k_tile(
     x_ptr, w, out_ptr, partial_ptr, arrived_ptr, start_n, M, stride_xm, stride_om,
-    N: tl.constexpr, KIND: tl.constexpr, FACTOR: tl.constexpr, K: tl.constexpr,
+    N: tl.constexpr, FORMAT: tl.constexpr, ACTIVATION: tl.constexpr, FACTOR: tl.constexpr, K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr,
-    SPLIT_K: tl.constexpr, SERIAL: tl.constexpr, DOT: tl.constexpr, AMD: tl.constexpr,
+    SPLIT_K: tl.constexpr, LOOP_SPLITS: tl.constexpr, DOT: tl.constexpr, AMD: tl.constexpr,
 ):  # fmt: skip
-    """Columns of one output from start_n on: this program's part of K, and all of it if it is the last to arrive."""
+    """Columns of one output from start_n on: one split of K, and the reduction if this program is the last to arrive."""
     split, tile_m = tl.program_id(1), tl.program_id(2)
     rows, cols = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
     PRECISION: tl.constexpr = "ieee" if AMD else "tf32"
-    total = _dot_slices(
+    total = _dot_split(
         x_ptr, w, cols, rows, split, M, stride_xm,
-        N, K, KIND, BLOCK_M, BLOCK_N, BLOCK_K, SLICES, SPLIT_K, DOT, PRECISION,
+        N, K, FORMAT, ACTIVATION, BLOCK_M, BLOCK_N, BLOCK_K, SLICES, SPLIT_K, DOT, PRECISION,
     )  # fmt: skip
-    if SERIAL:
+    if LOOP_SPLITS:
         for later in range(1, SPLIT_K):
-            total += _dot_slices(
+            total += _dot_split(
                 x_ptr, w, cols, rows, later, M, stride_xm,
-                N, K, KIND, BLOCK_M, BLOCK_N, BLOCK_K, SLICES, SPLIT_K, DOT, PRECISION,
+                N, K, FORMAT, ACTIVATION, BLOCK_M, BLOCK_N, BLOCK_K, SLICES, SPLIT_K, DOT, PRECISION,
             )  # fmt: skip
         store_tile(out_ptr, total, w, cols, rows, M, N, stride_om, FACTOR)
     else:
@@ -104,26 +104,26 @@ def _one_tile(
 @triton.jit(do_not_specialize=["M"])
 def split_k_kernel(
     x_ptr,  # [M, K] bf16 or fp16
-    matrices,  # of each matrix its pointers, see tile.py
-    outs,  # of each matrix its output [M, N]
-    partial_ptr,  # [tiles, SPLIT_K, BLOCK_N, BLOCK_M] fp32, None where SERIAL
-    arrived_ptr,  # [tiles] int32, all zero between launches, None where SERIAL
+    matrices,  # per matrix its three pointers, see tile.py
+    outs,  # per matrix its output [M, N]
+    partial_ptr,  # [tiles, SPLIT_K, BLOCK_N, BLOCK_M] fp32, None with LOOP_SPLITS
+    arrived_ptr,  # [tiles] int32, all zero between launches, None with LOOP_SPLITS
     M, stride_xm, strides_om,
-    NS: tl.constexpr, KINDS: tl.constexpr, FACTORS: tl.constexpr, K: tl.constexpr,
+    NS: tl.constexpr, FORMATS: tl.constexpr, ACTIVATIONS: tl.constexpr, FACTORS: tl.constexpr, K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr,
-    SPLIT_K: tl.constexpr, SERIAL: tl.constexpr, DOT: tl.constexpr, AMD: tl.constexpr, PDL: tl.constexpr,
+    SPLIT_K: tl.constexpr, LOOP_SPLITS: tl.constexpr, DOT: tl.constexpr, AMD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (sum of cdiv(N, BLOCK_N) over the matrices, 1 if SERIAL else SPLIT_K, cdiv(M, BLOCK_M))."""
+    """Grid: (sum of cdiv(N, BLOCK_N) over the matrices, 1 if LOOP_SPLITS else SPLIT_K, cdiv(M, BLOCK_M))."""
     wait_for_dependencies(PDL)
     tile_n = tl.program_id(0)
-    first = 0  # tile of the matrix
+    first = 0  # tile of matrix i
     for i in tl.static_range(len(NS)):
         tiles = tl.cdiv(NS[i], BLOCK_N)
         if (tile_n >= first) & (tile_n < first + tiles):
-            _one_tile(
+            _split_k_tile(
                 x_ptr, matrices[i], outs[i], partial_ptr, arrived_ptr, (tile_n - first) * BLOCK_N,
-                M, stride_xm, strides_om[i], NS[i], KINDS[i], FACTORS[i], K,
-                BLOCK_M, BLOCK_N, BLOCK_K, SLICES, SPLIT_K, SERIAL, DOT, AMD,
+                M, stride_xm, strides_om[i], NS[i], FORMATS[i], ACTIVATIONS[i], FACTORS[i], K,
+                BLOCK_M, BLOCK_N, BLOCK_K, SLICES, SPLIT_K, LOOP_SPLITS, DOT, AMD,
             )  # fmt: skip
         first += tiles
     launch_dependents(PDL)

@@ -1,59 +1,42 @@
-"""What the kernels share: load and decode weights, multiply, store an output tile, add up the K splits.
+"""What the kernels share: load and decode weights, multiply, store an output tile, sum the K splits.
 
-A matrix reaches a kernel as a tuple of three pointers and a kind, all known at compile time but for the addresses:
+A matrix reaches a kernel as a tuple w of three pointers and a format (a compile-time integer):
 
-    kind       codes [N, ...], K-major         scales of groups            scales of rows
-    BF16       bf16 [N, K]                     None                        None
-    FP8        e4m3 as uint8 [N, K]            None                        fp32 [N]
-    FP8_BLOCK  e4m3 as uint8 [N, K]            fp32 [N/128, K/128]         None
-    MXFP8      e4m3 as uint8 [N, K]            e8m0 as uint8 [N, K/32]     None
-    NVFP4      two e2m1 per uint8 [N, K/2]     e4m3 as uint8 [N, K/16]     fp32 [N]
-    MXFP4      two e2m1 per uint8 [N, K/2]     e8m0 as uint8 [N, K/32]     None
+    format       w[0]: values or codes [N, K]       w[1]: group or block scales     w[2]: row scales
+    BF16         bf16 [N, K]                        None                            None
+    FP8_BLOCK    e4m3 as uint8 [N, K]               fp32 [N/128, K/128]             None
+    FP8_ROW      e4m3 as uint8 [N, K]               None                            fp32 [N]
+    MXFP8        e4m3 as uint8 [N, K]               e8m0 as uint8 [N, K/32]         None
+    NVFP4        two e2m1 per uint8 [N, K/2]        e4m3 as uint8 [N, K/16]         fp32 [N]
+    MXFP4        two e2m1 per uint8 [N, K/2]        e8m0 as uint8 [N, K/32]         None
 
-The kinds with e4m3 codes are there once more for e4m3fnuz. Codes are bytes, as sm_80 and gfx942 have no e4m3fn type.
-The W8A8 kinds are FP8_BLOCK, and want x rounded to e4m3 too.
-
-Tiles are held transposed, [columns of the output, rows]: the product is w @ x.T. Weights are then the first operand of
+Tiles are transposed, [columns of the output, rows of x]: the product is w @ x.T. Weights are then the first operand of
 the dot, which tensor cores take from registers, where they have just been decoded.
+
+Arguments of the helpers: cols [R] are rows of the matrix, which are columns of its output; start_k [R] is where in K
+each of them begins; rows are rows of x.
 """
 
 import triton
 import triton.language as tl
 
-from .matrix import MX_GROUP, NVFP4_GROUP, Kind
-from .matrix import SCALE_BLOCK as _SCALE_BLOCK
+from .formats import ACTIVATIONS, MX_GROUP, NVFP4_GROUP, Format
+from .formats import SCALE_BLOCK as _SCALE_BLOCK
 
-BF16, FP8, FP8_BLOCK, MXFP8, NVFP4, MXFP4 = (tl.constexpr(int(kind)) for kind in list(Kind)[:6])
-FP8_FNUZ, FP8_BLOCK_FNUZ, MXFP8_FNUZ = (tl.constexpr(int(kind)) for kind in list(Kind)[6:9])
-W8A8_UE8M0, W8A8_UE8M0_FNUZ = tl.constexpr(int(Kind.W8A8_UE8M0)), tl.constexpr(int(Kind.W8A8_UE8M0_FNUZ))
+BF16, FP8_BLOCK, FP8_ROW, MXFP8, NVFP4, MXFP4 = (tl.constexpr(code) for code in range(len(Format)))
+UNCHANGED, FP8, FP8_UE8M0 = (tl.constexpr(code) for code in range(len(ACTIVATIONS)))
 SCALE_BLOCK = tl.constexpr(_SCALE_BLOCK)
 GROUP_16, GROUP_32 = tl.constexpr(NVFP4_GROUP), tl.constexpr(MX_GROUP)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
-@triton.constexpr_function
-def is_fnuz(kind):
-    return Kind(kind).name.endswith("FNUZ")
-
-
-@triton.constexpr_function
-def has_block_scales(kind):
-    return Kind(kind).name.startswith(("FP8_BLOCK", "W8A8"))
-
-
-@triton.constexpr_function
-def quantizes_x(kind):
-    return Kind(kind).name.startswith("W8A8")
-
-
 @triton.jit
-def decode_e4m3(codes, IS_FNUZ: tl.constexpr):
-    """e4m3 codes (uint8, no NaN) to fp32, exactly, subnormals included."""
+def decode_e4m3(codes):
+    """e4m3 codes (uint8) to fp32, exactly, subnormals included. 0x7F and 0xFF are +-480."""
     bits = codes.to(tl.int32)
-    # The exponent biases are 7 (fnuz: 8) and 127: sign, exponent and mantissa, moved to fp32's places, read as
-    # value * 2**-120 (fnuz: -119).
+    # Moved to fp32's places, sign, exponent and mantissa read as value * 2**-120: the exponent biases are 7 and 127.
     value = ((bits & 0x80) << 24 | (bits & 0x7F) << 20).to(tl.float32, bitcast=True)
-    return value * (6.646139978924579e35 if IS_FNUZ else 1.329227995784916e36)
+    return value * 1.329227995784916e36
 
 
 @triton.jit
@@ -73,19 +56,20 @@ def decode_e8m0(codes):
 
 
 @triton.jit
-def quantize(x, AXIS: tl.constexpr, KIND: tl.constexpr):
-    """x, whose axis AXIS is a group of 128 along K, as e4m3 values and a scale per group, both fp32: DeepSeek's W8A8.
+def quantize(x, AXIS: tl.constexpr, ACTIVATION: tl.constexpr):
+    """Rounds x to e4m3 as DeepSeek's W8A8 does: returns values and scales, both fp32.
 
-    The scale is amax / 448, and in the UE8M0 kinds the next power of two. Zero has no sign.
+    AXIS of x is a group of 128 along K. Its scale is max(amax, 1e-4) / 448, rounded up to a power of two for
+    FP8_UE8M0. Negative zero becomes zero.
     """
     tl.static_assert(x.shape[AXIS] == SCALE_BLOCK)
     x = x.to(tl.float32)
     scale = tl.div_rn(tl.maximum(tl.max(tl.abs(x), AXIS, keep_dims=True), 1e-4), 448.0)
-    if KIND == W8A8_UE8M0 or KIND == W8A8_UE8M0_FNUZ:
+    if ACTIVATION == FP8_UE8M0:
         scale = (scale.to(tl.int32, bitcast=True) + 0x7FFFFF & 0x7F800000).to(tl.float32, bitcast=True)
     value = tl.div_rn(x, tl.broadcast_to(scale, x.shape))
-    # e4m3 keeps 3 bits behind the first one, and multiples of 2**-9 below 2**-6. Beside 1.5 * 2**20 times the power of
-    # two of a value, fp32 keeps just these, and rounds to nearest even.
+    # e4m3 keeps 3 mantissa bits, and multiples of 2**-9 below 2**-6. Adding 1.5 * 2**20 times the power of two of a
+    # value leaves just these bits in fp32, rounded to nearest even.
     exponent = tl.maximum(value.to(tl.int32, bitcast=True) & 0x7F800000, 0x3C800000)
     large = (exponent + 0xA400000).to(tl.float32, bitcast=True)
     return value + large - large, scale
@@ -103,12 +87,12 @@ def _load_group_scales(
     if IS_E8M0:
         return decode_e8m0(codes)
     else:
-        return decode_e4m3(codes, False)
+        return decode_e4m3(codes)
 
 
 @triton.jit
 def _scale_groups(values, scales):
-    """[R, C] with each of [R, G] multiplying C / G values in turn."""
+    """[R, C] values times [R, G] scales, each of which covers C / G neighbors."""
     R: tl.constexpr = values.shape[0]
     C: tl.constexpr = values.shape[1]
     G: tl.constexpr = scales.shape[1]
@@ -117,29 +101,29 @@ def _scale_groups(values, scales):
 
 @triton.jit
 def load_weights(
-    w, cols, start_k, N: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, KIND: tl.constexpr, DOT: tl.constexpr
+    w, cols, start_k, N: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, FORMAT: tl.constexpr, DOT: tl.constexpr
 ):
-    """[R, BLOCK_K] in DOT, exactly: rows `cols` [R] of a matrix, each from its own start_k [R]; zeros beyond N and K.
+    """[R, BLOCK_K] in dtype DOT, decoded exactly; zeros beyond N and K.
 
-    Scales of groups are in it. Scales of blocks and rows, which bf16 does not hold, are left to the sums.
+    Applies the scales of groups. Scales of blocks and rows, which bf16 cannot hold, are left to the fp32 sums.
     """
-    if KIND == NVFP4 or KIND == MXFP4:
-        GROUP: tl.constexpr = GROUP_16 if KIND == NVFP4 else GROUP_32
+    if FORMAT == NVFP4 or FORMAT == MXFP4:
+        GROUP: tl.constexpr = GROUP_16 if FORMAT == NVFP4 else GROUP_32
         pairs = start_k[:, None] // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
         inside = (cols < N)[:, None] & (pairs < K // 2)
         codes = tl.load(w[0] + cols[:, None] * (K // 2) + pairs, mask=inside, other=0)
-        scales = _load_group_scales(w[1], cols, start_k, N, K, BLOCK_K, GROUP, KIND == MXFP4)
+        scales = _load_group_scales(w[1], cols, start_k, N, K, BLOCK_K, GROUP, FORMAT == MXFP4)
         even = _scale_groups(decode_e2m1(codes & 0xF), scales).to(DOT)
         odd = _scale_groups(decode_e2m1(codes >> 4), scales).to(DOT)
         return tl.reshape(tl.join(even, odd), (cols.shape[0], BLOCK_K))
     else:
         offs_k = start_k[:, None] + tl.arange(0, BLOCK_K)[None, :]
         codes = tl.load(w[0] + cols[:, None] * K + offs_k, mask=(cols < N)[:, None] & (offs_k < K), other=0)
-        if KIND == BF16:
+        if FORMAT == BF16:
             return codes.to(DOT)
         else:
-            values = decode_e4m3(codes, is_fnuz(KIND))
-            if KIND == MXFP8 or KIND == MXFP8_FNUZ:
+            values = decode_e4m3(codes)
+            if FORMAT == MXFP8:
                 scales = _load_group_scales(w[1], cols, start_k, N, K, BLOCK_K, GROUP_32, True)
                 values = _scale_groups(values, scales)
             return values.to(DOT)
@@ -147,35 +131,36 @@ def load_weights(
 
 @triton.jit
 def load_block_scales(w, cols, start_k, N: tl.constexpr, K: tl.constexpr):
-    """[R] fp32: of the 128x128 block in which a row has start_k; past K any will do, as the weights are zeros there."""
+    """[R] fp32, of the 128x128 block that holds start_k. Past K, where weights are zero, any scale will do."""
     block_k = tl.minimum(start_k, K - 1) // SCALE_BLOCK
     return tl.load(w[1] + cols // SCALE_BLOCK * tl.cdiv(K, SCALE_BLOCK) + block_k, mask=cols < N, other=0.0)
 
 
 @triton.jit
 def dot(w, x, PRECISION: tl.constexpr):
-    """w @ x over one block of K, to be added to the sum outside the tensor core.
+    """w @ x over one block of K, to be added outside the tensor core.
 
-    Tensor cores truncate where they accumulate, and over the hundreds of steps of a full K that is seen. Unless an
-    imprecise length is named, the compiler moves the addition back into them.
+    Tensor cores truncate when they accumulate, which shows over the hundreds of steps of a full K. The compiler moves
+    the addition back into them unless max_num_imprecise_acc names a length.
     """
     return tl.dot(w, x, input_precision=PRECISION, max_num_imprecise_acc=w.shape[-1])
 
 
 @triton.jit
 def tile_offsets(COLS: tl.constexpr, ROWS: tl.constexpr):
+    """[COLS, ROWS] offsets into a contiguous tile."""
     return tl.arange(0, COLS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
 
 
 @triton.jit
 def store_tile(out_ptr, tile, w, cols, rows, M, N: tl.constexpr, stride_om, FACTOR: tl.constexpr):
-    """Sums [columns, rows] fp32, times the scales of rows of the matrix and FACTOR, into out [M, N]."""
+    """Stores [columns, rows] fp32 sums, times row scales and FACTOR, to out [M, N]."""
     if w[2] is not None:
         tile *= tl.load(w[2] + cols, mask=cols < N, other=0.0)[:, None]
     if FACTOR != 1:
         tile *= FACTOR
     if INTERPRETED and out_ptr.dtype.element_ty == tl.bfloat16:
-        # The interpreter truncates where GPUs round to nearest even: half a step up makes them agree.
+        # The interpreter truncates where GPUs round to nearest even.
         bits = tile.to(tl.int32, bitcast=True)
         tile = tl.where(tile == tile, (bits + 0x7FFF + (bits >> 16 & 1)).to(tl.float32, bitcast=True), tile)
     out = out_ptr + rows[None, :].to(tl.int64) * stride_om + cols[:, None]
@@ -184,26 +169,26 @@ def store_tile(out_ptr, tile, w, cols, rows, M, N: tl.constexpr, stride_om, FACT
 
 @triton.jit
 def wait_for_dependencies(PDL: tl.constexpr):
-    """Under programmatic dependent launch, what earlier kernels write (x, the workspace) is there from here on."""
+    """Programmatic dependent launch: what earlier kernels write (x, the workspace) is visible from here on."""
     if PDL:
         tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
 def launch_dependents(PDL: tl.constexpr):
-    """Lets the next kernel begin; it has to wait like this one."""
+    """Programmatic dependent launch: lets the next kernel begin; it waits as this one did."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
 def last_to_arrive(arrived_ptr, SPLIT_K: tl.constexpr, AMD: tl.constexpr):
-    """Counts this program in, its partials being stored, and says whether it is the last one of its tile.
+    """Counts this program's stored partials in; True for the last program of the tile.
 
-    The last one sees all partials (acq_rel) and has to set the counter back to zero.
+    The last one sees all partials (acq_rel) and must reset the counter to zero.
     """
     if AMD:
-        # There the barrier alone lets a wave go on before its own stores have landed.
+        # The barrier alone does not make a wave wait for its own stores there.
         tl.inline_asm_elementwise(
             "s_waitcnt vmcnt(0)\n\tv_mov_b32 $0, $1",
             "=v,v,~{memory}",
@@ -212,17 +197,17 @@ def last_to_arrive(arrived_ptr, SPLIT_K: tl.constexpr, AMD: tl.constexpr):
             is_pure=False,
             pack=1,
         )
-    # The stores of all warps come before the release of the one thread that counts.
+    # The stores of all warps precede the release, which one thread does.
     tl.debug_barrier()
     return tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu") == SPLIT_K - 1
 
 
 @triton.jit
 def sum_splits(partial_ptr, stride_split, SPLIT_K: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr):
-    """[COLS, ROWS] fp32, always added in split order, so that two runs give the same bits."""
+    """[COLS, ROWS] fp32, summed in the order of the splits: two runs give the same bits."""
     partials = partial_ptr + tile_offsets(COLS, ROWS)
     total = tl.load(partials)
-    # Small tiles are all asked for at once; large ones would not fit the registers.
+    # Loads all splits of a small tile at once; those of a large one would not fit the registers.
     UNROLL: tl.constexpr = SPLIT_K if COLS * ROWS <= 1024 else 2
     for split in tl.range(1, SPLIT_K, loop_unroll_factor=UNROLL):
         total += tl.load(partials + split * stride_split)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..kernels.matrix import ProjectionWeights
+from ..kernels.weights import ProjectionWeights
 from .headers import Header
 from .layer import Pair, is_whole, plan_pair, unlike_most
 from .names import GATE, WK, IndexerTensor, integer, parse

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.matrix import MX_GROUP, NVFP4_GROUP, SCALE_BLOCK, DenseMatrix, Fp4Matrix, Fp8Matrix, Matrix, scale_shape
+from ..kernels.formats import MX_GROUP, NVFP4_GROUP, SCALE_BLOCK, scale_shape
+from ..kernels.matrix import DenseMatrix, Fp4Matrix, Fp8Matrix, Matrix
 from .headers import Header
 from .names import ROLES, SPELLINGS, UNUSED
 from .problems import Problem
@@ -121,7 +122,7 @@ class Fp8Block(Encoding):
 
     def bind(self, tensors: Mapping[str, Tensor]) -> Fp8Matrix:
         codes = tensors["weight"]
-        return Fp8Matrix(codes, _fp32(tensors["scale"]).view(scale_shape(tuple(codes.shape))))
+        return _fp8(codes, _fp32(tensors["scale"]).view(scale_shape(tuple(codes.shape))))
 
 
 class Fp8Row(Encoding):
@@ -137,7 +138,7 @@ class Fp8Row(Encoding):
         return {"scale": Spec(FLOAT, ((n, 1), (n,)))}
 
     def bind(self, tensors: Mapping[str, Tensor]) -> Fp8Matrix:
-        return Fp8Matrix(tensors["weight"], _fp32(tensors["scale"]).view(-1, 1))
+        return _fp8(tensors["weight"], _fp32(tensors["scale"]).view(-1, 1))
 
 
 class Fp8Tensor(Encoding):
@@ -154,7 +155,7 @@ class Fp8Tensor(Encoding):
 
     def bind(self, tensors: Mapping[str, Tensor]) -> Fp8Matrix:
         rows = tensors["weight"].shape[0]
-        return Fp8Matrix(tensors["weight"], _fp32(tensors["scale"]).view(1, 1).repeat(rows, 1))
+        return _fp8(tensors["weight"], _fp32(tensors["scale"]).view(1, 1).repeat(rows, 1))
 
 
 class Mxfp8(Encoding):
@@ -171,7 +172,7 @@ class Mxfp8(Encoding):
         return {"scale": Spec(E8M0, (scale_shape((n, k), 1, MX_GROUP),))}
 
     def bind(self, tensors: Mapping[str, Tensor]) -> Fp8Matrix:
-        return Fp8Matrix(tensors["weight"], _e8m0(tensors["scale"]))
+        return _fp8(tensors["weight"], _e8m0(tensors["scale"]))
 
 
 class Fp8Packed(Encoding):
@@ -192,7 +193,7 @@ class Fp8Packed(Encoding):
         codes = tensors["weight"]
         exponents = tensors["scale"].view(torch.uint8).repeat_interleave(SCALE_BLOCK // MX_GROUP, 1)
         groups = scale_shape(tuple(codes.shape), 1, MX_GROUP)[1]
-        return Fp8Matrix(codes, _e8m0(exponents[:, :groups].contiguous()))
+        return _fp8(codes, _e8m0(exponents[:, :groups].contiguous()))
 
 
 class _Nvfp4(Encoding):
@@ -421,6 +422,11 @@ def _strangers(headers: Mapping[str, Header], known: Collection[str]) -> list[Pr
 
 def _listing(headers: Iterable[Header]) -> str:
     return ", ".join(f"{header.name.rpartition('.')[2]} ({header})" for header in headers)
+
+
+def _fp8(codes: Tensor, scale: Tensor) -> Fp8Matrix:
+    make = Fp8Matrix.from_e4m3fnuz if codes.dtype == torch.float8_e4m3fnuz else Fp8Matrix
+    return make(codes, scale)
 
 
 def _fp32(scale: Tensor) -> Tensor:

@@ -11,7 +11,9 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from ..kernels.matrix import MAX_ROWS, Matrix, ProjectionWeights
+from ..kernels.formats import MAX_ROWS
+from ..kernels.matrix import Matrix
+from ..kernels.weights import ProjectionWeights
 from .encodings import Encoding, recognise
 from .headers import Header
 from .names import FUSED, GATE, UNUSED, WK
@@ -149,7 +151,7 @@ def _split(both: MatrixPlan, d: int) -> tuple[MatrixPlan, MatrixPlan, list[Probl
     if both.layout is None:
         return both, both, []
     n = both.layout.shape[0]
-    block, _ = getattr(both.layout, "group", (1, 1))
+    block, _ = both.layout.group
     if not 0 < d < n or d % block:
         expected = f"{d} rows of wk (index_head_dim), in whole blocks of scales, and then those of weights_proj"
         uncut = replace(both, layout=None)

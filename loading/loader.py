@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from ..kernels.matrix import ProjectionWeights
+from ..kernels.weights import ProjectionWeights
 from .assembly import Assembly
 from .checkpoint import Checkpoint
 from .plan import DEFAULT_HEAD_DIM, Plan

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels.matrix import DenseMatrix, Fp4Matrix, Fp8Matrix, Matrix, spread
+from ..kernels.formats import spread
+from ..kernels.matrix import DenseMatrix, Fp4Matrix, Fp8Matrix, Matrix
 
 _LARGEST, _SMALLEST = 2.0**100, 2.0**-100
 _LARGEST_BF16 = (100 + 127) << 7  # the bits of 2**100

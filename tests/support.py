@@ -11,41 +11,28 @@ from typer.testing import CliRunner
 
 from indexproj.__main__ import app
 from indexproj.indexer.cli.synthetic import random_matrix
-from indexproj.kernels import ProjectionWeights
-from indexproj.kernels.matrix import Kind
+from indexproj.indexer.models import PAIRS, SHAPES
+from indexproj.kernels import Format, ProjectionWeights
+from indexproj.kernels.formats import parse_pair
 from indexproj.loading import CheckpointError, load
 from indexproj.loading.checkpoint import INDEX
 from indexproj.loading.layer import BAD_VALUES
 
-DEEPSEEK = (128, 64, 7168)
-GLM = (128, 32, 6144)
+DEEPSEEK, GLM = SHAPES.values()
 
 INDEXER = "model.layers.{}.self_attn.indexer."
 WK, SCALE, GATE = (INDEXER.format(0) + leaf for leaf in ("wk.weight", "wk.weight_scale_inv", "weights_proj.weight"))
 
 
-MATRICES = {
-    name: functools.partial(random_matrix, kind)
-    for name, kind in (
-        ("dense", Kind.BF16), ("fp8", Kind.FP8_BLOCK), ("fp8_row", Kind.FP8), ("mxfp8", Kind.MXFP8),
-        ("nvfp4", Kind.NVFP4), ("mxfp4", Kind.MXFP4),
-    )
-}  # fmt: skip
-dense, fp8, fp8_row, mxfp8, nvfp4, mxfp4 = MATRICES.values()
-# The pairs that published checkpoints hold, and FP8 per row, which requantized ones do.
-PAIRS = {
-    f"{wk}-{gate}": (MATRICES[wk], MATRICES[gate])
-    for wk, gate in (
-        ("dense", "dense"), ("fp8", "dense"), ("fp8", "fp8"), ("fp8_row", "dense"), ("mxfp8", "mxfp8"),
-        ("nvfp4", "dense"), ("nvfp4", "nvfp4"), ("mxfp4", "dense"), ("mxfp4", "mxfp4"),
-    )
-}  # fmt: skip
+dense, fp8 = (functools.partial(random_matrix, format) for format in (Format.BF16, Format.FP8_BLOCK))
+# The pairs in published checkpoints, and FP8 per row, which requantized ones have.
+ALL_PAIRS = (*PAIRS, "FP8 per row, BF16")
 
 
 def weights(pair, shape):
-    d, h, k = shape
-    wk, gate = PAIRS[pair]
-    return ProjectionWeights.pack(wk(d, k), gate(h, k))
+    """Weights with distinct scales; pair as in models.PAIRS, shape (D, H, K)."""
+    *ns, k = shape
+    return ProjectionWeights.pack(*(random_matrix(f, n, k) for f, n in zip(parse_pair(pair), ns, strict=True)))
 
 
 def fp8_layer(layer=0, d=128, h=16, k=256):

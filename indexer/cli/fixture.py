@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from ...kernels.matrix import SCALE_BLOCK, scale_shape
+from ...kernels.formats import SCALE_BLOCK, scale_shape
 from ...loading.checkpoint import INDEX
 from .synthetic import quantize_blocks, random_weight
 

@@ -5,35 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...kernels import DenseMatrix, Fp4Matrix, Fp8Matrix, Matrix
-from ...kernels.matrix import MX_GROUP, NVFP4_GROUP, SCALE_BLOCK, Kind, scale_shape
+from ...kernels import DenseMatrix, Format, Fp4Matrix, Fp8Matrix, Matrix
+from ...kernels.formats import MX_GROUP, NVFP4_GROUP, SCALE_BLOCK, scale_shape
 
 
-def random_matrix(kind: Kind, n: int, k: int) -> Matrix:
-    """A matrix [n, k] of an e4m3fn, e2m1 or bf16 kind, from torch's default generator.
+def random_matrix(format: Format, n: int, k: int) -> Matrix:
+    """A matrix [n, k] from torch's default generator.
 
-    Scales differ by up to 2**6, so that one taken for another is a gross error.
-
-    Raises:
-        ValueError: an e4m3fnuz kind; see `Fp8Matrix.to_fnuz`.
+    Scales differ by up to 2**6: using one in place of another is a gross error.
     """
-    if kind == Kind.BF16:
+    if format == Format.BF16:
         return DenseMatrix(random_weight(n, k, torch.default_generator).bfloat16())
-    if kind == Kind.FP8_BLOCK:
+    if format == Format.FP8_BLOCK:
         codes, scale = quantize_blocks(random_weight(n, k, torch.default_generator))
         return Fp8Matrix(codes, scale * torch.exp2(6 * torch.rand(scale.shape)))
-    if kind == Kind.FP8:
+    if format == Format.FP8_ROW:
         return Fp8Matrix(random_e4m3(n, k), torch.exp2(6 * torch.rand(n, 1)) / 448)
-    groups = scale_shape((n, k), 1, NVFP4_GROUP if kind == Kind.NVFP4 else MX_GROUP)
-    if kind == Kind.MXFP8:
+    groups = scale_shape((n, k), 1, NVFP4_GROUP if format == Format.NVFP4 else MX_GROUP)
+    if format == Format.MXFP8:
         return Fp8Matrix(random_e4m3(n, k), random_e8m0(*groups))
     pairs = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8)
-    if kind == Kind.MXFP4:
+    if format == Format.MXFP4:
         return Fp4Matrix(pairs, random_e8m0(*groups))
-    if kind == Kind.NVFP4:
-        scale = torch.exp2(6 * torch.rand(groups)).to(torch.float8_e4m3fn)
-        return Fp4Matrix(pairs, scale, torch.rand(n, 1) / 448)
-    raise ValueError(f"random_matrix: no values of {kind!r} are made up; convert those of an e4m3fn kind")
+    scale = torch.exp2(6 * torch.rand(groups)).to(torch.float8_e4m3fn)
+    return Fp4Matrix(pairs, scale, torch.rand(n, 1) / 448)
+
 
 
 def quantize_blocks(weight: Tensor, power_of_two_scales: bool = False) -> tuple[Tensor, Tensor]:

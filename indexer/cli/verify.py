@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import ProjectionWeights, project, reference
-from ...kernels.launch import decide, problem_of
+from ...kernels.launch import decide, signature_of
 from ...kernels.target import INTERPRETED
 from ...loading import Checkpoint, LayerPlan, load
 
@@ -54,7 +54,7 @@ def verify(
             x = _activations(m, weights.shape[2], seed=layer).to(device)
             ours = project(x, weights, k_dtype=torch.float32)
             exact = reference(x, weights)
-            config = decide(m, problem_of(weights, torch.float32, torch.float32))
+            config = decide(m, signature_of(weights, torch.float32, torch.float32))
             regime = config if isinstance(config, str) else config.regime
             yield Measurement(plan, m, regime, _error(ours, exact), _error(_upcast(x, weights), exact))
 

@@ -1,0 +1,77 @@
+"""The formats of weight matrices, and what the kernels take of each."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+SCALE_BLOCK, MX_GROUP, NVFP4_GROUP = 128, 32, 16
+# A prefill program holds all rows of all matrices, each count rounded up to a power of two.
+MAX_ROWS, MAX_ROWS_TOGETHER = 256, 384
+
+# How a matrix takes x: unchanged, or rounded to e4m3 (W8A8). The kernels know an activation by its position.
+Activation = Literal["fp8", "fp8_ue8m0"]
+ACTIVATIONS: tuple[Activation | None, ...] = (None, "fp8", "fp8_ue8m0")
+
+# Values or codes, scales of groups or blocks, scales of rows; None where the format has none.
+Operands = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+class Format(Enum):
+    """How a matrix is stored; `operand_layout` has the tensors. The kernels know a format by its position."""
+
+    BF16 = "BF16"
+    FP8_BLOCK = "FP8 128x128"
+    FP8_ROW = "FP8 per row"
+    MXFP8 = "MXFP8"
+    NVFP4 = "NVFP4"
+    MXFP4 = "MXFP4"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+def parse_pair(pair: str) -> tuple[Format, ...]:
+    """The formats in a label such as "FP8 128x128, BF16".
+
+    Raises:
+        ValueError: an unknown format.
+    """
+    return tuple(Format(label) for label in pair.split(", "))
+
+
+def operand_layout(format: Format, n: int, k: int) -> tuple[tuple[torch.dtype, tuple[int, int]] | None, ...]:
+    """(dtype, shape) of each operand of a matrix [N, K].
+
+    Codes and 8-bit scales are uint8: sm_80 and gfx942 have no e4m3fn type.
+    """
+    codes, packed, rows = (torch.uint8, (n, k)), (torch.uint8, (n, k // 2)), (torch.float32, (n, 1))
+    grid = scale_shape((n, k), *scale_group(format, k))
+    return {
+        Format.BF16: ((torch.bfloat16, (n, k)), None, None),
+        Format.FP8_BLOCK: (codes, (torch.float32, grid), None),
+        Format.FP8_ROW: (codes, None, rows),
+        Format.MXFP8: (codes, (torch.uint8, grid), None),
+        Format.NVFP4: (packed, (torch.uint8, grid), rows),
+        Format.MXFP4: (packed, (torch.uint8, grid), None),
+    }[format]
+
+
+def scale_group(format: Format, k: int) -> tuple[int, int]:
+    """(rows, columns) that share a scale in a matrix [N, K]."""
+    if format == Format.FP8_BLOCK:
+        return SCALE_BLOCK, SCALE_BLOCK
+    return 1, {Format.NVFP4: NVFP4_GROUP, Format.MXFP8: MX_GROUP, Format.MXFP4: MX_GROUP}.get(format, k)
+
+
+def scale_shape(shape: tuple[int, ...], rows: int = SCALE_BLOCK, columns: int = SCALE_BLOCK) -> tuple[int, int]:
+    """The grid of scales of a matrix [N, K], ragged groups included: (ceil(N/rows), ceil(K/columns))."""
+    return -(-shape[0] // rows), -(-shape[1] // columns)
+
+
+def spread(scale: Tensor, group: tuple[int, int], shape: tuple[int, int]) -> Tensor:
+    """[N, K] with each scale repeated over its group."""
+    return scale.repeat_interleave(group[0], 0)[: shape[0]].repeat_interleave(group[1], 1)[:, : shape[1]]

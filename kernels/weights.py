@@ -1,0 +1,118 @@
+"""The two weight matrices of one projection."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .formats import Format
+from .matrix import DenseMatrix, Matrix
+
+
+@dataclass(frozen=True, eq=False)
+class ProjectionWeights:
+    """The two matrices of one indexer projection, in any pair of formats.
+
+    Attributes:
+        wk: [D, K], projects to index keys.
+        gate: [H, K], `weights_proj`, projects to head weights.
+
+    Raises:
+        ValueError: different K, or two devices.
+    """
+
+    wk: Matrix
+    gate: Matrix
+
+    def __post_init__(self) -> None:
+        if self.wk.shape[1] != self.gate.shape[1]:
+            raise ValueError(
+                f"ProjectionWeights: wk {list(self.wk.shape)} and gate {list(self.gate.shape)} differ in K"
+            )
+        if self.wk.device != self.gate.device:
+            raise ValueError(f"ProjectionWeights: wk is on {self.wk.device}, gate is on {self.gate.device}")
+
+    @classmethod
+    def pack(cls, wk: Matrix, gate: Matrix) -> ProjectionWeights:
+        """Pairs two matrices. Copies two dense ones into one [D + H, K] buffer unless they share one already."""
+        pair = cls(wk, gate)
+        if isinstance(wk, DenseMatrix) and isinstance(gate, DenseMatrix) and pair.fused_weight is None:
+            return cls._split(torch.cat((wk.weight, gate.weight)), wk.shape[0])
+        return pair
+
+    @classmethod
+    def _split(cls, fused: Tensor, d: int) -> ProjectionWeights:
+        return cls(DenseMatrix(fused[:d]), DenseMatrix(fused[d:]))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(D, H, K)."""
+        return self.wk.shape[0], self.gate.shape[0], self.wk.shape[1]
+
+    @property
+    def formats(self) -> tuple[Format, Format]:
+        """Of wk and gate."""
+        return self.wk.format, self.gate.format
+
+    @property
+    def device(self) -> torch.device:
+        return self.wk.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.wk.nbytes + self.gate.nbytes
+
+    @property
+    def fused_weight(self) -> Tensor | None:
+        """[D + H, K] bf16, the buffer that two packed dense matrices share; None for any other pair."""
+        if not (isinstance(self.wk, DenseMatrix) and isinstance(self.gate, DenseMatrix)):
+            return None
+        return joined((self.wk.weight, self.gate.weight), 0)
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> ProjectionWeights:
+        """The same weights with fn applied to every tensor, once to a shared buffer."""
+        fused = self.fused_weight
+        if fused is not None:
+            return self._split(fn(fused), self.shape[0])
+        return dataclasses.replace(self, wk=self.wk.map(fn), gate=self.gate.map(fn))
+
+    def to_bf16(self) -> ProjectionWeights:
+        """Both matrices decoded and rounded to bf16, in one buffer. Returns dense weights unchanged, without a copy."""
+        return self.pack(*(DenseMatrix(matrix.dequantize(torch.bfloat16)) for matrix in (self.wk, self.gate)))
+
+    def matches(self, other: ProjectionWeights) -> bool:
+        """True if the two have the same formats, shapes, dtypes and device."""
+        return self.wk.matches(other.wk) and self.gate.matches(other.gate)
+
+    def copy_(self, other: ProjectionWeights) -> None:
+        """Copies values in place, so that pointers to these weights (CUDA graphs) stay valid.
+
+        Raises:
+            ValueError: the two do not match.
+        """
+        if not self.matches(other):
+            raise ValueError(
+                f"ProjectionWeights.copy_: expected {self.formats} {self.shape} on {self.device}, "
+                f"got {other.formats} {other.shape} on {other.device}"
+            )
+        sources = (*other.wk.tensors, *other.gate.tensors)
+        with torch.inference_mode():  # may write both inference tensors and others
+            for tensor, values in zip((*self.wk.tensors, *self.gate.tensors), sources, strict=True):
+                tensor.copy_(values)
+
+
+def joined(parts: Sequence[Tensor], dim: int) -> Tensor | None:
+    """The tensor of which the parts are consecutive slices along dim; None if they are not."""
+    first, place = parts[0], parts[0].storage_offset()
+    for part in parts:
+        is_next = part.storage_offset() == place and part.stride() == first.stride() and part.dtype == first.dtype
+        if not is_next or part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return None
+        place += part.shape[dim] * part.stride(dim)
+    size = list(first.shape)
+    size[dim] = sum(part.shape[dim] for part in parts)
+    return first.as_strided(size, first.stride())

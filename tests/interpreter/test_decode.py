@@ -1,0 +1,78 @@
+"""Decoding is exact: with identity activations the outputs are the decoded weights, bit for bit."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from indexproj.indexer.cli.synthetic import random_matrix
+from indexproj.kernels import Format, Fp4Matrix, Fp8Matrix, ProjectionWeights, choose
+from indexproj.kernels.target import TARGETS
+from numerics import run
+from support import DEEPSEEK, weights
+
+SM90 = TARGETS["sm_90"]
+REGIMES = {"gemv": 4, "split_k": 64, "prefill": 300}
+
+
+def config_of(regime, w):
+    config = choose(REGIMES[regime], w.shape, w.formats, SM90)
+    assert config.regime == regime
+    return config
+
+
+def all_codes(format, n, k):
+    """A matrix with every code, many times over: 0x7F and 0xFF of e4m3 are +-480."""
+    matrix = random_matrix(format, n, k)
+    codes = (torch.arange(n * matrix.codes.shape[1]).view(n, -1) * 37 % 256).to(torch.uint8)
+    return dataclasses.replace(matrix, codes=codes.view(matrix.codes.dtype))
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.full)])
+@pytest.mark.parametrize("format", list(Format)[1:], ids=str)
+def test_identity_returns_the_decoded_weights(format, dtype, regime):
+    w = ProjectionWeights(all_codes(format, 130, 300), all_codes(format, 16, 300))  # a ragged second block of rows
+    picked = torch.arange(0, 300, 77 if regime == "gemv" else 1)
+    k, gate = run(torch.eye(300, dtype=dtype)[picked], w, config_of(regime, w))
+    assert torch.equal(k.T, w.wk.dequantize()[:, picked])
+    assert torch.equal(gate.T, w.gate.dequantize()[:, picked])
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_identity_of_fnuz_codes(regime):
+    """All codes of e4m3fnuz but NaN, against torch's own values of them."""
+    codes = torch.arange(256).to(torch.uint8)
+    codes[0x80] = 0
+    fnuz = codes.view(4, 64).repeat(4, 1).view(torch.float8_e4m3fnuz)
+    scale = torch.exp2(torch.arange(16.0)).view(16, 1)
+    matrix = Fp8Matrix.from_e4m3fnuz(fnuz, scale)
+    w = ProjectionWeights(matrix, matrix)
+    picked = torch.arange(0, 64, 1 if regime != "gemv" else 21)
+    k, _ = run(torch.eye(64, dtype=torch.bfloat16)[picked], w, config_of(regime, w))
+    assert torch.equal(k.T, (fnuz.float() * scale)[:, picked])
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("scale", [0, 1, 254])
+@pytest.mark.parametrize("format", [Format.MXFP4, Format.MXFP8], ids=str)
+def test_outermost_e8m0_scales_are_exact(format, scale, regime):
+    matrix = random_matrix(format, 16, 64)
+    ones = torch.full_like(matrix.codes.view(torch.uint8), 0x22 if isinstance(matrix, Fp4Matrix) else 0x38)
+    e8m0 = torch.full_like(matrix.scale.view(torch.uint8), scale).view(torch.float8_e8m0fnu)
+    w = ProjectionWeights(*[type(matrix)(ones.view(matrix.codes.dtype), e8m0)] * 2)
+    k, gate = run(torch.eye(64, dtype=torch.bfloat16)[:2], w, config_of(regime, w))
+    assert torch.equal(k, torch.full_like(k, 2.0 ** (scale - 127)))
+    assert torch.equal(gate, k)
+
+
+@pytest.mark.parametrize(("regime", "step"), [("gemv", 2711), ("split_k", 113), ("prefill", 113)])
+@pytest.mark.full
+def test_identity_at_full_k(regime, step):
+    w = weights("FP8 128x128, BF16", DEEPSEEK)
+    picked = torch.arange(0, 7168, step)  # unit vectors in every split and scale block
+    eye = torch.zeros(len(picked), 7168, dtype=torch.bfloat16)
+    eye[torch.arange(len(picked)), picked] = 1
+    k, gate = run(eye, w, config_of(regime, w))
+    assert torch.equal(k.T, w.wk.dequantize()[:, picked])
+    assert torch.equal(gate.T, w.gate.dequantize()[:, picked])

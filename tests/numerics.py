@@ -1,0 +1,54 @@
+"""What the numerical tests of the kernels share."""
+
+import torch
+
+from indexproj.kernels.launch import Signature, launch
+
+
+def relative_error(outputs, exact):
+    """max |difference| / max |reference|, the larger one of all outputs; NaN counts as wrong."""
+    errors = []
+    for output, truth in zip(outputs, exact, strict=True):
+        assert output.shape == truth.shape
+        errors.append(((output.double() - truth).abs().max() / truth.abs().max()).item())
+    return float("nan") if any(error != error for error in errors) else max(errors)
+
+
+def largest_row_error(outputs, exact):
+    """The same per row, so that large rows hide nothing; 0 in a row of zeros."""
+    return max(
+        ((output.double() - truth).abs().amax(1) / truth.abs().amax(1).clamp(min=1e-300)).max().item()
+        for output, truth in zip(outputs, exact, strict=True)
+    )
+
+
+def run(x, w, config=None, activation=None):
+    """fp32 outputs of one launch with a given config."""
+    *ns, k = w.shape
+    outs = tuple(torch.full((len(x), n), torch.nan, device=x.device) for n in ns)
+    signature = Signature(
+        x.device, x.dtype, k, tuple(ns), w.formats, (activation, None), (1.0, 1.0), (torch.float32, torch.float32)
+    )
+    launch(x, (w.wk.operands, w.gate.operands), outs, signature, config)
+    return outs
+
+
+def surrounded(w):
+    """The same weights with NaN before and after every tensor."""
+
+    def embed(tensor):
+        around = torch.full((tensor.nbytes + 2048,), 0xFF, dtype=torch.uint8, device=tensor.device)
+        return around[1024:-1024].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    return w.map(embed)
+
+
+def uneven(m, k):
+    """bf16 x whose groups of 128 differ by up to 2**40, with a row of zeros, a tiny row and a huge element."""
+    groups = torch.exp2(torch.randint(-20, 20, (m, -(-k // 128))).float()).repeat_interleave(128, 1)[:, :k]
+    x = (torch.randn(m, k) * groups).bfloat16()
+    if m > 2:
+        x[0] = 0
+        x[1] *= 2.0**-40
+        x[2, k // 2] = 2.0**100
+    return x
