@@ -59,7 +59,7 @@ def stub_driver(cache, target=TARGETS["sm_90"]):
         mock.patch.object(launch, "target_of", return_value=target),
     ):
         nvidia.library_dirs.cache_clear()
-        launch.decide.cache_clear()
+        launch.plan_of.cache_clear()
         driver = nvidia.CudaDriver()
         driver.get_current_device = lambda: 0
         driver.get_current_stream = lambda _: 0
@@ -69,4 +69,4 @@ def stub_driver(cache, target=TARGETS["sm_90"]):
             yield Stub(library)
         finally:
             triton.runtime.driver._active = before
-            launch.decide.cache_clear()
+            launch.plan_of.cache_clear()

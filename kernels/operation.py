@@ -161,7 +161,9 @@ def _fake_project(
     x: Tensor, operands: list[Tensor], formats: list[str], fp32: list[bool], *options: Any, **named: Any
 ) -> list[Tensor]:
     dtypes = tuple([torch.float32 if wide else x.dtype for wide in fp32])
-    return _allocate(x, _resolve(x, operands, formats, dtypes, *options, **named, signature_of=_signature.__wrapped__)[0])
+    return _allocate(
+        x, _resolve(x, operands, formats, dtypes, *options, **named, signature_of=_signature.__wrapped__)[0]
+    )
 
 
 @torch.library.impl("indexproj::project_out", ("CPU", "CUDA"))
@@ -192,7 +194,7 @@ def _resolve(
     factors: list[float] | None = None,
     activations: list[str] | None = None,
     batch_invariant: bool = False,
-    signature_of: Callable[..., tuple[Signature, list[tuple[int, int, int]]]] | None = None,
+    signature_of: Callable[..., tuple[Signature, Places]] | None = None,
 ) -> tuple[Signature, tuple[Operands, ...]]:
     """What to launch, and the operands of each matrix.
 
@@ -222,6 +224,10 @@ def _resolve(
     return signature, tuple([(padded[a], padded[b], padded[c]) for a, b, c in places])  # type: ignore[misc]
 
 
+# Per matrix, where in the operands its values, group or block scales and row scales are; -1 for none.
+Places = list[tuple[int, int, int]]
+
+
 @functools.lru_cache(maxsize=4096)
 def _signature(
     x_dtype: torch.dtype,
@@ -233,36 +239,48 @@ def _signature(
     activations: tuple[str, ...] | None,
     batch_invariant: bool,
     *found: tuple[torch.dtype, torch.Size, torch.device, bool],
-) -> tuple[Signature, list[tuple[int, int, int]]]:
-    """Checks everything but addresses, once per kind of call: the signature, and where in the operands those of each
-    matrix are, -1 for None."""
+) -> tuple[Signature, Places]:
+    """Checks everything but addresses; cached, so once per kind of call.
+
+    Args:
+        found: per operand its dtype, shape, device and whether it is contiguous.
+    """
     if x_dtype not in (torch.bfloat16, torch.float16):
         raise TypeError(f"project: x must be torch.bfloat16 or torch.float16, got {x_dtype}")
     count = len(labels)
     if not count:
         raise ValueError("project: expected at least one matrix, got none")
-    if unknown := set(labels) - {format.value for format in Format}:
-        raise ValueError(f"project: expected formats among {', '.join(map(str, Format))}, got {', '.join(unknown)}")
-    formats = tuple([Format(label) for label in labels])
-    # -0.0 becomes 0.0: they are equal as keys, and would share a compiled kernel.
+    known = {format.value: format for format in Format}
+    if unknown := [label for label in labels if label not in known]:
+        raise ValueError(f"project: expected formats among {', '.join(known)}, got {', '.join(unknown)}")
+    formats = tuple([known[label] for label in labels])
+    # -0.0 becomes 0.0: they are equal as keys and would share a compiled kernel.
     factors = (1.0,) * count if factors is None else tuple([factor + 0.0 for factor in factors])
-    if not all(abs(factor) <= LARGEST_FACTOR for factor in factors):
-        raise ValueError(f"project: expected factors that are finite in fp32, got {list(factors)}")
-    takes = (None,) * count if activations is None else tuple([activation or None for activation in activations])
+    takes: tuple[Any, ...] = (None,) * count if activations is None else tuple([name or None for name in activations])
     for name, values in (("dtypes", dtypes), ("factors", factors), ("activations", takes)):
         if len(values) != count:
             raise ValueError(f"project: expected one of {name} per matrix, {count} in all, got {len(values)}")
+    if not all(abs(factor) <= LARGEST_FACTOR for factor in factors):
+        raise ValueError(f"project: expected factors that are finite in fp32, got {list(factors)}")
     for activation, format in zip(takes, formats, strict=True):
         if activation not in ACTIVATIONS:
             raise ValueError(f"project: expected activation None, 'fp8' or 'fp8_ue8m0', got {activation!r}")
         if activation and format != Format.FP8_BLOCK:
             raise ValueError(
                 f"project: activation={activation!r} needs a matrix in {Format.FP8_BLOCK}, got one in {format}; "
-                "use activation=None"
+                "leave activation out"
             )
+    ns, places = _place_operands(formats, k, device, found)
+    return Signature(device, x_dtype, k, ns, formats, takes, factors, dtypes, batch_invariant), places
+
+
+def _place_operands(
+    formats: tuple[Format, ...], k: int, device: torch.device, found: tuple[Any, ...]
+) -> tuple[tuple[int, ...], Places]:
+    """The rows of each matrix and the places of its operands. `Matrix.operands` is right; other callers may be wrong."""
     ns, places, place = [], [], 0
     for format in formats:
-        shape: tuple[int, ...] = tuple(found[place][1]) if place < len(found) else ()
+        shape = tuple(found[place][1]) if place < len(found) else ()
         if len(shape) != 2:
             raise ValueError(f"project: expected 2-D values or codes of a matrix in {format}, got {list(shape)}")
         n, own_k = shape[0], shape[1] * (2 if format in (Format.NVFP4, Format.MXFP4) else 1)
@@ -270,11 +288,9 @@ def _signature(
             raise ValueError(f"project: x must be [..., K={own_k}] to fit the weights, got [..., {k}]")
         if n > MAX_ROWS:
             raise ValueError(f"project: a matrix has {n} rows; the kernels hold at most {MAX_ROWS}")
-        ns.append(n)
-        own = []
-        for layout in operand_layout(format, n, k):
+        own = [-1, -1, -1]
+        for role, layout in enumerate(operand_layout(format, n, k)):
             if layout is None:
-                own.append(-1)
                 continue
             dtype, shape, where, is_contiguous = found[place] if place < len(found) else (None, (), device, True)
             if (dtype, tuple(shape)) != layout or not is_contiguous:
@@ -284,20 +300,18 @@ def _signature(
                 )
             if where != device:
                 raise ValueError(f"project: x is on {device}, the weights are on {where}")
-            own.append(place)
+            own[role] = place
             place += 1
+        ns.append(n)
         places.append((own[0], own[1], own[2]))
+    if place != len(found):
+        raise ValueError(f"project: expected {place} operands for {', '.join(map(str, formats))}, got {len(found)}")
     if all(isinstance(n, int) for n in ns) and accumulator_columns(*ns) > MAX_ROWS_TOGETHER:
         raise ValueError(
             f"project: the matrices have {ns} rows; rounded up to powers of two, the kernels hold at most "
             f"{MAX_ROWS_TOGETHER} of them together"
         )
-    if place != len(found):
-        raise ValueError(f"project: expected {place} operands for {', '.join(labels)}, got {len(found)}")
-    signature = Signature(
-        device, x_dtype, k, tuple(ns), formats, takes, factors, dtypes, batch_invariant  # type: ignore[arg-type]
-    )
-    return signature, places
+    return tuple(ns), places
 
 
 def _allocate(x: Tensor, signature: Signature) -> list[Tensor]:

@@ -40,9 +40,7 @@ FEW_ROWS, MORE_ROWS = (2, 5, 9, 33, 65, 257), (3, 8, 16, 31, 63, 127, 129, 255, 
 
 
 @pytest.mark.parametrize("m", [*FEW_ROWS, *(pytest.param(m, marks=full) for m in MORE_ROWS)])
-@pytest.mark.parametrize(
-    "shape", [(128, 32, 200), pytest.param((128, 16, 129), marks=full), (40, 9, 61)], ids=str
-)
+@pytest.mark.parametrize("shape", [(128, 32, 200), pytest.param((128, 16, 129), marks=full), (40, 9, 61)], ids=str)
 @pytest.mark.usefixtures("poison")
 def test_any_m_and_ragged_k(shape, m):
     w = surrounded(weights(FP8, shape))

@@ -3,17 +3,18 @@
 import pytest
 import torch
 
-from indexproj.indexer.cli.synthetic import quantize_blocks, random_weight
-from indexproj.kernels import DenseMatrix, Fp4Matrix, Fp8Matrix, ProjectionWeights, reference
-from indexproj.kernels.matrix import joined
-from support import MATRICES, dense, fp8, same, weights
+from indexproj.indexer.cli.synthetic import quantize_blocks, random_matrix, random_weight
+from indexproj.kernels import DenseMatrix, Format, Fp4Matrix, Fp8Matrix, ProjectionWeights, reference
+from indexproj.kernels.formats import operand_layout, parse_pair
+from indexproj.kernels.weights import joined
+from support import dense, fp8, same, weights
 
 CODES = torch.zeros(130, 300, dtype=torch.float8_e4m3fn)
 E8M0, E4M3 = torch.float8_e8m0fnu, torch.float8_e4m3fn
 FP4 = torch.zeros(8, 24, dtype=torch.uint8)
 
 
-def test_fp8_values_are_code_times_the_scale_of_their_block():
+def test_fp8_block_scales():
     codes = torch.ones(130, 300).to(torch.float8_e4m3fn)
     matrix = Fp8Matrix(codes, torch.arange(1.0, 7).view(2, 3))
     values = matrix.dequantize()
@@ -21,7 +22,7 @@ def test_fp8_values_are_code_times_the_scale_of_their_block():
         assert values[row, column] == value
 
 
-def test_fp64_is_exact_and_fp32_rounds_once():
+def test_dequantize_to_fp64_is_exact_and_to_fp32_rounds_once():
     matrix = fp8(128, 256)
     exact = matrix.dequantize(torch.float64)
     assert torch.equal(exact, matrix.codes.double() * matrix.scale.double().repeat_interleave(128, 1))
@@ -31,7 +32,7 @@ def test_fp64_is_exact_and_fp32_rounds_once():
 
 @pytest.mark.parametrize("shape", [(128, 256), (130, 300), (1, 1)])
 @pytest.mark.parametrize("power_of_two", [False, True])
-def test_quantizing_loses_no_more_than_half_a_step(shape, power_of_two):
+def test_quantize_blocks_error_is_half_a_step(shape, power_of_two):
     weight = random_weight(*shape, torch.default_generator)
     codes, scale = quantize_blocks(weight, power_of_two)
     matrix = Fp8Matrix(codes, scale)
@@ -54,10 +55,10 @@ def test_quantizing_loses_no_more_than_half_a_step(shape, power_of_two):
         (
             lambda: Fp8Matrix(CODES, torch.zeros(1, 2)),
             ValueError,
-            r"expected \[2, 3\] or \[130, 1\] for codes \[130, 300\]",
+            r"expected \[2, 3\] or \[130, 1\] for a matrix \[130, 300\]",
         ),
-        (lambda: Fp8Matrix(CODES, torch.zeros(130, 9).to(E8M0)), ValueError, r"expected \[130, 10\] for codes"),
-        (lambda: Fp8Matrix(CODES, torch.zeros(2, 3, device="meta")), ValueError, "tensors are on cpu and meta"),
+        (lambda: Fp8Matrix(CODES, torch.zeros(130, 9).to(E8M0)), ValueError, r"expected \[130, 10\] for a matrix"),
+        (lambda: Fp8Matrix(CODES, torch.zeros(2, 3, device="meta")), ValueError, "expected it on cpu"),
         (
             lambda: Fp4Matrix(FP4.view(torch.int8), torch.ones(8, 3).to(E4M3), torch.ones(8, 1)),
             TypeError,
@@ -67,17 +68,21 @@ def test_quantizing_loses_no_more_than_half_a_step(shape, power_of_two):
         (
             lambda: Fp4Matrix(FP4, torch.ones(8, 2).to(E4M3), torch.ones(8, 1)),
             ValueError,
-            r"expected \[8, 3\] for codes",
+            r"expected \[8, 3\] for a matrix",
         ),
-        (lambda: Fp4Matrix(FP4, torch.ones(8, 3).to(E8M0)), ValueError, r"expected \[8, 2\] for codes"),
-        (lambda: Fp4Matrix(FP4, torch.ones(8, 3).to(E4M3)), TypeError, "expected one with an e4m3fn scale"),
+        (lambda: Fp4Matrix(FP4, torch.ones(8, 3).to(E8M0)), ValueError, r"expected \[8, 2\] for a matrix"),
+        (lambda: Fp4Matrix(FP4, torch.ones(8, 3).to(E4M3)), TypeError, "None with torch.float8_e4m3fn"),
         (
             lambda: Fp4Matrix(FP4, torch.ones(8, 2).to(E8M0), torch.ones(8, 1)),
             TypeError,
-            "and none with an e8m0fnu one",
+            "one with torch.float8_e8m0fnu",
         ),
-        (lambda: Fp4Matrix(FP4, torch.ones(8, 3).to(E4M3), torch.ones(1, 1)), ValueError, r"expected \[8, 1\], got"),
-        (lambda: Fp4Matrix(FP4, torch.ones(8, 2).to(E8M0).to("meta")), ValueError, "tensors are on cpu and meta"),
+        (
+            lambda: Fp4Matrix(FP4, torch.ones(8, 3).to(E4M3), torch.ones(1, 1)),
+            ValueError,
+            r"expected \[8, 1\] for a matrix",
+        ),
+        (lambda: Fp4Matrix(FP4, torch.ones(8, 2).to(E8M0).to("meta")), ValueError, "expected it on cpu"),
         (lambda: ProjectionWeights(dense(8, 4), dense(8, 5)), ValueError, "differ in K"),
         (lambda: ProjectionWeights.pack(dense(8, 4), dense(8, 5)), ValueError, "differ in K"),
         (
@@ -87,12 +92,12 @@ def test_quantizing_loses_no_more_than_half_a_step(shape, power_of_two):
         ),
     ],
 )
-def test_what_does_not_fit_is_refused(make, error, message):
+def test_matrix_refuses_wrong_dtypes_shapes_and_devices(make, error, message):
     with pytest.raises(error, match=message):
         make()
 
 
-def test_scales_of_rows_and_of_32_values():
+def test_row_scales_and_mx_scales():
     codes = torch.ones(3, 70).to(E4M3)
     rows = Fp8Matrix(codes, torch.tensor([[1.0], [2.0], [4.0]]))
     assert torch.equal(rows.dequantize(), torch.tensor([[1.0], [2.0], [4.0]]).expand(3, 70))
@@ -101,7 +106,7 @@ def test_scales_of_rows_and_of_32_values():
         assert groups.dequantize()[row, column] == value
 
 
-def test_fp4_values_by_hand():
+def test_fp4_codes_and_scales():
     """Every code once, the even column in the low half; groups of 16, then of 32."""
     codes = torch.arange(0, 256, 17, dtype=torch.int32).to(torch.uint8)  # 0x00, 0x11, ... 0xff
     values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -116,12 +121,15 @@ def test_fp4_values_by_hand():
     ]
 
 
-@pytest.mark.parametrize("kind", MATRICES)
-def test_what_every_kind_can(kind):
-    matrix = MATRICES[kind](256, 96)
+@pytest.mark.parametrize("format", Format, ids=str)
+def test_every_format_has_views_copies_and_operands(format):
+    matrix = random_matrix(format, 256, 96)
     values = matrix.dequantize(torch.float64)
     assert values.shape == matrix.shape == (256, 96)
+    assert matrix.format == format
     assert matrix.nbytes == sum(tensor.nbytes for tensor in matrix.tensors)
+    found = tuple(operand if operand is None else (operand.dtype, tuple(operand.shape)) for operand in matrix.operands)
+    assert found == operand_layout(format, 256, 96)
     copy = matrix.map(torch.clone)
     assert same(copy, matrix)
     assert all(a.data_ptr() != b.data_ptr() for a, b in zip(copy.tensors, matrix.tensors, strict=True))
@@ -130,41 +138,52 @@ def test_what_every_kind_can(kind):
     assert matrix.matches(copy)
     assert not matrix.matches(matrix.map(lambda tensor: tensor.to("meta")))
     assert not matrix.matches(matrix.rows(0, 128))
-    assert sum(matrix.matches(make(256, 96)) for make in MATRICES.values()) == 1
-    if kind != "fp8":
+    assert [other for other in Format if matrix.matches(random_matrix(other, 256, 96))] == [format]
+    if format != Format.FP8_BLOCK:
         assert torch.equal(matrix.rows(3, 5).dequantize(torch.float64), values[3:5])
     else:
-        with pytest.raises(ValueError, match="row 3 does not begin a block of 128 rows"):
+        with pytest.raises(ValueError, match="multiple of 128, as 128 rows share scales, got 3"):
             matrix.rows(3, 5)
 
 
-@pytest.mark.parametrize("kind", ["fp8", "fp8_row", "mxfp8"])
-def test_fnuz_codes_have_the_same_values(kind):
-    every_code = torch.arange(256, dtype=torch.int32).to(torch.uint8)
-    every_code[[0x7F, 0xFF]] = 0  # NaN
-    codes = every_code.view(4, 64).repeat(1, 2).view(E4M3)
-    matrix = Fp8Matrix(codes, MATRICES[kind](4, 128).scale)
-    fnuz = matrix.to_fnuz()
-    assert fnuz.codes.dtype == torch.float8_e4m3fnuz
-    assert torch.equal(fnuz.dequantize(torch.float64), matrix.dequantize(torch.float64))
-    assert fnuz.to_fnuz() is fnuz
-    assert not fnuz.matches(matrix)
+def test_parse_pair():
+    assert parse_pair("FP8 128x128, BF16") == (Format.FP8_BLOCK, Format.BF16)
+    assert [str(format) for format in parse_pair("FP8 per row, NVFP4")] == ["FP8 per row", "NVFP4"]
+    with pytest.raises(ValueError, match="INT4"):
+        parse_pair("INT4, BF16")
 
 
-def test_weights_that_match_are_copied_into_the_memory_at_hand():
-    for pair in ("dense-dense", "fp8-dense"):
+@pytest.mark.parametrize("format", [Format.FP8_BLOCK, Format.FP8_ROW, Format.MXFP8], ids=str)
+def test_fnuz_codes_keep_their_bits_and_halve_the_scale(format):
+    """Every code but NaN (0x80) against torch's own value of it."""
+    bits = torch.arange(256, dtype=torch.int32).to(torch.uint8)
+    bits[0x80] = 0
+    codes = bits.view(4, 64).repeat(1, 2).view(torch.float8_e4m3fnuz)
+    scale = random_matrix(format, 4, 128).scale
+    matrix = Fp8Matrix.from_e4m3fnuz(codes, scale)
+    assert torch.equal(matrix.codes.view(torch.uint8), codes.view(torch.uint8))
+    wide = scale.double().repeat_interleave(matrix.group[0], 0)[:4].repeat_interleave(matrix.group[1], 1)
+    assert torch.equal(matrix.dequantize(torch.float64), codes.double() * wide)
+    lowest = Fp8Matrix.from_e4m3fnuz(codes[:, :32].contiguous(), torch.zeros(4, 1, dtype=torch.uint8).view(E8M0))
+    assert not lowest.scale.view(torch.uint8).any()
+    with pytest.raises(TypeError, match="expected torch.float8_e4m3fn, got torch.float8_e4m3fnuz"):
+        Fp8Matrix(codes, scale)
+
+
+def test_copy_keeps_pointers():
+    for pair in ("BF16, BF16", "FP8 128x128, BF16"):
         live, new = weights(pair, (128, 16, 256)), weights(pair, (128, 16, 256))
         pointers = [tensor.data_ptr() for matrix in (live.wk, live.gate) for tensor in matrix.tensors]
         live.copy_(new)
         assert same(live.wk, new.wk)
         assert same(live.gate, new.gate)
         assert [tensor.data_ptr() for matrix in (live.wk, live.gate) for tensor in matrix.tensors] == pointers
-    for pair in ("dense-dense", "fp8-fp8"):
-        with pytest.raises(ValueError, match="the weights differ in encoding, shape or device"):
+    for pair in ("BF16, BF16", "FP8 128x128, FP8 128x128"):
+        with pytest.raises(ValueError, match="ProjectionWeights.copy_: expected"):
             live.copy_(weights(pair, (128, 16, 256)))
 
 
-def test_two_dense_matrices_share_one_buffer():
+def test_pack_puts_dense_matrices_into_one_buffer():
     wk, gate = dense(128, 64), dense(16, 64)
     packed = ProjectionWeights.pack(wk, gate)
     assert same(packed.wk, wk)
@@ -178,7 +197,7 @@ def test_two_dense_matrices_share_one_buffer():
     assert torch.equal(moved.fused_weight, packed.fused_weight)
 
 
-def test_views_that_do_not_follow_each_other_are_not_fused():
+def test_fused_weight_needs_consecutive_views():
     buffer, other = dense(200, 64).weight, dense(200, 64).weight
     for wk, gate in (
         (buffer[:128], buffer[130:146]),
@@ -188,7 +207,7 @@ def test_views_that_do_not_follow_each_other_are_not_fused():
         assert ProjectionWeights(DenseMatrix(wk), DenseMatrix(gate)).fused_weight is None
 
 
-def test_only_slices_of_one_tensor_are_joined():
+def test_joined_needs_slices_of_one_tensor():
     buffer = torch.arange(4 * 64.0).bfloat16().view(4, 64)
     assert torch.equal(joined((buffer[:, :16], buffer[:, 16:40]), 1), buffer[:, :40])
     for other in (
@@ -200,9 +219,9 @@ def test_only_slices_of_one_tensor_are_joined():
         assert joined((buffer[:, :16], other), 1) is None
 
 
-def test_other_pairs_have_no_fused_weight():
+def test_fused_weight_is_none_for_other_pairs():
     assert ProjectionWeights(dense(128, 64), dense(16, 64)).fused_weight is None
-    mixed = weights("fp8-dense", (128, 16, 64))
+    mixed = weights("FP8 128x128, BF16", (128, 16, 64))
     assert mixed.fused_weight is None
     moved = mixed.map(torch.clone)
     assert same(moved.wk, mixed.wk)
@@ -211,7 +230,7 @@ def test_other_pairs_have_no_fused_weight():
 
 
 def test_reference_multiplies_decoded_weights():
-    w = weights("fp8-dense", (128, 16, 64))
+    w = weights("FP8 128x128, BF16", (128, 16, 64))
     k, gate = reference(torch.eye(64, dtype=torch.bfloat16), w)
     assert torch.equal(k.T, w.wk.dequantize(torch.float64))
     assert torch.equal(gate.T, w.gate.weight.double())

@@ -1,4 +1,4 @@
-"""Who gets which memory, on a GPU that is not here."""
+"""Which launch gets which workspace, on a mocked GPU."""
 
 import itertools
 
@@ -9,7 +9,7 @@ from indexproj.kernels import workspace as module
 
 
 class Cuda:
-    """Stands for a CUDA device; tensors are made on the CPU."""
+    """A mocked CUDA device; its tensors are on the CPU."""
 
     type, index = "cuda", 0
 
@@ -20,7 +20,7 @@ CUDA = Cuda()
 @pytest.fixture
 def gpu(monkeypatch):
     state = {"capturing": False, "stream": 7}
-    monkeypatch.setattr(module, "_eager", {})
+    monkeypatch.setattr(module, "_buffers", {})
     monkeypatch.setattr(module, "_reserves", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["capturing"])
     active = type("Driver", (), {"get_current_stream": lambda _, index: (index, state["stream"])})()
@@ -35,7 +35,7 @@ def counters(count):
     return module.workspace(CUDA, 1, count)[1]
 
 
-def test_a_stream_has_one_pair_of_buffers_and_another_stream_another(gpu):
+def test_each_stream_has_one_pair_of_buffers(gpu):
     first = module.workspace(CUDA, 100, 10)
     second = module.workspace(CUDA, 300, 300)
     assert [a.data_ptr() == b.data_ptr() for a, b in zip(first, second, strict=True)] == [True, True]
@@ -45,7 +45,7 @@ def test_a_stream_has_one_pair_of_buffers_and_another_stream_another(gpu):
 
 
 @pytest.mark.parametrize(("partials", "count"), [(1, 5000), (200_000, 1)])
-def test_a_larger_launch_gets_larger_buffers(gpu, partials, count):
+def test_larger_launch_gets_larger_buffers(gpu, partials, count):
     counters(10)
     partial, arrived = module.workspace(CUDA, partials, count)
     assert partial.numel() >= partials
@@ -53,19 +53,19 @@ def test_a_larger_launch_gets_larger_buffers(gpu, partials, count):
     assert not arrived.any()
 
 
-def test_every_captured_launch_has_memory_of_its_own(gpu):
+def test_captured_launches_share_no_memory(gpu):
     eager = module.workspace(CUDA, 100, 10)
     gpu["capturing"] = True
     captured = [module.workspace(CUDA, 100, 10) for _ in range(3)]
     gpu["capturing"] = False
     for number in (0, 1):
-        spans = sorted((lent[number].data_ptr(), lent[number].nbytes) for lent in (eager, *captured))
+        spans = sorted((buffers[number].data_ptr(), buffers[number].nbytes) for buffers in (eager, *captured))
         assert all(start + size <= following for (start, size), (following, _) in itertools.pairwise(spans))
     assert all(arrived.data_ptr() % 16 == 0 and arrived.numel() == 10 for _, arrived in captured)
     assert counters(10).data_ptr() == eager[1].data_ptr()
 
 
-def test_a_captured_launch_zeroes_nothing_while_the_reserve_lasts(gpu, monkeypatch):
+def test_captured_launch_has_no_memset_while_the_reserve_lasts(gpu, monkeypatch):
     monkeypatch.setattr(module, "RESERVE", 32)
     made = []
     zeros = torch.zeros
@@ -84,12 +84,12 @@ def test_a_captured_launch_zeroes_nothing_while_the_reserve_lasts(gpu, monkeypat
     assert taken[0].data_ptr() + 48 == taken[1].data_ptr()
 
 
-def test_no_split_no_memory():
+def test_no_workspace_without_splits():
     assert module.workspace(torch.device("cpu"), 0, 0) == (None, None)
 
 
-def test_counters_of_graphs_that_are_gone_are_given_out_again(gpu):
-    with module.counters_returned(CUDA):
+def test_recycled_counters_are_used_again(gpu):
+    with module.recycled_counters(CUDA):
         gpu["capturing"] = True
         first = counters(10).data_ptr()
         assert counters(10).data_ptr() != first
