@@ -88,10 +88,8 @@ def launch(
 def plan_of(signature: Signature, bucket: int, config: KernelConfig | None = None) -> Plan:
     """The plan for up to bucket rows of x, a power of two."""
     case = bucket, signature.shape, signature.formats
-    is_measured = (
-        signature.x_dtype == torch.bfloat16 and not signature.batch_invariant and not any(signature.activations)
-    )
-    table = table_of(signature.device) if is_measured and config is None else None
+    is_tuned = signature.x_dtype == torch.bfloat16 and not (signature.batch_invariant or any(signature.activations))
+    table = table_of(signature.device) if is_tuned and config is None else None
     if table is None or case not in table.configs:
         return Plan(signature, bucket, config or _choose(signature, bucket), prefers_torch=False)
     # torch would round before it multiplies by a factor.

@@ -161,9 +161,8 @@ def _fake_project(
     x: Tensor, operands: list[Tensor], formats: list[str], fp32: list[bool], *options: Any, **named: Any
 ) -> list[Tensor]:
     dtypes = tuple([torch.float32 if wide else x.dtype for wide in fp32])
-    return _allocate(
-        x, _resolve(x, operands, formats, dtypes, *options, **named, signature_of=_signature.__wrapped__)[0]
-    )
+    signature, _ = _resolve(x, operands, formats, dtypes, *options, **named, signature_of=_signature.__wrapped__)
+    return _allocate(x, signature)
 
 
 @torch.library.impl("indexproj::project_out", ("CPU", "CUDA"))
@@ -277,7 +276,7 @@ def _signature(
 def _place_operands(
     formats: tuple[Format, ...], k: int, device: torch.device, found: tuple[Any, ...]
 ) -> tuple[tuple[int, ...], Places]:
-    """The rows of each matrix and the places of its operands. `Matrix.operands` is right; other callers may be wrong."""
+    """The rows of each matrix, and the places of its operands."""
     ns, places, place = [], [], 0
     for format in formats:
         shape = tuple(found[place][1]) if place < len(found) else ()

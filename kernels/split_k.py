@@ -75,7 +75,7 @@ def _split_k_tile(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr,
     SPLIT_K: tl.constexpr, LOOP_SPLITS: tl.constexpr, DOT: tl.constexpr, AMD: tl.constexpr,
 ):  # fmt: skip
-    """Columns of one output from start_n on: one split of K, and the reduction if this program is the last to arrive."""
+    """Columns of one output from start_n on: one split of K, and the sum of all if this program arrives last."""
     split, tile_m = tl.program_id(1), tl.program_id(2)
     rows, cols = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
     PRECISION: tl.constexpr = "ieee" if AMD else "tf32"

@@ -166,7 +166,7 @@ def test_fnuz_codes_keep_their_bits_and_halve_the_scale(format):
     assert torch.equal(matrix.dequantize(torch.float64), codes.double() * wide)
     lowest = Fp8Matrix.from_e4m3fnuz(codes[:, :32].contiguous(), torch.zeros(4, 1, dtype=torch.uint8).view(E8M0))
     assert not lowest.scale.view(torch.uint8).any()
-    with pytest.raises(TypeError, match="expected torch.float8_e4m3fn, got torch.float8_e4m3fnuz"):
+    with pytest.raises(TypeError, match=r"expected torch\.float8_e4m3fn, got torch.float8_e4m3fnuz"):
         Fp8Matrix(codes, scale)
 
 
@@ -179,7 +179,7 @@ def test_copy_keeps_pointers():
         assert same(live.gate, new.gate)
         assert [tensor.data_ptr() for matrix in (live.wk, live.gate) for tensor in matrix.tensors] == pointers
     for pair in ("BF16, BF16", "FP8 128x128, FP8 128x128"):
-        with pytest.raises(ValueError, match="ProjectionWeights.copy_: expected"):
+        with pytest.raises(ValueError, match="copy_: expected"):
             live.copy_(weights(pair, (128, 16, 256)))
 
 

@@ -47,7 +47,7 @@ def out_of(*shape, dtype=torch.bfloat16):
             x_of(4, 256),
             {"activation": "int8"},
             ValueError,
-            "expected activation None, 'fp8' or 'fp8_ue8m0', got 'int8'",
+            "None, 'fp8' or 'fp8_ue8m0', got 'int8'",
         ),
         (x_of(4, 256), {}, RuntimeError, "TRITON_INTERPRET=1 before Python starts"),
     ],
