@@ -78,12 +78,19 @@ class KernelConfig:
 
     def grid(self, m: int, *ns: int) -> tuple[int, int, int]:
         """Programs of a launch with m rows of x."""
-        tiles_m = cdiv(m, self.block_m)
-        if self.regime == "gemv":
-            return sum(ns), tiles_m, 1
+        return self.grid_of_tiles(cdiv(m, self.block_m), self.tiles_n(*ns))
+
+    def tiles_n(self, *ns: int) -> int:
+        """Tiles of the outputs' columns."""
         if self.regime == "prefill":
-            return tiles_m, self.split_k, 1
-        return sum([cdiv(n, self.block_n) for n in ns]), 1 if self.loop_splits else self.split_k, tiles_m
+            return 1
+        return sum(ns) if self.regime == "gemv" else sum([cdiv(n, self.block_n) for n in ns])
+
+    def grid_of_tiles(self, tiles_m: int, tiles_n: int) -> tuple[int, int, int]:
+        """Programs of a launch with these tiles of x's rows and of the outputs' columns."""
+        if self.regime == "split_k":
+            return tiles_n, 1 if self.loop_splits else self.split_k, tiles_m
+        return (tiles_n, tiles_m, 1) if self.regime == "gemv" else (tiles_m, self.split_k, 1)
 
     def workspace_size(self, m: int, *ns: int) -> tuple[int, int]:
         """(fp32 partial sums, int32 arrival counters) of a launch with m rows of x."""

@@ -30,6 +30,8 @@ class Format(Enum):
     NVFP4 = "NVFP4"
     MXFP4 = "MXFP4"
 
+    __hash__ = object.__hash__  # Enum's own is a Python function, which every launch would call
+
     def __str__(self) -> str:
         return self.value
 

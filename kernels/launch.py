@@ -6,7 +6,8 @@ import functools
 import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -30,8 +31,11 @@ _CPU_GUARD: AbstractContextManager[Any] = threading.Lock() if INTERPRETED else _
 _FORMAT_CODES = {format: code for code, format in enumerate(Format)}
 
 
-class Signature(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Signature:
     """Everything a launch depends on except M, addresses and strides. Tuples have one element per matrix.
+
+    Two are equal only if they are the same object, which makes them fast keys; `project` makes one per kind of call.
 
     Attributes:
         ns: rows.
@@ -81,7 +85,7 @@ def launch(
     # cuBLAS is deterministic only with a setting that torch checks for in this mode.
     if plan.prefers_torch and not torch.are_deterministic_algorithms_enabled() and torch_mm(x, matrices, outs):
         return
-    plan.run(x, matrices, outs)
+    plan.run(m, x, matrices, outs)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -126,7 +130,8 @@ class Plan:
         target = target_of(signature.device)
         self.config = config
         self.prefers_torch = prefers_torch
-        self._device, self._ns = signature.device, signature.ns
+        self._device = signature.device
+        self._block_m, self._tiles_n = config.block_m, config.tiles_n(*signature.ns)
         self._kernel = KERNELS[config.regime]
         self._constants = tuple(constants(config, signature, target).values())
         self._options = options(config, target)
@@ -134,14 +139,14 @@ class Plan:
         self._workspace_size = config.workspace_size(bucket, *signature.ns)
         self._compiled: Any = None
 
-    def run(self, x: Tensor, matrices: tuple[Operands, ...], outs: tuple[Tensor, ...]) -> None:
-        """Launches. Compiles at the first launch, or finds the kernel in Triton's cache."""
-        m, stride_xm, strides_om = x.shape[0], x.stride(0), tuple([out.stride(0) for out in outs])
-        grid = self.config.grid(m, *self._ns)
+    def run(self, m: int, x: Tensor, matrices: tuple[Operands, ...], outs: tuple[Tensor, ...]) -> None:
+        """Launches for the m rows of x. The first launch compiles, or finds the kernel in Triton's cache."""
+        stride_xm, strides_om = x.stride(0), tuple([out.stride(0) for out in outs])
+        grid = self.config.grid_of_tiles(-(-m // self._block_m), self._tiles_n)
         with _device_guard(self._device):
             buffers = workspace(self._device, *self._workspace_size) if self._takes_workspace else ()
             arguments = x, matrices, outs, *buffers, m, stride_xm, strides_om, *self._constants
-            if not _is_aligned(x, matrices, outs, stride_xm, strides_om):
+            if not _is_aligned(m, x, matrices, outs, stride_xm, strides_om):
                 self._kernel[grid](*arguments, **self._options)
             elif self._compiled is None:
                 self._compiled = self._kernel[grid](*arguments, **self._options)
@@ -160,7 +165,12 @@ class Plan:
 
 
 def _is_aligned(
-    x: Tensor, matrices: tuple[Operands, ...], outs: tuple[Tensor, ...], stride_xm: int, strides_om: tuple[int, ...]
+    m: int,
+    x: Tensor,
+    matrices: tuple[Operands, ...],
+    outs: tuple[Tensor, ...],
+    stride_xm: int,
+    strides_om: tuple[int, ...],
 ) -> bool:
     """Whether the one compiled kernel of a plan may run: Triton specializes on what this tests.
 
@@ -175,7 +185,7 @@ def _is_aligned(
             if operand is not None:
                 bits |= operand.data_ptr()
     # 4 bytes per element at most.
-    return not (bits & 15 or INTERPRETED) and x.shape[0] * max(stride_xm, *strides_om) < 2**29
+    return not (bits & 15 or INTERPRETED) and m * max(stride_xm, *strides_om) < 2**29
 
 
 @torch.no_grad()

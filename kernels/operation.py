@@ -147,10 +147,15 @@ for _operation in ("project", "project_out"):
 
 @torch.library.impl("indexproj::project", ("CPU", "CUDA"))
 def _project(
-    x: Tensor, operands: list[Tensor], formats: list[str], fp32: list[bool], *options: Any, **named: Any
+    x: Tensor,
+    operands: list[Tensor],
+    formats: list[str],
+    fp32: list[bool],
+    factors: list[float] | None = None,
+    activations: list[str] | None = None,
+    batch_invariant: bool = False,
 ) -> list[Tensor]:
-    dtypes = tuple([torch.float32 if wide else x.dtype for wide in fp32])
-    signature, matrices = _resolve(x, operands, formats, dtypes, *options, **named)
+    signature, matrices = _resolve(x, operands, formats, fp32, factors, activations, batch_invariant)
     outs = _allocate(x, signature)
     launch(_rows(x), matrices, tuple([_rows(out) for out in outs]), signature)
     return outs
@@ -160,16 +165,22 @@ def _project(
 def _fake_project(
     x: Tensor, operands: list[Tensor], formats: list[str], fp32: list[bool], *options: Any, **named: Any
 ) -> list[Tensor]:
-    dtypes = tuple([torch.float32 if wide else x.dtype for wide in fp32])
-    signature, _ = _resolve(x, operands, formats, dtypes, *options, **named, signature_of=_signature.__wrapped__)
+    signature, _ = _resolve(x, operands, formats, fp32, *options, **named, check=_signature.__wrapped__)
     return _allocate(x, signature)
 
 
 @torch.library.impl("indexproj::project_out", ("CPU", "CUDA"))
 def _project_out(
-    x: Tensor, operands: list[Tensor], formats: list[str], out: Tensor, *options: Any, **named: Any
+    x: Tensor,
+    operands: list[Tensor],
+    formats: list[str],
+    out: Tensor,
+    factors: list[float] | None = None,
+    activations: list[str] | None = None,
+    batch_invariant: bool = False,
 ) -> None:
-    signature, matrices = _resolve(x, operands, formats, (out.dtype,) * len(formats), *options, **named)
+    fp32 = [out.dtype == torch.float32] * len(formats)
+    signature, matrices = _resolve(x, operands, formats, fp32, factors, activations, batch_invariant)
     _check_out(out, x, sum(signature.ns))
     if x.numel() and _share_storage(out, [x, *operands]):
         raise ValueError("project: out shares storage with x or the weights; give it memory of its own")
@@ -180,8 +191,8 @@ def _project_out(
 def _fake_project_out(
     x: Tensor, operands: list[Tensor], formats: list[str], out: Tensor, *options: Any, **named: Any
 ) -> None:
-    dtypes = (out.dtype,) * len(formats)
-    signature, _ = _resolve(x, operands, formats, dtypes, *options, **named, signature_of=_signature.__wrapped__)
+    fp32 = [out.dtype == torch.float32] * len(formats)
+    signature, _ = _resolve(x, operands, formats, fp32, *options, **named, check=_signature.__wrapped__)
     _check_out(out, x, sum(signature.ns))
 
 
@@ -189,35 +200,35 @@ def _resolve(
     x: Tensor,
     operands: list[Tensor],
     formats: list[str],
-    dtypes: tuple[torch.dtype, ...],
+    fp32: list[bool],
     factors: list[float] | None = None,
     activations: list[str] | None = None,
     batch_invariant: bool = False,
-    signature_of: Callable[..., tuple[Signature, Places]] | None = None,
+    check: Callable[..., tuple[Signature, Places]] | None = None,
 ) -> tuple[Signature, tuple[Operands, ...]]:
     """What to launch, and the operands of each matrix.
 
     Args:
-        signature_of: `_signature`, without its cache for fake tensors, whose sizes cannot be hashed.
+        check: `_signature`, without its cache for fake tensors, whose sizes cannot be hashed.
     """
     shape = x.shape
     if not shape:
         raise ValueError("project: x must be [..., K] to fit the weights, got []")
-    if x.stride(-1) != 1 and shape[-1] > 1:
+    k = shape[-1]
+    if x.stride(-1) != 1 and k > 1:
         raise ValueError(
             f"project: x must be contiguous in its last dimension, got strides {x.stride()}; call x.contiguous()"
         )
-    found = [(operand.dtype, operand.shape, operand.device, operand.is_contiguous()) for operand in operands]
-    signature, places = (signature_of or _signature)(
+    signature, places = (check or _signature)(
         x.dtype,
-        shape[-1],
+        k,
         x.device,
         tuple(formats),
-        dtypes,
+        tuple(fp32),
         None if factors is None else tuple(factors),
         None if activations is None else tuple(activations),
         batch_invariant,
-        *found,
+        *[(operand.dtype, operand.shape, operand.device, operand.is_contiguous()) for operand in operands],
     )
     padded = [*operands, None]
     return signature, tuple([(padded[a], padded[b], padded[c]) for a, b, c in places])  # type: ignore[misc]
@@ -233,7 +244,7 @@ def _signature(
     k: int,
     device: torch.device,
     labels: tuple[str, ...],
-    dtypes: tuple[torch.dtype, ...],
+    fp32: tuple[bool, ...],
     factors: tuple[float, ...] | None,
     activations: tuple[str, ...] | None,
     batch_invariant: bool,
@@ -256,7 +267,7 @@ def _signature(
     # -0.0 becomes 0.0: they are equal as keys and would share a compiled kernel.
     factors = (1.0,) * count if factors is None else tuple([factor + 0.0 for factor in factors])
     takes: tuple[Any, ...] = (None,) * count if activations is None else tuple([name or None for name in activations])
-    for name, values in (("dtypes", dtypes), ("factors", factors), ("activations", takes)):
+    for name, values in (("dtypes", fp32), ("factors", factors), ("activations", takes)):
         if len(values) != count:
             raise ValueError(f"project: expected one of {name} per matrix, {count} in all, got {len(values)}")
     if not all(abs(factor) <= LARGEST_FACTOR for factor in factors):
@@ -270,6 +281,7 @@ def _signature(
                 "leave activation out"
             )
     ns, places = _place_operands(formats, k, device, found)
+    dtypes = tuple([torch.float32 if wide else x_dtype for wide in fp32])
     return Signature(device, x_dtype, k, ns, formats, takes, factors, dtypes, batch_invariant), places
 
 

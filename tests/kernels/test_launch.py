@@ -1,5 +1,7 @@
 """What reaches the CUDA driver: Triton's real launcher on a driver that runs nothing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import triton
@@ -139,7 +141,7 @@ def test_each_signature_and_bucket_has_its_own_plan(driver):
 
 def test_config_with_half_a_scale_group_of_x_does_not_compile(driver):
     w, outs = weights(FP8, DEEPSEEK), (torch.empty(16, 128, dtype=torch.bfloat16), torch.empty(16, 64))
-    signature = module.signature_of(w, torch.bfloat16, torch.float32)._replace(activations=("fp8", None))
+    signature = replace(module.signature_of(w, torch.bfloat16, torch.float32), activations=("fp8", None))
     with pytest.raises(CompilationError) as caught:
         module.launch(x_of(16), (w.wk.operands, w.gate.operands), outs, signature, KernelConfig("prefill", 16, 64))
     assert "static_assert" in str(caught.value.__cause__.__cause__)
