@@ -1,4 +1,4 @@
-"""The one place that asks what device there is."""
+"""The only place that asks which device there is."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Literal
 import torch
 import triton
 
-# Triton reads this when a kernel is defined; from then on it cannot change.
+# Triton reads this when a kernel is defined; it cannot change later.
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
 
 @dataclass(frozen=True)
 class Target:
-    """What dispatch and compilation need to know of a GPU.
+    """What dispatch and compilation need to know about a GPU.
 
     Attributes:
         arch: compute capability times ten (90 for sm_90) or gfx name ("gfx942").
@@ -28,15 +28,15 @@ class Target:
 
     @property
     def name(self) -> str:
-        """As in TARGETS."""
+        """The key in TARGETS."""
         return f"sm_{self.arch}" if self.backend == "cuda" else str(self.arch)
 
     def is_cuda(self, capability: int = 0) -> bool:
-        """Whether it is an NVIDIA GPU of that compute capability (times ten) or a newer one."""
+        """True for an NVIDIA GPU of this compute capability (times ten) or newer."""
         return isinstance(self.arch, int) and self.arch >= capability
 
 
-# The GPUs that the compile gates cover, in their largest common variant.
+# The GPUs that the compile gates cover, each in its largest common variant.
 TARGETS = {
     "sm_80": Target("cuda", 80, sm_count=108),
     "sm_90": Target("cuda", 90, sm_count=132),
@@ -51,7 +51,7 @@ TARGETS = {
 def target_of(device: torch.device) -> Target:
     """The target behind a torch device.
 
-    In Triton's interpreter it is an sm_90, whatever the machine, so that results there do not depend on it.
+    In Triton's interpreter it is always sm_90, so results there do not depend on the machine.
 
     Raises:
         RuntimeError: a CPU device outside the interpreter, or a GPU older than sm_80.
