@@ -1,7 +1,6 @@
-"""Second floor: the projection as a module, and the command line.
+"""Second floor: the projection as an nn.Module, the vLLM plugin and the command line.
 
-IndexerProjection is imported when it is first asked for: the command line has to decide between GPU and interpreter
-before Triton is imported.
+IndexerProjection is imported on first use: `verify` must choose between GPU and interpreter before Triton is imported.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,13 +1,16 @@
-"""Published models: the shapes of their projections, and the pairs of encodings that their checkpoints hold.
+"""Published models: shapes, format pairs and checkpoint layouts.
 
-Imports neither torch nor the kernels, so that `--help` can list them.
+Imports neither torch nor the kernels, so `--help` can list them.
 """
 
 from __future__ import annotations
 
-# (D, H, K): rows of wk, rows of weights_proj, hidden size.
+from dataclasses import dataclass
+from typing import Any
+
+# (D, H, K): rows of wk, rows of weights_proj, hidden size. All GLM-5.x models have the shape "glm-5".
 SHAPES = {"deepseek-v3.2": (128, 64, 7168), "glm-5": (128, 32, 6144)}
-# Encodings of wk and weights_proj.
+# Formats of wk and weights_proj in published checkpoints.
 PAIRS = (
     "BF16, BF16",
     "FP8 128x128, BF16",
@@ -18,3 +21,72 @@ PAIRS = (
     "MXFP4, BF16",
     "MXFP4, MXFP4",
 )
+
+
+@dataclass(frozen=True)
+class Model:
+    """The layout of a published checkpoint, as far as the indexer is concerned.
+
+    Attributes:
+        shape: key of SHAPES.
+        norm_dtype: torch dtype of k_norm.
+        hidden_layers: num_hidden_layers; one MTP layer follows.
+        indexer_layers: layers with indexer weights, MTP included.
+        shard_name: format string that takes a shard's number and the number of shards.
+        shards: number of shards.
+        config: config.json, without the keys that depend on how many layers are written.
+    """
+
+    shape: str
+    norm_dtype: str
+    hidden_layers: int
+    indexer_layers: tuple[int, ...]
+    shard_name: str
+    shards: int
+    config: dict[str, Any]
+
+    @property
+    def is_fp8(self) -> bool:
+        """wk and wq_b are FP8 with 128x128 blocks; otherwise they are BF16."""
+        return "quantization_config" in self.config
+
+
+_COMMON = {"index_topk": 2048, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "torch_dtype": "bfloat16"}
+_GLM = {
+    **_COMMON,
+    "architectures": ["GlmMoeDsaForCausalLM"],
+    "model_type": "glm_moe_dsa",
+    "num_attention_heads": 64,
+    "q_lora_rank": 2048,
+}
+_FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+
+MODELS = {
+    "deepseek-v3.2": Model(
+        shape="deepseek-v3.2", norm_dtype="float32", hidden_layers=61, indexer_layers=tuple(range(62)),
+        shard_name="model-{:05d}-of-{:06d}.safetensors", shards=163,
+        config={
+            **_COMMON,
+            "architectures": ["DeepseekV32ForCausalLM"],
+            "model_type": "deepseek_v32",
+            "num_attention_heads": 128,
+            "q_lora_rank": 1536,
+            "quantization_config": _FP8,
+        },
+    ),
+    "glm-5-bf16": Model(
+        shape="glm-5", norm_dtype="bfloat16", hidden_layers=78, indexer_layers=tuple(range(79)),
+        shard_name="model-{:05d}-of-{:05d}.safetensors", shards=282, config=_GLM,
+    ),
+    "glm-5.2-fp8": Model(
+        shape="glm-5", norm_dtype="bfloat16", hidden_layers=78, indexer_layers=(0, 1, *range(2, 78, 4), 78),
+        shard_name="model-{:05d}-of-{:05d}.safetensors", shards=141,
+        # `indexers_proj` names no tensor; the published ignore list has the same mistake.
+        config={
+            **_GLM,
+            "index_topk_freq": 4,
+            "index_skip_topk_offset": 3,
+            "quantization_config": {**_FP8, "modules_to_not_convert": ["lm_head", "self_attn.indexers_proj"]},
+        },
+    ),
+}  # fmt: skip

@@ -1,4 +1,4 @@
-"""The projection as a torch module."""
+"""The projection as an nn.Module."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from ..loading import load
 class IndexerProjection(nn.Module):
     """(k, gate) = (x @ wk.T, x @ weights_proj.T) of one indexer, in one launch.
 
-    It has no parameters and no state_dict entries: the weights stay in the checkpoint's encoding, and the checkpoint is
-    where they come from. `.to(device)` moves them; a change of dtype, as `model.half()` makes, leaves them as they are.
+    The weights keep the checkpoint's format, so the module has no parameters and no state_dict entries; reload them
+    from the checkpoint. `.to(device)` moves the weights; dtype conversions such as `model.half()` do not change them.
 
     Attributes:
         weights: the two matrices.
-        k_dtype: dtype of k; None for the dtype of x.
-        gate_dtype: dtype of gate; None for fp32.
+        k_dtype: dtype of k; None means the dtype of x.
+        gate_dtype: dtype of gate; None means fp32.
         gate_scale: multiplies gate in fp32.
-        activation: "fp8" or "fp8_ue8m0" rounds x to e4m3 for wk; None takes x as it is.
+        activation: "fp8" or "fp8_ue8m0" rounds x to e4m3 for wk (W8A8); None keeps bf16/fp16 activations.
         batch_invariant: each row has the same bits in any batch.
     """
 
@@ -40,7 +40,7 @@ class IndexerProjection(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(weights, ProjectionWeights):
-            raise TypeError(f"IndexerProjection: weights must be those of one layer, got {type(weights).__name__}")
+            raise TypeError(f"IndexerProjection: expected ProjectionWeights, got {type(weights).__name__}")
         self.weights = weights
         self.k_dtype = k_dtype
         self.gate_dtype = gate_dtype
@@ -50,28 +50,23 @@ class IndexerProjection(nn.Module):
 
     @classmethod
     def from_checkpoint(
-        cls,
-        path: str | Path,
-        *,
-        layer: int,
-        device: str | torch.device = "cpu",
-        **options: Any,
+        cls, path: str | Path, *, layer: int, device: str | torch.device = "cpu", **options: Any
     ) -> IndexerProjection:
-        """Loads one layer, reading only its own bytes.
+        """Loads one layer. Reads only that layer's tensors.
 
         Args:
-            path: checkpoint directory, or one .safetensors file.
-            layer: index of a layer that owns an indexer.
-            device: where the weights go.
-            options: k_dtype, gate_dtype, gate_scale, activation and batch_invariant, as for the constructor.
+            path: checkpoint directory or .safetensors file.
+            layer: index of a layer with an indexer.
+            device: device of the weights.
+            options: keyword arguments of the constructor.
 
         Raises:
-            CheckpointError: listing every problem.
+            CheckpointError: the layer does not load; lists every problem.
         """
         return cls(load(path, [layer], device)[layer], **options)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [..., K] bf16 or fp16 -> k [..., D], gate [..., H]. Raises what `project` raises."""
+        """x [..., K] bf16 or fp16 -> k [..., D], gate [..., H]. Raises the same errors as `project`."""
         return project(
             x,
             self.weights,
@@ -83,12 +78,12 @@ class IndexerProjection(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IndexerProjection:
-        def moved(tensor: Tensor) -> Tensor:
+        def move(tensor: Tensor) -> Tensor:
             result = fn(tensor)
             return result if result.dtype == tensor.dtype else tensor.to(result.device)
 
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.weights = self.weights.map(moved)
+        self.weights = self.weights.map(move)
         return self
 
     def extra_repr(self) -> str:

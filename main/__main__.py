@@ -1,4 +1,4 @@
-"""`indexproj`, also as `python -m indexproj`."""
+"""`indexproj` and `python -m indexproj`."""
 
 from .benchmarks import commands  # noqa: F401  # adds compile, tune and bench
 from .indexer.cli.commands import app

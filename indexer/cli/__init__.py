@@ -1,1 +1,1 @@
-"""The command line: audit, verify and fixture; benchmarks/commands.py adds compile, tune and bench."""
+"""The command line: fixture, audit and verify. benchmarks/commands.py adds compile, tune and bench."""

@@ -1,56 +1,45 @@
-"""What a checkpoint holds of the projection and whether it loads, as plain data."""
+"""Reports what a checkpoint holds of the projection and whether it loads."""
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ...loading import Checkpoint, CheckpointError, LayerPlan, MatrixPlan, Plan
+from rich.table import Table
+
+from ...loading import Checkpoint, CheckpointError, MatrixPlan, Plan
 
 
 def audit(path: Path) -> dict[str, Any]:
-    """Reads headers only; what is wrong with them is part of the result.
+    """Reads headers only. Problems are part of the report, never raised.
 
     Returns:
-        What audit.schema.json describes.
+        The report that audit.schema.json describes.
     """
-    report: dict[str, Any] = {"checkpoint": str(path), "loads": False, "layers": [], "counts": None}
+    report: dict[str, Any] = {"checkpoint": str(path), "loads": False, "layers": [], "counts": None, "warnings": []}
     try:
         checkpoint = Checkpoint(path)
     except CheckpointError as error:
-        return {**report, "problems": [dataclasses.asdict(problem) for problem in error.problems]}
+        return {**report, "problems": _plain(error.problems)}
     plan = Plan.of(checkpoint)
-    return {
-        **report,
-        "loads": not plan.problems,
-        "layers": [
-            {
-                **describe(layer),
-                "runs": plan.runs(layer.layer),
-                "loads": not layer.problems and not plan.file_problems,
-            }
-            for layer in plan.layers.values()
-        ],
-        "counts": {
-            "projection_tensors": len(checkpoint.headers),
-            "other_indexer_tensors": len(checkpoint.neighbours),
-            "all_tensors": checkpoint.tensors,
-            "unread_shards": len(checkpoint.unread),
-        },
-        "problems": [dataclasses.asdict(problem) for problem in plan.problems],
+    report["loads"] = not plan.problems
+    for layer in plan.layers.values():
+        loads = not layer.problems and not plan.file_problems
+        matrices = {"wk": _matrix(layer.wk), "weights_proj": _matrix(layer.gate)}
+        runs = plan.runs(layer.layer)
+        report["layers"].append(
+            {"layer": layer.layer, "is_mtp": layer.is_mtp, "runs": runs, "loads": loads, **matrices}
+        )
+    report["counts"] = {
+        "projection_tensors": len(checkpoint.headers),
+        "other_indexer_tensors": len(checkpoint.neighbours),
+        "all_tensors": checkpoint.tensors,
+        "unread_shards": len(checkpoint.unread),
     }
-
-
-def describe(plan: LayerPlan) -> dict[str, Any]:
-    """One layer of the report."""
-    return {
-        "layer": plan.layer,
-        "is_mtp": plan.is_mtp,
-        "loads": not plan.problems,
-        "wk": _matrix(plan.wk),
-        "weights_proj": _matrix(plan.gate),
-    }
+    report["warnings"] = _plain(getattr(plan, "warnings", ()))
+    return {**report, "problems": _plain(plan.problems)}
 
 
 def _matrix(plan: MatrixPlan) -> dict[str, Any]:
@@ -61,5 +50,31 @@ def _matrix(plan: MatrixPlan) -> dict[str, Any]:
         "shape": list(plan.shape) if plan.layout else None,
         "kept_bytes": plan.kept_bytes,
         "upcast_bytes": plan.upcast_bytes,
-        "tensors": [dataclasses.asdict(header) for header in plan.headers.values()],
+        "tensors": _plain(plan.headers.values()),
     }
+
+
+def _plain(items: Iterable[Any]) -> list[dict[str, Any]]:
+    return [asdict(item) for item in items]
+
+
+def audit_table(layers: list[dict[str, Any]]) -> Table:
+    """The layers of a report."""
+    table = new_table("layer", "wk", "weights_proj", "MB", "MB in BF16", "D, H, K", "runs", "loads")
+    for layer in layers:
+        wk, gate = layer["wk"], layer["weights_proj"]
+        names = (f"{m['encoding'] or '?'}{' to BF16' if m['in_memory'] == 'bf16' else ''}" for m in (wk, gate))
+        sizes = [f"{(wk[key] + gate[key]) / 1e6:.2f}" for key in ("kept_bytes", "upcast_bytes")]
+        shape = f"{wk['shape'][0]}, {gate['shape'][0]}, {wk['shape'][1]}" if wk["shape"] and gate["shape"] else "-"
+        flags = ("yes" if layer[key] else "no" for key in ("runs", "loads"))
+        number = f"{layer['layer']} (MTP)" if layer["is_mtp"] else f"{layer['layer']}"
+        table.add_row(number, *names, *sizes, shape, *flags)
+    return table
+
+
+def new_table(*columns: str) -> Table:
+    """An empty table; the first three columns are left-aligned."""
+    table = Table(show_edge=False, pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number < 3 else "right", no_wrap=True)
+    return table

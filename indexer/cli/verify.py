@@ -1,4 +1,4 @@
-"""Runs the kernels on a checkpoint's own weights and compares them with the fp64 reference."""
+"""Runs the kernels on the weights of a checkpoint and compares them with the fp64 reference."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+from rich.table import Table
 from torch import Tensor
 
-from ...kernels import ProjectionWeights, project, reference
+from ...kernels import project, reference
 from ...kernels.launch import decide, signature_of
-from ...kernels.target import INTERPRETED
 from ...loading import Checkpoint, LayerPlan, load
+from .audit import new_table
 
-# fp32 sums of 7168 products stay well below this; a wrong scale, mask or decode does not.
+# fp32 sums of 7168 products stay well below this; a wrong scale, mask or decode exceeds it.
 MAX_ERROR = 2e-6
 
 
@@ -22,17 +23,19 @@ class Measurement:
     """One projection of one layer.
 
     Attributes:
-        regime: of the kernel that ran, or "torch".
-        error: of our fp32 outputs against fp64 of the exactly decoded weights: max |difference| / max |reference|, the
-            larger one of k and gate.
-        upcast_error: the same of fp64 arithmetic on weights rounded to bf16, which is what upcasting at load keeps.
+        formats: of wk and weights_proj, in memory.
+        regime: the kernel that ran, or "torch".
+        error: max |difference| / max |reference| of the fp32 outputs, the larger of k and gate. The reference is the
+            fp64 product with the exactly decoded weights.
+        bf16_error: the same for fp64 products with weights rounded to bf16, as an upcast at load leaves them.
     """
 
-    plan: LayerPlan
+    layer: int
+    formats: tuple[str, ...]
     m: int
     regime: str
     error: float
-    upcast_error: float
+    bf16_error: float
 
     @property
     def passed(self) -> bool:
@@ -45,43 +48,39 @@ def verify(
     """Yields one measurement per layer and m.
 
     Raises:
-        CheckpointError: a layer does not load; raised before anything is run.
+        CheckpointError: a layer does not load. Raised before the first measurement.
     """
     loaded = load(checkpoint, plans, device)
-    for layer, plan in plans.items():
+    for layer in plans:
         weights = loaded.pop(layer)
         for m in ms:
             x = _activations(m, weights.shape[2], seed=layer).to(device)
-            ours = project(x, weights, k_dtype=torch.float32)
             exact = reference(x, weights)
+            error = _error(project(x, weights, k_dtype=torch.float32), exact)
+            bf16_error = _error(reference(x, weights.to_bf16()), exact)
             config = decide(m, signature_of(weights, torch.float32, torch.float32))
             regime = config if isinstance(config, str) else config.regime
-            yield Measurement(plan, m, regime, _error(ours, exact), _error(_upcast(x, weights), exact))
+            yield Measurement(layer, tuple(map(str, weights.formats)), m, regime, error, bf16_error)
 
 
-def where(device: torch.device) -> str:
-    """What the kernels run on, in a sentence."""
-    if INTERPRETED:
-        return "The kernels run in Triton's interpreter, without a GPU, configured as for an H100 (sm_90)."
-    return f"The kernels run on {torch.cuda.get_device_name(device)}."
+def verify_table(measurements: Iterable[Measurement]) -> Table:
+    table = new_table("layer", "wk", "weights_proj", "M", "kernel", "error", "error if BF16", "verdict")
+    for found in measurements:
+        errors = (f"{error:.1e}" for error in (found.error, found.bf16_error))
+        verdict = "ok" if found.passed else "WRONG"
+        table.add_row(f"{found.layer}", *found.formats, f"{found.m}", found.regime, *errors, verdict)
+    return table
 
 
 def _activations(m: int, k: int, seed: int) -> Tensor:
-    """[m, k] bf16 with a few large channels, as hidden states have them."""
+    """[m, k] bf16 with a few large channels, like hidden states."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(m, k, generator=generator)
     x[:, torch.randperm(k, generator=generator)[: k // 512]] *= 20
     return x.bfloat16()
 
 
-def _upcast(x: Tensor, weights: ProjectionWeights) -> tuple[Tensor, Tensor]:
-    wk, gate = (matrix.dequantize(torch.bfloat16).double() for matrix in (weights.wk, weights.gate))
-    return x.double() @ wk.T, x.double() @ gate.T
-
-
 def _error(outputs: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> float:
-    errors = []
-    for output, truth in zip(outputs, exact, strict=True):
-        difference, size = (output.double() - truth).abs().max().item(), truth.abs().max().item()
-        errors.append(difference / size if size else difference)  # weights may be all zero
-    return max(errors, key=lambda error: (error != error, error))  # NaN above all
+    pairs = zip(outputs, exact, strict=True)
+    errors = [(output.double() - truth).abs().max() / truth.abs().max() for output, truth in pairs]
+    return torch.stack(errors).max().item()  # NaN if either is NaN
