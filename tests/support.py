@@ -74,15 +74,26 @@ def same(a, b):
     )
 
 
+def invoke(*arguments):
+    """Runs a command in this process."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert isinstance(result.exception, SystemExit | None), result.exception
+    return result
+
+
+def table_rows(result):
+    """The cells of every table that a command printed, without headers."""
+    return [[cell.strip() for cell in line.split("│")] for line in result.stdout.splitlines() if "│" in line]
+
+
 def problems_of(path, layers=None):
-    """What a load says; the audit says the same, as far as headers show it, and ends with 2."""
+    """The problems of a load. The audit reports the same, as far as headers show them."""
     with pytest.raises(CheckpointError) as caught:
         load(path, layers)
     problems = caught.value.problems
-    result = CliRunner().invoke(app, ["audit", str(path)])
+    result = invoke("audit", path)
     expected = [p for p in problems if p.advice != BAD_VALUES and p.found != "no indexer in it"]
     assert result.exit_code == (2 if expected else 0), result.output
-    assert isinstance(result.exception, SystemExit | None)
     assert all(str(problem) in result.stderr for problem in expected)
     return problems
 

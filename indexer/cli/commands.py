@@ -116,11 +116,10 @@ def verify(
     """
     import torch
 
-    if torch.cuda.is_available():
-        device, where = torch.device("cuda"), torch.cuda.get_device_name()
-    else:
-        device, where = torch.device("cpu"), "Triton's interpreter (no GPU), with configs for an H100 (sm_90)"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+    from ...kernels.target import INTERPRETED
     from ...loading import Checkpoint, CheckpointError, Plan
     from .verify import verify as run
     from .verify import verify_table
@@ -129,6 +128,7 @@ def verify(
     try:
         headers = Checkpoint(checkpoint)
         plans = Plan.of(headers).select(layer)
+        where = "Triton's interpreter, with configs for an H100" if INTERPRETED else torch.cuda.get_device_name()
         console.print(f"The kernels run on: {where}")
         with console.status("Loading") as status:
             for measurement in run(headers, plans, list(dict.fromkeys(m or (1, 17, 100))), device):

@@ -1,36 +1,44 @@
-"""IndexerProjection as a torch module; its forward is in tests/interpreter."""
+"""IndexerProjection as an nn.Module. tests/interpreter has its forward."""
 
 import pytest
 import torch
 
+import indexproj.indexer
 from indexproj.indexer import IndexerProjection
 from indexproj.kernels import Fp8Matrix
 from indexproj.loading import CheckpointError
-from support import fp8_layer, same, weights, write_checkpoint
+from support import INDEXER, fp8_layer, same, weights, write_checkpoint
+
+SHAPE = (128, 16, 256)
 
 
-def test_from_checkpoint_takes_one_layer(tmp_path):
+def test_from_checkpoint_loads_one_layer(tmp_path):
     tensors = fp8_layer(5)
     path = write_checkpoint(tmp_path, fp8_layer(4), tensors)
     module = IndexerProjection.from_checkpoint(path, layer=5)
-    stem = "model.layers.5.self_attn.indexer."
-    assert same(module.weights.wk, Fp8Matrix(tensors[f"{stem}wk.weight"], tensors[f"{stem}wk.weight_scale_inv"]))
+    wk = INDEXER.format(5) + "wk.weight"
+    assert same(module.weights.wk, Fp8Matrix(tensors[wk], tensors[f"{wk}_scale_inv"]))
     assert repr(module) == "IndexerProjection(K=256, D=128, H=16, wk=Fp8Matrix, gate=DenseMatrix, device=cpu)"
     with pytest.raises(CheckpointError, match="layer 6: expected one of the layers with an indexer, 4-5"):
         IndexerProjection.from_checkpoint(path, layer=6)
 
 
+def test_expects_projection_weights():
+    with pytest.raises(TypeError, match="expected ProjectionWeights, got dict"):
+        IndexerProjection({})
+
+
 @pytest.mark.parametrize("pair", ["fp8-dense", "dense-dense"])
-def test_it_moves_with_the_model_it_is_in(pair):
-    model = torch.nn.ModuleDict({"indexer": IndexerProjection(weights(pair, (128, 16, 256)))})
+def test_weights_move_with_the_model(pair):
+    model = torch.nn.ModuleDict({"indexer": IndexerProjection(weights(pair, SHAPE))})
     model.to("meta")
     assert model["indexer"].weights.device.type == "meta"
     assert (model["indexer"].weights.fused_weight is not None) == (pair == "dense-dense")
 
 
 @pytest.mark.parametrize("pair", ["fp8-dense", "dense-dense"])
-def test_a_change_of_dtype_leaves_the_weights_as_they_are(pair):
-    module = IndexerProjection(weights(pair, (128, 16, 256)))
+def test_dtype_conversion_keeps_the_weights(pair):
+    module = IndexerProjection(weights(pair, SHAPE))
     before = module.weights
     module.half()
     assert same(module.weights.wk, before.wk)
@@ -40,14 +48,12 @@ def test_a_change_of_dtype_leaves_the_weights_as_they_are(pair):
     assert module.weights.gate.weight.dtype == torch.bfloat16
 
 
-def test_it_has_no_state_of_its_own():
-    module = IndexerProjection(weights("fp8-dense", (128, 16, 256)))
+def test_no_parameters_and_no_state():
+    module = IndexerProjection(weights("fp8-dense", SHAPE))
     assert not module.state_dict()
     assert not list(module.parameters())
 
 
-def test_the_package_has_only_what_it_says():
-    import indexproj.indexer
-
+def test_unknown_attribute_of_the_package():
     with pytest.raises(AttributeError, match="no attribute 'Projection'"):
         indexproj.indexer.Projection  # noqa: B018

@@ -1,0 +1,121 @@
+"""`indexproj audit`: the table, the JSON and its schema."""
+
+import json
+from importlib.resources import files
+
+import jsonschema
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from exports import EXPORTS, named
+from indexproj.indexer.cli import fixture
+from indexproj.loading import Plan, Problem
+from support import INDEXER, bf16_layer, fp8_layer, invoke, table_rows, write_checkpoint
+
+
+@pytest.mark.parametrize(
+    ("model", "layers", "wk", "shape", "size", "bf16_size"),
+    [
+        pytest.param(
+            "deepseek-v3.2", range(62), "FP8 128x128", "128, 64, 7168", "1.84", "2.75", marks=pytest.mark.full
+        ),
+        pytest.param("glm-5-bf16", range(79), "BF16", "128, 32, 6144", "1.97", "1.97", marks=pytest.mark.full),
+        ("glm-5.2-fp8", [0, 1, *range(2, 75, 4), 78], "FP8 128x128", "128, 32, 6144", "1.18", "1.97"),
+    ],
+)
+def test_audit_published_layouts(tmp_path, monkeypatch, model, layers, wk, shape, size, bf16_size):
+    monkeypatch.setattr(fixture, "random_weight", lambda n, k, _: torch.ones(n, k))  # takes most of the time
+    fixture.write_fixture(model, tmp_path)
+    result = invoke("audit", tmp_path)
+    for file in tmp_path.iterdir():
+        file.unlink()  # a gigabyte, which pytest would keep
+    assert result.exit_code == 0, result.stderr
+    expected = [[str(layer), wk, "BF16", size, bf16_size, shape, "yes", "yes"] for layer in layers]
+    expected[-1][0] += " (MTP)"
+    assert table_rows(result) == expected
+    assert f"{len(expected)} layers with an indexer." in result.stdout
+
+
+def audit_json(path):
+    """The report, after validation against the schema in the package."""
+    schema = json.loads(files("indexproj.indexer.cli").joinpath("audit.schema.json").read_text())
+    result = invoke("audit", path, "--json")
+    report = json.loads(result.stdout)
+    jsonschema.Draft202012Validator(schema).validate(report)
+    assert result.exit_code == (0 if report["loads"] else 2)
+    assert bool(report["problems"]) != report["loads"]
+    return report
+
+
+def test_audit_every_encoding(tmp_path):
+    layers = {}
+    for layer, make in enumerate(EXPORTS.values()):
+        stem = INDEXER.format(layer)
+        layers |= named(stem, "wk", make(128, 256)) | named(stem, "weights_proj", EXPORTS["bf16"](16, 256))
+    path = write_checkpoint(tmp_path, layers)
+    report = audit_json(path)
+    for layer, make in zip(report["layers"], EXPORTS.values(), strict=True):
+        export = make(128, 256)
+        assert layer["wk"]["encoding"] == export.encoding
+        assert layer["wk"]["in_memory"] == ("native" if export.is_native else "bf16")
+        assert {tensor["name"].rpartition(".")[2] for tensor in layer["wk"]["tensors"]} == set(export.tensors)
+    rows = table_rows(invoke("audit", path))
+    assert {row[1] for row in rows} >= {"BF16", "F32 to BF16", "INT4 to BF16", "NVFP4", "MXFP8"}
+
+
+def test_audit_table_fits_100_columns(tmp_path):
+    tensors = {}
+    for layer in (9, 10):
+        for matrix, n in (("wk", 256), ("weights_proj", 128)):
+            tensors |= named(INDEXER.format(layer), matrix, EXPORTS["fp8_packed"](n, 16384))
+    path = write_checkpoint(tmp_path, tensors, config={"num_hidden_layers": 10, "index_head_dim": 256})
+    lines = invoke("audit", path).stdout.splitlines()
+    assert "10 (MTP) │ FP8 packed UE8M0 │ FP8 packed UE8M0 │ 6.49 │      12.58 │ 256, 128, 16384" in lines[-2]
+    assert max(map(len, lines)) <= 100
+
+
+def test_audit_problems(tmp_path):
+    bias = {INDEXER.format(1) + "wk.bias": torch.zeros(128)}
+    path = write_checkpoint(tmp_path, fp8_layer(0) | fp8_layer(1) | bias)
+    report = audit_json(path)
+    assert [problem["subject"].rpartition(".")[2] for problem in report["problems"]] == ["bias"]
+    assert [layer["wk"]["encoding"] for layer in report["layers"]] == ["FP8 128x128", None]
+    assert [row[-1] for row in table_rows(invoke("audit", path))] == ["yes", "no"]
+    report = audit_json(tmp_path / "nowhere")
+    assert (report["layers"], report["counts"]) == ([], None)
+
+
+def test_audit_missing_scale(tmp_path):
+    path = write_checkpoint(tmp_path, fp8_layer(0), fp8_layer(1))
+    name, file = INDEXER.format(1) + "wk.weight_scale_inv", "model-00002-of-00002.safetensors"
+    tensors = load_file(path / file)
+    del tensors[name]
+    save_file(tensors, path / file)
+    for command in (("audit",), ("audit", "--json")):
+        result = invoke(*command, path)
+        assert result.exit_code == 2
+        text = result.stdout if "--json" in command else result.stderr
+        assert name in text
+        assert "the tensor that the index puts there" in text
+
+
+def test_audit_unread_shards(tmp_path):
+    neighbour = {"model.embed_tokens.weight": torch.ones(1)}
+    path = write_checkpoint(tmp_path, bf16_layer(), neighbour)
+    (path / "model-00002-of-00002.safetensors").unlink()
+    result = invoke("audit", path)
+    assert result.exit_code == 0
+    assert "1 shards without projection tensors are missing or unreadable." in result.stdout
+
+
+def test_audit_warnings(tmp_path, monkeypatch):
+    """Warnings go to stderr and to the JSON, and do not change the exit code."""
+    path = write_checkpoint(tmp_path, bf16_layer())
+    warning = Problem("config.json", "", "this", "that")
+    monkeypatch.setattr(Plan, "warnings", (warning,), raising=False)
+    result = invoke("audit", path)
+    assert result.exit_code == 0
+    assert result.stderr == f"warning: {warning}\n"
+    (found,) = audit_json(path)["warnings"]
+    assert Problem(**found) == warning

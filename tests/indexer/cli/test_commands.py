@@ -1,0 +1,45 @@
+"""The command line: help, version, exit codes and messages on stderr. `verify` is in tests/interpreter."""
+
+import importlib.metadata
+import subprocess
+import sys
+
+import pytest
+
+from support import fp8_layer, invoke, write_checkpoint
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["audit", "nowhere"], "nowhere: expected model.safetensors.index.json or model.safetensors"),
+        (["audit", "{tiny}/config.json"], "found another kind of file"),
+        (["fixture", "glm-9", "new"], "expected one of deepseek-v3.2, glm-5-bf16, glm-5.2-fp8, got 'glm-9'"),
+        (["fixture", "glm-5.2-fp8", "{tiny}/config.json/x"], "Not a directory"),
+        (["fixture", "glm-5.2-fp8", "{tiny}"], "is not an empty directory"),
+        (["benchmark"], "No such command"),
+    ],
+)
+def test_bad_input_exits_with_2(tmp_path, arguments, message):
+    tiny = write_checkpoint(tmp_path / "tiny", fp8_layer(), config={})
+    result = invoke(*(argument.format(tiny=tiny) for argument in arguments))
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_help_imports_neither_torch_nor_triton():
+    script = "import sys\nfrom indexproj.__main__ import app\n"
+    script += "try: app(['--help'])\nexcept SystemExit: pass\nassert not {'torch', 'triton'} & set(sys.modules)"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for command in ("fixture", "audit", "verify", "compile", "tune", "bench"):
+        assert f"\n  {command} " in result.stdout
+
+
+@pytest.mark.parametrize("command", ["indexproj", "python -m indexproj"])
+def test_version(command):
+    output = subprocess.run(f"{command} --version", shell=True, capture_output=True, text=True, check=True).stdout
+    assert output == f"indexproj {importlib.metadata.version('indexproj')}\n"
+    import indexproj
+
+    assert indexproj.__version__ in output
