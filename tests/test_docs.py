@@ -1,56 +1,57 @@
-"""What the README shows is run."""
+"""README and docs: commands and code run, names and files exist. Also: imports only go down."""
 
+import ast
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
+from graphlib import TopologicalSorter
+from importlib.util import resolve_name
 from pathlib import Path
 
 import torch
 
 from indexproj.indexer.vllm.plugin import INDEXERS, SWITCH
 from indexproj.loading.encodings import ENCODINGS
-from support import fp8_layer, write_checkpoint
+from support import fp8_layer, invoke, write_checkpoint
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 LOADING = (ROOT / "docs/loading.md").read_text()
 VLLM = (ROOT / "docs/vllm.md").read_text()
-ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+FLOORS = ("kernels", "loading", "indexer", "benchmarks", "main")
 
 
 def blocks(language, text=README):
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-def test_commands_and_code(tmp_path):
-    """Every `indexproj` line in turn, then the Python blocks on what they wrote."""
-    environment = dict(ENVIRONMENT)
+def test_readme_commands_and_code(tmp_path):
+    """Every `indexproj` line, then the Python blocks on the checkpoint that the first one wrote."""
     commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("indexproj ")]
     assert [command.split()[1] for command in commands] == ["fixture", "audit", "verify"]
-    for command in commands:
-        result = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-    if not torch.cuda.is_available():
-        environment["TRITON_INTERPRET"] = "1"
-    code = "\n".join(blocks("python"))
-    code += "\nassert k.shape == (16, 128) and (k - exact_k).abs().max() < 0.01 * exact_k.abs().max()"
-    code += "\nassert gate.shape == (16, 64) and (gate - exact_gate).abs().max() < 0.01 * exact_gate.abs().max()"
-    code += "\nassert weights.shape == (128, 64, 7168)"
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    script = ["from indexproj.__main__ import app"]
+    script += [f"assert not app({shlex.split(command)[1:]}, standalone_mode=False)" for command in commands]
+    script += blocks("python")
+    script += ["assert k.shape == (16, 128) and (k - exact_k).abs().max() < 0.01 * exact_k.abs().max()"]
+    script += ["assert gate.shape == (16, 64) and (gate - exact_gate).abs().max() < 0.01 * exact_gate.abs().max()"]
+    script += ["assert weights.shape == (128, 64, 7168)"]
+    environment = os.environ | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})
+    command = [sys.executable, "-c", "\n".join(script)]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 
-def test_loading_page(tmp_path):
+def test_loading_page_code(tmp_path, monkeypatch, capsys):
     (code,) = blocks("python", LOADING)
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "model.layers.0.self_attn.indexer.wk.weight_scale_inv: expected scales" in result.stdout
+    exec(code, {})
+    assert "model.layers.0.self_attn.indexer.wk.weight_scale_inv: expected scales" in capsys.readouterr().out
     write_checkpoint(tmp_path / "checkpoint", fp8_layer())
     (command,) = blocks("bash", LOADING)
-    result = subprocess.run(command, shell=True, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    monkeypatch.chdir(tmp_path)
+    result = invoke(*command.split()[1:])
     assert json.loads(result.stdout)["loads"]
 
 
@@ -63,16 +64,13 @@ def test_loading_page_lists_every_encoding():
 
 
 def test_make_targets_exist():
-    targets = {
-        target
-        for line in map("".join, re.findall(r"^make ([^#\n]+)|`make ([^`]+)`", README + VLLM, re.MULTILINE))
-        for target in line.split()
-    }
+    found = re.findall(r"^make ([^#\n]+)|`make ([^`]+)`", README + VLLM, re.MULTILINE)
+    targets = {target for line in map("".join, found) for target in line.split()}
     assert {"demo", "test"} <= targets
     subprocess.run(["make", "-n", *sorted(targets)], cwd=ROOT, check=True, capture_output=True)
 
 
-def test_vllm_page_names_what_is_swapped():
+def test_vllm_page_names_what_is_replaced():
     for name in (*INDEXERS, SWITCH):
         assert name in VLLM + README
 
@@ -82,19 +80,33 @@ def test_named_files_exist():
         assert (ROOT / path).exists(), path
 
 
-def test_the_floors_import_only_downwards():
-    above = {
-        "kernels": ("loading", "indexer", "benchmarks"),
-        "loading": ("indexer", "benchmarks"),
-        "indexer": ("benchmarks",),
-    }
-    for floor, forbidden in above.items():
+def test_imports_only_go_down():
+    """No module imports from a floor above its own, and there are no circles. Lazy imports count."""
+    paths = {}
+    for floor in FLOORS:
         for path in (ROOT / floor).rglob("*.py"):
-            text = path.read_text()
-            imported = re.findall(r"^\s*(?:from|import) \.*(?:indexproj\.)?(\w+)", text, re.MULTILINE)
-            assert not set(imported) & set(forbidden), path
-            if path.parent.name != "vllm":
-                assert "vllm" not in imported, path
-            elif path.name != "layer.py":  # vLLM calls register long before there is a model
-                at_once = re.findall(r"^(?:from|import) (\.\w*|\w+)", text, re.MULTILINE)
-                assert not {".layer", "vllm"} & set(at_once), path
+            parts = path.relative_to(ROOT / "main" if floor == "main" else ROOT).with_suffix("").parts
+            paths[".".join(("indexproj", *(part for part in parts if part != "__init__")))] = path
+    graph = {name: set(imports(name, path, paths)) for name, path in paths.items()}
+    assert "indexproj.kernels.matrix" in graph["indexproj.indexer.cli.synthetic"]
+    floor_of = {name: FLOORS.index(path.relative_to(ROOT).parts[0]) for name, path in paths.items()}
+    for name, imported in graph.items():
+        above = [other for other in imported & paths.keys() if floor_of[other] > floor_of[name]]
+        assert not above, f"{name} imports {above}"
+        if "vllm" in imported:
+            assert name.startswith(("indexproj.indexer.vllm.", "indexproj.benchmarks.")), f"{name} imports vllm"
+    TopologicalSorter({name: imported & paths.keys() for name, imported in graph.items()}).prepare()  # CycleError
+
+
+def imports(name, path, modules):
+    """What a module imports anywhere in its code: this project's modules by full name, others by first part."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = resolve_name("." * node.level + (node.module or ""), package) if node.level else node.module
+            names = [f"{base}.{alias.name}" if f"{base}.{alias.name}" in modules else base for alias in node.names]
+        else:
+            continue
+        yield from (name if name in modules else name.partition(".")[0] for name in names)

@@ -72,7 +72,9 @@ assert triton.runtime.driver._active is None
 
 
 def test_vllm_entry_point(run):
-    script = "from importlib.metadata import entry_points as e; print(*(p.value for p in e(group='vllm.general_plugins')))"
+    script = (
+        "from importlib.metadata import entry_points as e; print(*(p.value for p in e(group='vllm.general_plugins')))"
+    )
     assert run(script) == ["indexproj.indexer.vllm:register"]
 
 
