@@ -1,4 +1,4 @@
-"""What tests of several folders need: weights with every block scale distinct, and small checkpoints."""
+"""Helpers for tests in several folders: random weights, small checkpoints, the command line."""
 
 import functools
 import json
@@ -25,7 +25,7 @@ WK, SCALE, GATE = (INDEXER.format(0) + leaf for leaf in ("wk.weight", "wk.weight
 
 
 dense, fp8 = (functools.partial(random_matrix, format) for format in (Format.BF16, Format.FP8_BLOCK))
-# The pairs in published checkpoints, and FP8 per row, which requantized ones have.
+# Pairs in published checkpoints, and FP8 per row, which requantized checkpoints have.
 ALL_PAIRS = (*PAIRS, "FP8 per row, BF16")
 
 
@@ -36,7 +36,7 @@ def weights(pair, shape):
 
 
 def fp8_layer(layer=0, d=128, h=16, k=256):
-    """The tensors of one layer as DeepSeek-V3.2 names them, neighbours included."""
+    """The tensors of one layer under DeepSeek-V3.2's names, other indexer tensors included."""
     stem = INDEXER.format(layer)
     wk = fp8(d, k)
     return {
@@ -54,7 +54,7 @@ def bf16_layer(layer=0, d=128, h=16, k=256):
 
 
 def write_checkpoint(directory: Path, *shards: dict[str, torch.Tensor], config: dict | None = None) -> Path:
-    """A sharded checkpoint with an index; one dict of tensors per shard."""
+    """Writes a sharded checkpoint with an index; one dict of tensors per shard."""
     directory.mkdir(exist_ok=True)
     weight_map = {}
     for number, tensors in enumerate(shards, 1):

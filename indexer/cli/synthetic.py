@@ -1,4 +1,4 @@
-"""Made-up matrices, for tests, benchmarks and the checkpoints of fixture.py."""
+"""Random matrices for tests, benchmarks and fixtures."""
 
 from __future__ import annotations
 
@@ -6,38 +6,32 @@ import torch
 from torch import Tensor
 
 from ...kernels import DenseMatrix, Format, Fp4Matrix, Fp8Matrix, Matrix
-from ...kernels.formats import MX_GROUP, NVFP4_GROUP, SCALE_BLOCK, scale_shape
+from ...kernels.formats import SCALE_BLOCK, scale_group, scale_shape
 
 
 def random_matrix(format: Format, n: int, k: int) -> Matrix:
     """A matrix [n, k] from torch's default generator.
 
-    Scales differ by up to 2**6: using one in place of another is a gross error.
+    Scales differ by up to 2**6, so using one in place of another is a gross error.
     """
+    grid = scale_shape((n, k), *scale_group(format, k))
     if format == Format.BF16:
         return DenseMatrix(random_weight(n, k, torch.default_generator).bfloat16())
     if format == Format.FP8_BLOCK:
         codes, scale = quantize_blocks(random_weight(n, k, torch.default_generator))
-        return Fp8Matrix(codes, scale * torch.exp2(6 * torch.rand(scale.shape)))
+        return Fp8Matrix(codes, scale * torch.exp2(6 * torch.rand(grid)))
     if format == Format.FP8_ROW:
-        return Fp8Matrix(random_e4m3(n, k), torch.exp2(6 * torch.rand(n, 1)) / 448)
-    groups = scale_shape((n, k), 1, NVFP4_GROUP if format == Format.NVFP4 else MX_GROUP)
+        return Fp8Matrix(random_e4m3(n, k), torch.exp2(6 * torch.rand(grid)) / 448)
     if format == Format.MXFP8:
-        return Fp8Matrix(random_e4m3(n, k), random_e8m0(*groups))
-    pairs = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8)
+        return Fp8Matrix(random_e4m3(n, k), random_e8m0(*grid))
+    packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8)
     if format == Format.MXFP4:
-        return Fp4Matrix(pairs, random_e8m0(*groups))
-    scale = torch.exp2(6 * torch.rand(groups)).to(torch.float8_e4m3fn)
-    return Fp4Matrix(pairs, scale, torch.rand(n, 1) / 448)
-
+        return Fp4Matrix(packed, random_e8m0(*grid))
+    return Fp4Matrix(packed, torch.exp2(6 * torch.rand(grid)).to(torch.float8_e4m3fn), torch.rand(n, 1) / 448)
 
 
 def quantize_blocks(weight: Tensor, power_of_two_scales: bool = False) -> tuple[Tensor, Tensor]:
-    """Quantizes to e4m3fn with one scale per 128x128 block, the block's amax / 448.
-
-    Args:
-        weight: [N, K] fp32.
-        power_of_two_scales: rounds the scales up to powers of two first.
+    """Quantizes weight [N, K] fp32 to e4m3fn with one scale per 128x128 block: amax / 448, or the next power of two.
 
     Returns:
         codes [N, K] float8_e4m3fn and scale [ceil(N/128), ceil(K/128)] fp32.
@@ -54,7 +48,7 @@ def quantize_blocks(weight: Tensor, power_of_two_scales: bool = False) -> tuple[
 
 
 def random_weight(n: int, k: int, generator: torch.Generator) -> Tensor:
-    """[n, k] fp32 of a trained matrix's spread: columns of different size, and one value in a thousand far out."""
+    """[n, k] fp32 that resembles trained weights: columns differ in size, and one value in a thousand is an outlier."""
     weight = torch.randn(n, k, generator=generator) * 0.02
     weight *= torch.exp(0.4 * torch.randn(k, generator=generator))
     outliers = torch.rand(n, k, generator=generator) < 1e-3
@@ -62,7 +56,7 @@ def random_weight(n: int, k: int, generator: torch.Generator) -> Tensor:
 
 
 def random_e4m3(*shape: int) -> Tensor:
-    """Any e4m3fn codes but NaN."""
+    """Any e4m3fn codes except NaN."""
     bits = torch.randint(0, 0x7F, shape, dtype=torch.uint8) | torch.randint(0, 2, shape, dtype=torch.uint8) << 7
     return bits.view(torch.float8_e4m3fn)
 

@@ -24,7 +24,7 @@ class Measurement:
 
     Attributes:
         formats: of wk and weights_proj, in memory.
-        regime: the kernel that ran, or "torch".
+        regime: the kernel that ran.
         error: max |difference| / max |reference| of the fp32 outputs, the larger of k and gate. The reference is the
             fp64 product with the exactly decoded weights.
         bf16_error: the same for fp64 products with weights rounded to bf16, as an upcast at load leaves them.
@@ -58,8 +58,7 @@ def verify(
             exact = reference(x, weights)
             error = _error(project(x, weights, k_dtype=torch.float32), exact)
             bf16_error = _error(reference(x, weights.to_bf16()), exact)
-            config = decide(m, signature_of(weights, torch.float32, torch.float32))
-            regime = config if isinstance(config, str) else config.regime
+            regime = decide(m, signature_of(weights, torch.float32, torch.float32)).regime
             yield Measurement(layer, tuple(map(str, weights.formats)), m, regime, error, bf16_error)
 
 

@@ -28,15 +28,15 @@ def test_expects_projection_weights():
         IndexerProjection({})
 
 
-@pytest.mark.parametrize("pair", ["fp8-dense", "dense-dense"])
+@pytest.mark.parametrize("pair", ["FP8 128x128, BF16", "BF16, BF16"])
 def test_weights_move_with_the_model(pair):
     model = torch.nn.ModuleDict({"indexer": IndexerProjection(weights(pair, SHAPE))})
     model.to("meta")
     assert model["indexer"].weights.device.type == "meta"
-    assert (model["indexer"].weights.fused_weight is not None) == (pair == "dense-dense")
+    assert (model["indexer"].weights.fused_weight is not None) == (pair == "BF16, BF16")
 
 
-@pytest.mark.parametrize("pair", ["fp8-dense", "dense-dense"])
+@pytest.mark.parametrize("pair", ["FP8 128x128, BF16", "BF16, BF16"])
 def test_dtype_conversion_keeps_the_weights(pair):
     module = IndexerProjection(weights(pair, SHAPE))
     before = module.weights
@@ -49,7 +49,7 @@ def test_dtype_conversion_keeps_the_weights(pair):
 
 
 def test_no_parameters_and_no_state():
-    module = IndexerProjection(weights("fp8-dense", SHAPE))
+    module = IndexerProjection(weights("FP8 128x128, BF16", SHAPE))
     assert not module.state_dict()
     assert not list(module.parameters())
 

@@ -57,12 +57,9 @@ def test_verify_wrong_kernel_exits_with_1(tiny, monkeypatch):
     ("arguments", "message"),
     [
         (["nowhere"], "nowhere: expected model.safetensors.index.json or model.safetensors"),
-        (
-            ["{tiny}", "--layer", "9"],
-            "layer 9: expected one of the layers with an indexer, 0-1, found no indexer in it",
-        ),
-        (["{tiny}", "--m", "0"], "0 is not in the range"),
-        (["{tiny}", "--m", "65537"], "65537 is not in the range"),
+        (["{tiny}", "--layer", "9"], "layer 9: expected one of the layers with an indexer, 0-1"),
+        (["{tiny}", "--m", "0"], "Invalid value for '--m'"),
+        (["{tiny}", "--m", "65537"], "Invalid value for '--m'"),
     ],
 )
 def test_verify_bad_input_exits_with_2(tiny, arguments, message):
