@@ -1,0 +1,57 @@
+"""compile, tune and bench: help, and errors that need neither compiler nor GPU."""
+
+import pytest
+
+from indexproj.indexer.models import PAIRS, SHAPES
+from support import invoke
+
+SM_90 = ("--target", "sm_90")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--target must be one of sm_80, sm_90"),
+        (("--target", "sm_70"), "got sm_70"),
+        (("--all", *SM_90), "--all and --target exclude each other"),
+        ((*SM_90, "--shape", "glm"), "--shape must be one of deepseek-v3.2; glm-5; got glm"),
+        ((*SM_90, "--pair", "INT4, BF16"), "got INT4, BF16"),
+        ((*SM_90, "--activation", "fp8", "--pair", "BF16, BF16"), "--activation needs wk in FP8 128x128"),
+        ((*SM_90, "--cache", __file__), "--cache"),
+        ((*SM_90, "--target", "sm_100", "--sm-count", "78"), "one --target, got sm_90, sm_100"),
+        (("--all", "--sm-count", "78"), "--sm-count needs exactly one --target"),
+        ((*SM_90, "--sm-count", "0"), "Invalid value for '--sm-count'"),
+    ],
+)
+def test_compile_bad_input_exits_with_2(arguments, message):
+    result = invoke("compile", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize("command", ["compile", "tune"])
+def test_help_lists_shapes_and_pairs(command):
+    text = " ".join(invoke(command, "--help").stdout.split())
+    assert "; ".join(PAIRS) in text
+    for name, (d, h, k) in SHAPES.items():
+        assert f"{name} (D={d}, H={h}, K={k})" in text
+
+
+@pytest.mark.parametrize("arguments", [("compile", *SM_90), ("bench",)])
+def test_interpreter_is_refused(arguments, monkeypatch):
+    monkeypatch.setattr("indexproj.kernels.target.INTERPRETED", True)
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert "TRITON_INTERPRET" in result.stderr
+
+
+def test_compile_faults_exit_with_1(monkeypatch):
+    facts = {"target": "sm_90", "shape": "glm-5", "pair": "BF16, BF16", "activation": None, "gate": "fp32", "m": 4,
+             "programs": 1, "weight_reads": 1, "x_reads": 1, "bytes_per_program": 9, "registers": 255,
+             "shared_memory": 0, "per_sm": 1, "mma": 0, "loads": {"16": 3}}  # fmt: skip
+    rows = [{"kernel": "gemv", **facts, "faults": []}, {"kernel": "prefill", **facts, "faults": ["2 spills"]}]
+    monkeypatch.setattr("indexproj.benchmarks.gates.rows", lambda *_: rows)
+    result = invoke("compile", *SM_90)
+    assert result.exit_code == 1
+    assert result.stderr.endswith("BF16, BF16, gate in fp32, prefill, M = 4: 2 spills\n")
+    assert [line.split()[-1] for line in result.stdout.splitlines() if " 255 " in line] == ["ok", "failed"]
