@@ -30,8 +30,7 @@ class Model:
     Attributes:
         shape: key of SHAPES.
         norm_dtype: torch dtype of k_norm.
-        hidden_layers: num_hidden_layers; one MTP layer follows.
-        indexer_layers: layers with indexer weights, MTP included.
+        indexer_layers: layers with indexer weights. The last one is the MTP layer, after all hidden layers.
         shard_name: format string that takes a shard's number and the number of shards.
         shards: number of shards.
         config: config.json, without the keys that depend on how many layers are written.
@@ -39,7 +38,6 @@ class Model:
 
     shape: str
     norm_dtype: str
-    hidden_layers: int
     indexer_layers: tuple[int, ...]
     shard_name: str
     shards: int
@@ -63,7 +61,7 @@ _FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "w
 
 MODELS = {
     "deepseek-v3.2": Model(
-        shape="deepseek-v3.2", norm_dtype="float32", hidden_layers=61, indexer_layers=tuple(range(62)),
+        shape="deepseek-v3.2", norm_dtype="float32", indexer_layers=tuple(range(62)),
         shard_name="model-{:05d}-of-{:06d}.safetensors", shards=163,
         config={
             **_COMMON,
@@ -75,11 +73,11 @@ MODELS = {
         },
     ),
     "glm-5-bf16": Model(
-        shape="glm-5", norm_dtype="bfloat16", hidden_layers=78, indexer_layers=tuple(range(79)),
+        shape="glm-5", norm_dtype="bfloat16", indexer_layers=tuple(range(79)),
         shard_name="model-{:05d}-of-{:05d}.safetensors", shards=282, config=_GLM,
     ),
     "glm-5.2-fp8": Model(
-        shape="glm-5", norm_dtype="bfloat16", hidden_layers=78, indexer_layers=(0, 1, *range(2, 78, 4), 78),
+        shape="glm-5", norm_dtype="bfloat16", indexer_layers=(0, 1, *range(2, 78, 4), 78),
         shard_name="model-{:05d}-of-{:05d}.safetensors", shards=141,
         # `indexers_proj` names no tensor; the published ignore list has the same mistake.
         config={

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,32 +21,15 @@ class IndexerProjection(nn.Module):
 
     Attributes:
         weights: the two matrices.
-        k_dtype: dtype of k; None means the dtype of x.
-        gate_dtype: dtype of gate; None means fp32.
-        gate_scale: multiplies gate in fp32.
-        activation: "fp8" or "fp8_ue8m0" rounds x to e4m3 for wk (W8A8); None keeps bf16/fp16 activations.
-        batch_invariant: each row has the same bits in any batch.
+        options: keyword arguments of `project`: k_dtype, gate_dtype, gate_scale, activation, batch_invariant.
     """
 
-    def __init__(
-        self,
-        weights: ProjectionWeights,
-        *,
-        k_dtype: torch.dtype | None = None,
-        gate_dtype: torch.dtype | None = None,
-        gate_scale: float = 1.0,
-        activation: Literal["fp8", "fp8_ue8m0"] | None = None,
-        batch_invariant: bool = False,
-    ) -> None:
+    def __init__(self, weights: ProjectionWeights, **options: Any) -> None:
         super().__init__()
         if not isinstance(weights, ProjectionWeights):
             raise TypeError(f"IndexerProjection: expected ProjectionWeights, got {type(weights).__name__}")
         self.weights = weights
-        self.k_dtype = k_dtype
-        self.gate_dtype = gate_dtype
-        self.gate_scale = gate_scale
-        self.activation = activation
-        self.batch_invariant = batch_invariant
+        self.options = options
 
     @classmethod
     def from_checkpoint(
@@ -58,7 +41,7 @@ class IndexerProjection(nn.Module):
             path: checkpoint directory or .safetensors file.
             layer: index of a layer with an indexer.
             device: device of the weights.
-            options: keyword arguments of the constructor.
+            options: keyword arguments of `project`.
 
         Raises:
             CheckpointError: the layer does not load; lists every problem.
@@ -67,15 +50,7 @@ class IndexerProjection(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [..., K] bf16 or fp16 -> k [..., D], gate [..., H]. Raises the same errors as `project`."""
-        return project(
-            x,
-            self.weights,
-            k_dtype=self.k_dtype,
-            gate_dtype=self.gate_dtype,
-            gate_scale=self.gate_scale,
-            activation=self.activation,
-            batch_invariant=self.batch_invariant,
-        )
+        return project(x, self.weights, **self.options)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IndexerProjection:
         def move(tensor: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def write_fixture(
     layers_written = owners[-1] + 1
     names = [name for layer in range(layers_written) for name in _names(model, layer, layer in owners)]
     # Split by number of tensors, so a weight and its scale can be in different shards, as in published checkpoints.
-    shards = max(2, round(model.shards * layers_written / (model.hidden_layers + 1)))
+    shards = max(2, round(model.shards * layers_written / (model.indexer_layers[-1] + 1)))
     weight_map: dict[str, str] = {}
     for shard in range(shards):
         file = model.shard_name.format(shard + 1, shards)
@@ -107,7 +107,7 @@ def _tensor(model: Model, name: str, seed: int, power_of_two_scales: bool) -> Te
 def _config(model: Model, owners: tuple[int, ...], power_of_two_scales: bool) -> dict[str, Any]:
     d, h, k = SHAPES[model.shape]
     layers = owners[-1] + 1
-    hidden_layers = min(layers, model.hidden_layers)
+    hidden_layers = min(layers, model.indexer_layers[-1])
     config = {
         **model.config,
         "hidden_size": k,
@@ -116,7 +116,7 @@ def _config(model: Model, owners: tuple[int, ...], power_of_two_scales: bool) ->
         "num_hidden_layers": hidden_layers,
         "num_nextn_predict_layers": layers - hidden_layers,
     }
-    if len(model.indexer_layers) <= model.hidden_layers:
+    if len(model.indexer_layers) < model.indexer_layers[-1]:
         config["indexer_types"] = ["full" if layer in owners else "shared" for layer in range(hidden_layers)]
     if power_of_two_scales:
         config["quantization_config"] = {**config["quantization_config"], "scale_fmt": "ue8m0"}
