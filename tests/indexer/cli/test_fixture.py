@@ -50,6 +50,8 @@ def test_glm_names_dtypes_and_shapes(tmp_path, glm):
     assert list(fp8[f"{STEM}wk.weight_scale_inv"].shape) == [1, 48]
     assert list(fp8[f"{STEM}wq_b.weight_scale_inv"].shape) == [32, 16]
     assert fp8[f"{STEM}k_norm.weight"].dtype == BF16
+    scale = fp8[f"{STEM}wk.weight_scale_inv"].repeat_interleave(128, 1)
+    torch.testing.assert_close(fp8[WK].float() * scale, bf16[WK].float(), rtol=0.07, atol=1e-5)  # one matrix, twice
 
 
 def test_files_have_the_same_permissions(glm):
