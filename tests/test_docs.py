@@ -109,4 +109,4 @@ def imports(name, path, modules):
             names = [f"{base}.{alias.name}" if f"{base}.{alias.name}" in modules else base for alias in node.names]
         else:
             continue
-        yield from (name if name in modules else name.partition(".")[0] for name in names)
+        yield from (name if name.startswith("indexproj") else name.partition(".")[0] for name in names)
