@@ -54,4 +54,4 @@ def test_compile_faults_exit_with_1(monkeypatch):
     result = invoke("compile", *SM_90)
     assert result.exit_code == 1
     assert result.stderr.endswith("BF16, BF16, gate in fp32, prefill, M = 4: 2 spills\n")
-    assert [line.split()[-1] for line in result.stdout.splitlines() if " 255 " in line] == ["ok", "failed"]
+    assert [line.strip("│ ").split()[-1] for line in result.stdout.splitlines() if " 255 " in line] == ["ok", "failed"]

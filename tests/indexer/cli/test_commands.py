@@ -13,7 +13,7 @@ from support import fp8_layer, invoke, write_checkpoint
     ("arguments", "message"),
     [
         (["audit", "nowhere"], "nowhere: expected model.safetensors.index.json or model.safetensors"),
-        (["audit", "{tiny}/config.json"], "found another kind of file"),
+        (["audit", "{tiny}/config.json"], "config.json: expected model.safetensors.index.json or model.safetensors"),
         (["fixture", "glm-9", "new"], "expected one of deepseek-v3.2, glm-5-bf16, glm-5.2-fp8, got 'glm-9'"),
         (["fixture", "glm-5.2-fp8", "{tiny}/config.json/x"], "Not a directory"),
         (["fixture", "glm-5.2-fp8", "{tiny}"], "is not an empty directory"),
