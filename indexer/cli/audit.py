@@ -38,7 +38,7 @@ def audit(path: Path) -> dict[str, Any]:
         "all_tensors": checkpoint.tensors,
         "unread_shards": len(checkpoint.unread),
     }
-    report["warnings"] = _plain(getattr(plan, "warnings", ()))
+    report["warnings"] = _plain(plan.warnings)
     return {**report, "problems": _plain(plan.problems)}
 
 
