@@ -58,16 +58,9 @@ def test_files_have_the_same_permissions(glm):
     assert len({path.stat().st_mode for path in glm.iterdir()}) == 1
 
 
-@pytest.mark.parametrize(
-    ("model", "shards", "layers"),
-    [
-        ("deepseek-v3.2", 163, [*range(62)]),
-        ("glm-5-bf16", 282, [*range(79)]),
-        ("glm-5.2-fp8", 141, [0, 1, *range(2, 75, 4), 78]),
-    ],
-)
-def test_published_layer_and_shard_counts(model, shards, layers):
-    assert (MODELS[model].shards, list(MODELS[model].indexer_layers)) == (shards, layers)
+def test_published_layer_and_shard_counts():
+    counts = {name: (len(model.indexer_layers), model.shards) for name, model in MODELS.items()}
+    assert counts == {"deepseek-v3.2": (62, 163), "glm-5-bf16": (79, 282), "glm-5.2-fp8": (22, 141)}
 
 
 def test_first_layers_are_a_consistent_model(tmp_path):
@@ -112,7 +105,6 @@ def test_power_of_two_scales(tmp_path):
 @pytest.mark.parametrize(
     ("model", "layers", "power_of_two_scales", "message"),
     [
-        ("glm-6", None, False, "expected one of deepseek-v3.2"),
         ("glm-5.2-fp8", 0, False, "1 to 22"),
         ("glm-5.2-fp8", 23, False, "1 to 22"),
         ("glm-5-bf16", 1, True, "glm-5-bf16 is BF16"),
@@ -122,9 +114,3 @@ def test_invalid_arguments_write_nothing(tmp_path, model, layers, power_of_two_s
     with pytest.raises(ValueError, match=message):
         write_fixture(model, tmp_path / "new", layers, power_of_two_scales=power_of_two_scales)
     assert not (tmp_path / "new").exists()
-
-
-def test_nothing_is_overwritten(tmp_path):
-    (tmp_path / "mine").write_text("")
-    with pytest.raises(ValueError, match="not an empty directory"):
-        write_fixture("glm-5.2-fp8", tmp_path, 1)
