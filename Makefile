@@ -20,7 +20,7 @@ demo: .venv/.installed
 test: test-host test-interpreter
 	@echo "== All tests passed"
 
-# Only what `make test` leaves out. pytest exits with 5 if it finds no such test.
+# Runs only what `make test` leaves out.
 test-full: SELECT := full
 test-full: test-host test-interpreter
 
