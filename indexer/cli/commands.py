@@ -23,7 +23,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Audit, verify, compile, tune and benchmark the indexer projection of DeepSeek Sparse Attention.",
     epilog="Exit codes: 0 success, 1 a kernel is wrong or a benchmark failed, 2 bad input.",
 )
 # Tables need up to 100 columns. A narrower terminal wraps lines, which is better than truncated numbers.
@@ -42,7 +41,7 @@ def _version(value: bool) -> None:
 def _options(
     _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
-    pass
+    """Audit, verify, compile, tune and benchmark the indexer projection of DeepSeek Sparse Attention."""
 
 
 @app.command()
@@ -62,8 +61,7 @@ def fixture(
         files = write_fixture(model, directory, layers, seed, power_of_two_scales)
     except (ValueError, OSError) as error:
         fail(str(error))
-    size = sum((directory / file).stat().st_size for file in files)
-    console.print(f"Wrote {model} to {directory}: {len(files)} shards, {size / 1e6:.2f} MB.", soft_wrap=True)
+    console.print(f"Wrote {model} to {directory}: {len(files)} shards.", soft_wrap=True)
 
 
 @app.command()

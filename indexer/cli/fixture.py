@@ -53,14 +53,13 @@ def write_fixture(
     names = [name for layer in range(layers_written) for name in _names(model, layer, layer in owners)]
     # Split by number of tensors, so a weight and its scale can be in different shards, as in published checkpoints.
     shards = max(2, round(model.shards * layers_written / (model.indexer_layers[-1] + 1)))
+    files = [model.shard_name.format(shard + 1, shards) for shard in range(shards)]
     weight_map: dict[str, str] = {}
-    for shard in range(shards):
-        file = model.shard_name.format(shard + 1, shards)
+    for shard, file in enumerate(files):
         inside = names[len(names) * shard // shards : len(names) * (shard + 1) // shards]
         tensors = {name: _tensor(model, name, seed, power_of_two_scales) for name in inside}
         (directory / file).write_bytes(save(tensors, metadata={"format": "pt"}))  # save_file sets mode 0600
         weight_map |= dict.fromkeys(inside, file)
-    files = sorted(set(weight_map.values()))
     total_size = sum((directory / file).stat().st_size for file in files)
     _write_json(directory / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
     _write_json(directory / "config.json", _config(model, owners, power_of_two_scales))

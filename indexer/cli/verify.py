@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from rich.table import Table
@@ -18,8 +18,7 @@ from .audit import new_table
 MAX_ERROR = 2e-6
 
 
-@dataclass(frozen=True)
-class Measurement:
+class Measurement(NamedTuple):
     """One projection of one layer.
 
     Attributes:
