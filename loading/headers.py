@@ -1,66 +1,53 @@
-"""What a safetensors header says of a tensor."""
+"""Safetensors headers: the name, dtype and shape of a tensor."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-# torch dtype -> what a safetensors header calls it.
+# torch dtype -> its name in a safetensors header.
 DTYPES = {
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
-    torch.float8_e8m0fnu: "F8_E8M0",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.uint16: "U16",
-    torch.int16: "I16",
-    torch.uint32: "U32",
-    torch.int32: "I32",
-    torch.uint64: "U64",
-    torch.int64: "I64",
-    torch.bool: "BOOL",
-    torch.complex64: "C64",
-}
+    torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e4m3fnuz: "F8_E4M3FNUZ", torch.float8_e8m0fnu: "F8_E8M0",
+    torch.float8_e5m2: "F8_E5M2", torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.uint8: "U8", torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64",
+    torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
+    torch.bool: "BOOL", torch.complex64: "C64",
+}  # fmt: skip
 _TORCH = {name: dtype for dtype, name in DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class Header:
-    """One tensor.
+    """Header of one tensor. Headers with the same dtype and shape compare equal, whatever their names.
 
     Attributes:
-        name: in full.
-        dtype: in the format's spelling: "BF16", "F8_E4M3", "F32", ...
+        name: full name of the tensor.
+        dtype: as safetensors spells it: "BF16", "F8_E4M3", "F32", ...
         file: name of the shard.
     """
 
-    name: str
+    name: str = field(compare=False)
     dtype: str
     shape: tuple[int, ...]
-    file: str
+    file: str = field(compare=False)
 
     @classmethod
     def of(cls, name: str, tensor: Tensor, file: str) -> Header:
-        """The header that a tensor in memory would have; that of one without plain data has no dtype of the format."""
+        """Header of a tensor in memory. Subclasses, sparse and meta tensors get a dtype that no encoding accepts."""
         dtype = DTYPES.get(tensor.dtype, str(tensor.dtype))
-        kind = _kind(tensor)
-        return cls(name, f"{kind} of {dtype}" if kind else dtype, tuple(tensor.shape), file)
+        storage = _unusual_storage(tensor)
+        return cls(name, f"{storage} of {dtype}" if storage else dtype, tuple(tensor.shape), file)
 
     @property
     def is_plain(self) -> bool:
-        """True if torch has plain tensors of that dtype."""
+        """True if the dtype is one that safetensors and torch both have."""
         return self.dtype in _TORCH
 
     def meta(self) -> Tensor:
-        """A tensor of that dtype and shape without content.
+        """An empty tensor of this dtype and shape on the meta device.
 
         Raises:
             KeyError: torch has no such dtype.
@@ -71,9 +58,9 @@ class Header:
         return f"{self.dtype} {list(self.shape)}"
 
 
-def _kind(tensor: Tensor) -> str:
-    """What a tensor is, other than its elements in memory: "DTensor", "meta", "sparse_coo"; "" for a plain one."""
-    inner = tensor.detach()  # of a Parameter, its tensor
+def _unusual_storage(tensor: Tensor) -> str:
+    """ "DTensor", "meta", "sparse_coo", ...; "" for an ordinary strided tensor."""
+    inner = tensor.detach()  # unwraps a Parameter
     if type(inner) is not Tensor:
         return type(inner).__name__
     if inner.is_meta:
