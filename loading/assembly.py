@@ -50,13 +50,14 @@ class Assembly:
         self._live: dict[int, ProjectionWeights] = {}
         self._collector: Collector | None = None
         self._tensors: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)  # layer -> name -> tensor, until bound
-        self._bound: dict[int, tuple[ProjectionWeights | None, list[Problem]]] = {}
+        self._bound: dict[int, ProjectionWeights | None] = {}  # None for bad layers
+        self._problems: list[Problem] = []  # bad values
 
     def begin(self) -> None:
         """Opens a load and drops an unfinished one."""
         self._collector = Collector(self._index_head_dim, self._num_hidden_layers)
         self._tensors.clear()
-        self._bound = {}
+        self._bound, self._problems = {}, []
         self.passed_over.clear()
 
     def offer(self, name: str, tensor: Tensor, file: str = "") -> bool:
@@ -96,7 +97,7 @@ class Assembly:
 
     def _bind(self, plan: LayerPlan) -> None:
         tensors = self._tensors.pop(plan.layer, {})
-        self._bound[plan.layer] = (None, []) if plan.problems else plan.bind(tensors)
+        self._bound[plan.layer] = None if plan.problems else plan.bind(tensors, self._problems)
 
     @property
     def is_complete(self) -> bool:
@@ -117,20 +118,20 @@ class Assembly:
         """
         collector = self._open_load("finish")
         self._collector = None
-        problems, plans = collector.problems[None], collector.plans()
+        plans, problems = collector.plans(), collector.problems[None]
         check_alike(plans)
         for number in sorted(self._wanted):
-            plan = plans.get(number)
-            if plan is None:
+            if number not in plans:
                 problems.append(Problem(f"layer {number}", "", f"{WK} and {GATE} of its indexer", "no tensor of them"))
                 continue
+            problems += plans[number].problems
             if number not in self._bound:
-                self._bind(plan)
-            problems += (*plan.problems, *self._bound[number][1])
+                self._bind(plans[number])
+        problems += self._problems
         if problems:
             raise CheckpointError(problems)
         for number in sorted(self._wanted):
-            new, live = self._bound.pop(number)[0], self._live.get(number)
+            new, live = self._bound.pop(number), self._live.get(number)
             assert new is not None
             if live is not None and live.matches(new):
                 live.copy_(new)

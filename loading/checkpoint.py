@@ -118,11 +118,10 @@ def _promised(path: Path) -> dict[str, list[str] | None]:
     if not os.path.lexists(path / INDEX):
         if (path / SINGLE).is_file():
             return {SINGLE: None}
-        if path.is_dir():
-            shards = len(list(path.glob("*.safetensors")))
-            found = f"{shards} .safetensors files without their index" if shards else "a directory with neither"
-        else:
-            found = "another kind of file" if path.exists() else "no such file or directory"
+        shards = len(list(path.glob("*.safetensors")))
+        found = (
+            f"a directory with {shards} .safetensors files" if path.is_dir() else "no directory or .safetensors file"
+        )
         advice = "give the directory of a downloaded checkpoint, or one .safetensors file"
         raise CheckpointError([Problem(str(path), "", f"{INDEX} or {SINGLE}", found, advice)])
     index, repeated = _read_json(path / INDEX)
@@ -134,7 +133,7 @@ def _promised(path: Path) -> dict[str, list[str] | None]:
     promised: defaultdict[str, list[str]] = defaultdict(list)
     problems = []
     for name, file in weight_map.items():
-        if isinstance(file, str) and _is_file_name(file):
+        if isinstance(file, str) and file.isprintable() and file not in ("", "..") and Path(file).name == file:
             tensor = parse(name)
             promised[file] += [name] if tensor and tensor.matrix else []
         else:
@@ -142,13 +141,6 @@ def _promised(path: Path) -> dict[str, list[str] | None]:
     if problems:
         raise CheckpointError(problems)
     return dict(sorted(promised.items()))
-
-
-def _is_file_name(name: str) -> bool:
-    try:
-        return os.fsencode(name) not in (b"", b".", b"..") and Path(name).name == name
-    except UnicodeEncodeError:
-        return False
 
 
 def _check_is_file(path: Path) -> None:

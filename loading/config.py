@@ -51,7 +51,7 @@ class Config:
         problems: list[Problem] = []
         sizes = {key: _size(key, values[key], problems) for key in _SIZES if values.get(key) is not None}
         schedules = _schedules(values, sizes.get("num_hidden_layers"), problems)
-        warnings = []
+        warnings: list[Problem] = []
         for key in repeated:
             problem = Problem(CONFIG, "", "every key once", f"{key} more than once", "only the last one counts")
             (problems if key in _SIZES else warnings).append(problem)

@@ -47,11 +47,7 @@ class Header:
         return self.dtype in _TORCH
 
     def meta(self) -> Tensor:
-        """An empty tensor of this dtype and shape on the meta device.
-
-        Raises:
-            KeyError: torch has no such dtype.
-        """
+        """A tensor of this dtype, which must be plain, and shape on the meta device."""
         return torch.empty(self.shape, dtype=_TORCH[self.dtype], device="meta")
 
     def __str__(self) -> str:

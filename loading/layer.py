@@ -11,7 +11,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..kernels.matrix import MAX_ROWS, Matrix, ProjectionWeights
+from ..kernels.formats import MAX_ROWS
+from ..kernels.matrix import Matrix
+from ..kernels.weights import ProjectionWeights
 from .encodings import Encoding
 from .headers import Header
 from .names import FUSED, GATE, UNUSED, WK, IndexerTensor, parse
@@ -61,23 +63,23 @@ class MatrixPlan:
         """Bytes in memory if upcast to bf16; 0 without an encoding."""
         return 2 * math.prod(self.shape) if self.layout else 0
 
-    def bind(self, tensors: Mapping[str, Tensor]) -> tuple[Matrix | None, list[Problem]]:
-        """The matrix from name -> contiguous tensor, or what is wrong with the values."""
+    def bind(self, tensors: Mapping[str, Tensor], problems: list[Problem]) -> Matrix | None:
+        """The matrix from name -> contiguous tensor; None, and problems, for bad values."""
         assert self.encoding is not None
         roles = {role: tensors[header.name] for role, header in self.headers.items() if role != UNUSED}
         faults, matrix = self.encoding.bad_values(roles), None
         if not faults:
             matrix = self.encoding.bind(roles)
             faults = nan_codes(roles["weight"]) | unusable(matrix)
-        problems = []
         for role, (expected, found) in faults.items():
             header = self.headers[role if role in self.headers else "scale_2"]  # ModelOpt's global scale
             problems.append(Problem(header.name, header.file, expected, found, BAD_VALUES))
-        return (None if faults else matrix), problems
+        return None if faults else matrix
 
-    def wrong_shape(self, expected: str) -> Problem:
+    def wrong(self, expected: str, found: str = "", advice: str = "") -> Problem:
+        """A problem with the weight; without `found`, with its header."""
         weight = self.headers["weight"]
-        return Problem(weight.name, weight.file, expected, str(weight))
+        return Problem(weight.name, weight.file, expected, found or str(weight), advice)
 
 
 @dataclass(frozen=True)
@@ -109,18 +111,16 @@ class LayerPlan:
         (d, k), (h, _) = self.wk.shape, self.gate.shape
         return d, h, k
 
-    def bind(self, tensors: Mapping[str, Tensor]) -> tuple[ProjectionWeights | None, list[Problem]]:
-        """The weights of a layer without problems from name -> contiguous tensor, or what is wrong with the values."""
-        if self.wk.name == self.gate.name:
-            fused, problems = self.wk.bind(tensors)
-            if fused is None:
-                return None, problems
-            d = self.wk.shape[0]
-            return ProjectionWeights.pack(fused.rows(0, d), fused.rows(d, fused.shape[0])), problems
-        (wk, problems), (gate, more) = self.wk.bind(tensors), self.gate.bind(tensors)
+    def bind(self, tensors: Mapping[str, Tensor], problems: list[Problem]) -> ProjectionWeights | None:
+        """The weights of a layer without problems from name -> contiguous tensor; None, and problems, for bad values."""
+        wk = self.wk.bind(tensors, problems)
+        gate = wk if self.gate.name == self.wk.name else self.gate.bind(tensors, problems)
         if wk is None or gate is None:
-            return None, problems + more
-        return ProjectionWeights.pack(wk, gate), []
+            return None
+        if wk is gate:
+            d = self.wk.shape[0]
+            wk, gate = wk.rows(0, d), wk.rows(d, wk.shape[0])
+        return ProjectionWeights.pack(wk, gate)
 
     def with_problem(self, problem: Problem) -> LayerPlan:
         return replace(self, problems=(*self.problems, problem))
@@ -178,8 +178,8 @@ class Collector:
     def is_complete(self, number: int) -> bool:
         """True if the matrices of a layer are recognized and no tensor can follow. Cheap: called once per tensor."""
         matrices = self._headers[number]
-        found = [recognize(matrices.get(name, {})) for name in ([FUSED] if FUSED in matrices else [WK, GATE])]
-        return all(each and not each[0].optional_roles for each in found)
+        found = [recognize(*matrices.get(name, {}).items()) for name in ([FUSED] if FUSED in matrices else [WK, GATE])]
+        return all(each and not each[0].optional for each in found)
 
     def plans(self) -> dict[int, LayerPlan]:
         """Plans of all layers, ascending."""
@@ -198,9 +198,9 @@ class Collector:
             wk, gate = (_plan_matrix(stem + name, matrices.get(name, {}), problems) for name in (WK, GATE))
         for plan in (wk, gate):
             if plan.shape and plan.shape[0] > MAX_ROWS:
-                problems.append(plan.wrong_shape(f"at most {MAX_ROWS} rows"))
+                problems.append(plan.wrong(f"at most {MAX_ROWS} rows"))
         if wk.shape and gate.shape and wk.shape[1] != gate.shape[1]:
-            problems.append(gate.wrong_shape(f"wk's K = {wk.shape[1]}"))
+            problems.append(gate.wrong(f"wk's K = {wk.shape[1]}"))
         parts = [(problem, parse(problem.subject)) for problem in problems]
         problems = [p for p, part in parts if not part or (number, part.matrix, part.role) not in self._absent]
         is_mtp = self._num_hidden_layers is not None and number >= self._num_hidden_layers
@@ -210,16 +210,16 @@ class Collector:
         if both.layout is None:
             return both, both
         d, n = self._index_head_dim, both.layout.shape[0]
-        block, _ = getattr(both.layout, "group", (1, 1))
+        block, _ = both.layout.group
         if not 0 < d < n or d % block:
             expected = f"{d} rows of wk (index_head_dim), in whole blocks of scales, followed by those of weights_proj"
-            problems.append(both.wrong_shape(expected))
+            problems.append(both.wrong(expected))
             return (replace(both, layout=None),) * 2
         return replace(both, layout=both.layout.rows(0, d)), replace(both, layout=both.layout.rows(d, n))
 
 
 def _plan_matrix(name: str, headers: Mapping[str, Header], problems: list[Problem]) -> MatrixPlan:
-    encoding, layout = recognize(headers) or (None, None)
+    encoding, layout = recognize(*headers.items()) or (None, None)
     if encoding is None:
         problems += explain(name, headers)
     return MatrixPlan(name, encoding, headers, layout)
@@ -230,21 +230,18 @@ def check_alike(plans: dict[int, LayerPlan]) -> None:
     sound = {number: plan for number, plan in plans.items() if not plan.problems}
     prefixes = {number: plan.wk.name.rpartition("layers.")[0] for number, plan in sound.items() if not plan.is_mtp}
     for number, prefix in _unlike_most(prefixes).items():
-        header = sound[number].wk.headers["weight"]
         expected = f"hidden layers under {prefix}layers, like most"
         advice = "MTP layers are numbered from num_hidden_layers or called mtp_layers"
-        plans[number] = plans[number].with_problem(Problem(header.name, header.file, expected, str(header), advice))
+        plans[number] = plans[number].with_problem(sound[number].wk.wrong(expected, advice=advice))
     for number, usual in _unlike_most({number: plan.shape for number, plan in sound.items()}).items():
-        plan, shape = sound[number], sound[number].shape
+        shape = sound[number].shape
         only_h_differs = (shape[0], shape[2]) == (usual[0], usual[2])
-        header = (plan.gate if only_h_differs else plan.wk).headers["weight"]
-        expected = f"(D, H, K) = {usual}, like most layers"
-        plans[number] = plans[number].with_problem(Problem(header.name, header.file, expected, f"{shape}"))
+        matrix = sound[number].gate if only_h_differs else sound[number].wk
+        problem = matrix.wrong(f"(D, H, K) = {usual}, like most layers", f"{shape}")
+        plans[number] = plans[number].with_problem(problem)
 
 
 def _unlike_most(values: Mapping[int, T]) -> dict[int, T]:
     """Layer -> the most common value, for every layer with a different one."""
-    if not values:
-        return {}
-    usual = Counter(values.values()).most_common(1)[0][0]
-    return {layer: usual for layer, value in values.items() if value != usual}
+    usual = [value for value, _ in Counter(values.values()).most_common(1)]
+    return {layer: usual[0] for layer, value in values.items() if value != usual[0]}

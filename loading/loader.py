@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from ..kernels.matrix import ProjectionWeights
+from ..kernels.weights import ProjectionWeights
 from .checkpoint import Checkpoint
 from .layer import own
 from .plan import Plan
@@ -52,12 +52,9 @@ def load(
     is_shown = progress and console.is_terminal
     loaded: dict[int, ProjectionWeights] = {}
     problems: list[Problem] = []
-    bar = track(chosen.values(), "Loading", len(chosen), console=console, transient=True, disable=not is_shown)
-    for layer in bar:
+    for layer in track(chosen.values(), "Loading", console=console, transient=True, disable=not is_shown):
         tensors = {name: own(checkpoint.read(name), torch.device(device)) for name in layer.tensors}
-        weights, faults = layer.bind(tensors)
-        problems += faults
-        if weights is not None:
+        if weights := layer.bind(tensors, problems):
             loaded[layer.layer] = weights
     if problems:
         raise CheckpointError(problems)

@@ -65,15 +65,12 @@ class Plan:
     @property
     def warnings(self) -> tuple[Problem, ...]:
         """Contradictions within config.json that do not affect what loads."""
-        schedules = self.config.schedules
-        warnings = list(self.config.warnings)
-        first, *others = schedules or [""]
-        for other in others:
-            pairs = zip(schedules[first], schedules[other], strict=True)
-            if differing := [layer for layer, (one, two) in enumerate(pairs) if one != two]:
-                found = f"a difference in layers {ranges(differing)}"
+        warnings, schedules = list(self.config.warnings), self.config.schedules
+        for source, schedule in schedules.items():
+            if differing := [layer for layer, runs in enumerate(schedule) if runs != self.config.schedule[layer]]:
+                first, found = next(iter(schedules)), f"a difference in layers {ranges(differing)}"
                 advice = f"indexproj goes by {first}, other engines may not"
-                warnings.append(Problem(CONFIG, "", f"{first} and {other} to agree", found, advice))
+                warnings.append(Problem(CONFIG, "", f"{first} and {source} to agree", found, advice))
         return tuple(warnings)
 
     def has_weights(self, layer: int) -> bool:
@@ -116,9 +113,8 @@ def _check_sizes(layer: LayerPlan, config: Config) -> list[Problem]:
     ):  # fmt: skip
         value = getattr(config, key)
         if plan.shape and value not in (None, plan.shape[axis]):
-            header = plan.headers["weight"]
             expected = f"{value} in dimension {axis} of the matrix ({CONFIG}: {key})"
-            problems.append(Problem(header.name, header.file, expected, f"{header}, a matrix {list(plan.shape)}"))
+            problems.append(plan.wrong(expected, f"{plan.headers['weight']}, a matrix {list(plan.shape)}"))
     return problems
 
 

@@ -12,17 +12,13 @@ from .names import ROLES, SPELLINGS, UNUSED
 from .problems import Problem
 
 
-def recognize(headers: Mapping[str, Header]) -> tuple[Encoding, Matrix] | None:
-    """Returns the first encoding that fits exactly and the matrix it becomes, on the meta device; None if none fits.
+@functools.lru_cache(maxsize=256)  # headers compare equal regardless of names, so the layers of a model share entries
+def recognize(*items: tuple[str, Header]) -> tuple[Encoding, Matrix] | None:
+    """The first encoding that fits exactly and the matrix it becomes, on the meta device; None if none fits.
 
     Args:
-        headers: role -> header of each tensor of the matrix.
+        items: (role, header) of each tensor of the matrix.
     """
-    return _recognize(*headers.items())
-
-
-@functools.lru_cache(maxsize=256)  # headers compare equal regardless of names, so the layers of a model share entries
-def _recognize(*items: tuple[str, Header]) -> tuple[Encoding, Matrix] | None:
     headers = dict(items)
     encoding = next((each for each in _candidates(headers) if not each.misfits(headers)), None)
     if encoding is None:
