@@ -118,10 +118,7 @@ def _promised(path: Path) -> dict[str, list[str] | None]:
     if not os.path.lexists(path / INDEX):
         if (path / SINGLE).is_file():
             return {SINGLE: None}
-        shards = len(list(path.glob("*.safetensors")))
-        found = (
-            f"a directory with {shards} .safetensors files" if path.is_dir() else "no directory or .safetensors file"
-        )
+        found = "none of them in this directory" if path.is_dir() else "no directory or .safetensors file"
         advice = "give the directory of a downloaded checkpoint, or one .safetensors file"
         raise CheckpointError([Problem(str(path), "", f"{INDEX} or {SINGLE}", found, advice)])
     index, repeated = _read_json(path / INDEX)
