@@ -118,9 +118,8 @@ def test_reused_buffer(layer):
 
 
 def test_offer_returns_true_for_projection_tensors():
-    assembly = Assembly([0])
+    assembly, one = Assembly([0]), torch.ones(1)
     assembly.begin()
-    one = torch.ones(1)
     for leaf in ("wq_b.weight", "wq_b.weight_scale_inv", "k_norm.weight", "index_kpool_compress_gate"):
         assert not assembly.offer(f"{STEM}{leaf}", one)
     assert not assembly.offer("model.norm.weight", one)
@@ -214,8 +213,6 @@ def test_calls_out_of_order():
     assembly = Assembly([0])
     with pytest.raises(RuntimeError, match="call begin"):
         assembly.offer(WK, torch.ones(1))
-    with pytest.raises(RuntimeError, match="call begin"):
-        assembly.finish()
     assembly.begin()
     with pytest.raises(CheckpointError, match="layer 0: expected wk and weights_proj"):
         assembly.finish()
@@ -325,15 +322,6 @@ def test_bound_layers_hold_no_second_copy():
             held = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.shape[1:] == (352,)]
             assert not [tensor for tensor in held if tensor.dtype == torch.float32]
     assert len(assembly.finish()) == 8
-
-
-def test_file_of_an_offer_is_in_the_message():
-    assembly = Assembly([0])
-    assembly.begin()
-    assembly.offer(f"{STEM}wk.bias", torch.zeros(128), "shard-7")
-    with pytest.raises(CheckpointError) as caught:
-        assembly.finish()
-    assert {problem.file for problem in caught.value.problems if problem.subject.endswith("bias")} == {"shard-7"}
 
 
 def test_parameters_lose_their_gradients():

@@ -5,8 +5,8 @@ Expected values come from the library's own unpacking and dequantization, in fp6
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import modelopt.torch.quantization as mtq
 import pytest
@@ -38,15 +38,6 @@ WK, GATE = (INDEXER.format(0) + matrix for matrix in ("wk.", "weights_proj."))
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs, of zeros and of what newer versions of torch will do
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Threads do not help with matrices this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def uneven(n, k, width, dtype=torch.bfloat16):
     """A weight whose groups of `width` columns and blocks of 128 rows differ by up to 2**14; some of it is 0."""
     count = math.ceil(k / width)
@@ -57,17 +48,19 @@ def uneven(n, k, width, dtype=torch.bfloat16):
     return weight.to(dtype)
 
 
-def dense(n, k):
-    return {"weight": uneven(n, k, 16)}
+class Format(NamedTuple):
+    produce: Callable[[Tensor], dict[str, Tensor]]  # weight -> tensors by the last part of their names
+    decode: Callable[[dict[str, Tensor]], Tensor]  # the library's reading of them, in fp64
+    encoding: str
+    width: int  # columns that share a scale
+    k: int  # an unaligned K that the format allows
+    rtol: float = 0
 
 
 def linear(weight):
     module = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
     module.weight.data = weight.clone()
     return module
-
-
-# compressed-tensors.
 
 
 def scheme_of(preset, changes):
@@ -131,9 +124,6 @@ def decode(tensors, preset, **changes):
     return dequantize(codes, scale.double(), zero_point, args, global_scale=divisor)
 
 
-# ModelOpt.
-
-
 def export(weight, config):
     """The steps of `export_hf_checkpoint` for one Linear."""
     model = torch.nn.Sequential(linear(weight))
@@ -161,13 +151,15 @@ def modelopt(kind, index=(), k_per_element=1, **keywords):
 # torchao, in the names that the others give such tensors.
 
 
-def torchao_mx(weight, dtype):
-    scale, codes = to_mx(weight, dtype, 32)
-    return {"weight": codes, "weight_scale": scale}
+def torchao_mx(encoding, dtype):
+    def produce(weight):
+        scale, codes = to_mx(weight, dtype, 32)
+        return {"weight": codes, "weight_scale": scale}
 
+    def read(tensors):
+        return to_dtype(tensors["weight"], tensors["weight_scale"], dtype, 32, torch.float64)
 
-def torchao_mx_decode(tensors, dtype):
-    return to_dtype(tensors["weight"], tensors["weight_scale"], dtype, 32, torch.float64)
+    return Format(produce, read, encoding, 32, 416)
 
 
 def torchao_file(weight):
@@ -186,27 +178,6 @@ def torchao_nvfp4_decode(tensors):
     return NVFP4Tensor(codes, scale, 16, torch.bfloat16, factor).dequantize(torch.float64)
 
 
-@dataclass(frozen=True)
-class Format:
-    """A format of a library.
-
-    Attributes:
-        produce: weight -> last part of the name -> tensor.
-        decode: the library's reading of those tensors, in fp64.
-        encoding: name of the encoding here.
-        width: columns that share a scale.
-        k: an unaligned K that the format allows.
-        rtol: tolerance of the values.
-    """
-
-    produce: Callable[[Tensor], dict[str, Tensor]]
-    decode: Callable[[dict[str, Tensor]], Tensor]
-    encoding: str
-    width: int
-    k: int
-    rtol: float = 0
-
-
 def _compressed(encoding, width, k, preset, rtol=0, **changes):
     produce, read = (partial(function, preset=preset, **changes) for function in (compress, decode))
     return Format(produce, read, encoding, width, k, rtol)
@@ -216,13 +187,9 @@ def _exported(encoding, width, k, config, read):
     return Format(partial(export, config=config), read, encoding, width, k)
 
 
-def _mx(encoding, dtype):
-    return Format(partial(torchao_mx, dtype=dtype), partial(torchao_mx_decode, dtype=dtype), encoding, 32, 416)
-
-
 # The reciprocal of the divisor is rounded to fp32, which is within 2**-24; the library's quotient in fp64 adds 2**-53.
 DIVISOR = 2**-24 + 2**-50
-WHOLE = 1 << 20  # wider than any row
+WHOLE = 512  # wider than any row
 ROWS = {"strategy": "channel", "group_size": None}
 
 COMPRESSED = {
@@ -255,8 +222,8 @@ MODELOPT = {
     "MXFP4": _exported("MXFP4", 32, 416, mtq.MXFP4_DEFAULT_CFG, modelopt(MXFP4QTensor, (), 2, block_sizes={-1: 32})),
 }  # fmt: skip
 TORCHAO = {
-    "MXFP8": _mx("MXFP8", torch.float8_e4m3fn),
-    "MXFP4": _mx("MXFP4", torch.float4_e2m1fn_x2),
+    "MXFP8": torchao_mx("MXFP8", torch.float8_e4m3fn),
+    "MXFP4": torchao_mx("MXFP4", torch.float4_e2m1fn_x2),
     # It multiplies the two scales, and the code by that, in fp32: each rounds by up to 2**-24.
     "NVFP4": Format(torchao_nvfp4, torchao_nvfp4_decode, "NVFP4", 16, 400, 2**-23),
 }
@@ -265,14 +232,14 @@ FORMATS = {
     for library, forms in (("compressed-tensors", COMPRESSED), ("ModelOpt", MODELOPT), ("torchao", TORCHAO))
     for name, form in forms.items()
 }
+FULL_K = "compressed-tensors NVFP4A16", "ModelOpt NVFP4"
 CASES = [
     *(pytest.param(form, (192, 20, form.k), id=name) for name, form in FORMATS.items()),
     *(
-        pytest.param(form, (128, 32, 256), id=f"{name}-aligned", marks=pytest.mark.full)
+        pytest.param(form, (128, 32, 256), id=f"{name} aligned", marks=pytest.mark.full)
         for name, form in FORMATS.items()
     ),
-    pytest.param(COMPRESSED["NVFP4A16"], DEEPSEEK, id="compressed-tensors NVFP4A16-deepseek"),
-    pytest.param(MODELOPT["NVFP4"], DEEPSEEK, id="ModelOpt NVFP4-deepseek", marks=pytest.mark.full),
+    *(pytest.param(FORMATS[name], DEEPSEEK, id=f"{name} deepseek", marks=pytest.mark.full) for name in FULL_K),
 ]
 
 
@@ -307,7 +274,7 @@ def test_scales_in_the_models_dtype(tmp_path, name, dtype):
     form = COMPRESSED[name]
     tensors = form.produce(uneven(128, 256, form.width, dtype))
     assert tensors["weight_scale"].dtype == dtype
-    path = write(tmp_path, tensors, dense(32, 256))
+    path = write(tmp_path, tensors, {"weight": uneven(32, 256, 16)})
     check(Plan.of(Checkpoint(path)).layers[0].wk, load(path)[0].wk, form.decode(tensors), form)
 
 
@@ -316,7 +283,7 @@ def test_compressed_tensors_decompress(tmp_path, name):
     """In bf16, to which it decompresses a bf16 model."""
     form = COMPRESSED[name]
     module = compressed(uneven(192, form.k, form.width), **form.produce.keywords)
-    path = write(tmp_path, module.state_dict(), dense(20, form.k))
+    path = write(tmp_path, module.state_dict(), {"weight": uneven(20, form.k, 16)})
     decompress_module(module)
     assert module.weight.dtype == torch.bfloat16
     # Without a divisor, there as here one product is rounded. With it, two fp32 values that differ by 2**-23 may be
@@ -337,7 +304,7 @@ def test_int4_activation_order(tmp_path, preset):
     codes = unpack_from_int32(tensors["weight_packed"], 4, tensors["weight_shape"])
     tensors["weight_packed"] = pack_to_int32(codes[:, back], 4)
     tensors["weight_g_idx"] = numbers.int()
-    path = write(tmp_path, tensors, dense(32, k))
+    path = write(tmp_path, tensors, {"weight": uneven(32, k, 16)})
     check(Plan.of(Checkpoint(path)).layers[0].wk, load(path)[0].wk, expected, COMPRESSED[preset])
 
 
@@ -378,14 +345,12 @@ def glm(width):
 
 
 def check_model(path, form):
-    """Holds all layers of a checkpoint against the library's reading of its tensors."""
+    """Compares all layers of a checkpoint with the library's reading of its tensors."""
     stored, plans, layers = load_file(path / "model.safetensors"), Plan.of(Checkpoint(path)).layers, load(path)
     assert list(layers) == [0, 1]
     for number, weights in layers.items():
-        for matrix, plan, loaded in (
-            ("wk.", plans[number].wk, weights.wk), ("weights_proj.", plans[number].gate, weights.gate),
-        ):  # fmt: skip
-            stem = INDEXER.format(number) + matrix
+        for matrix, plan, loaded in ((WK, plans[number].wk, weights.wk), (GATE, plans[number].gate, weights.gate)):
+            stem = matrix.replace("layers.0", f"layers.{number}")
             leaves = {name.removeprefix(stem): tensor for name, tensor in stored.items() if name.startswith(stem)}
             check(plan, loaded, form.decode(leaves), form)
 
