@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from ..kernels.weights import ProjectionWeights
-from .headers import Header
+from .headers import DTYPES, Header
 from .layer import DEFAULT_HEAD_DIM, Collector, LayerPlan, check_alike, own
-from .names import GATE, UNUSED, WK, IndexerTensor, parse
+from .names import GATE, UNUSED, WK, parse
 from .problems import CheckpointError, Problem
 
 
 class Assembly:
     """Collects tensors in any order and over any number of calls: begin(), offer() each tensor, finish().
 
-    finish() returns the weights of all layers or raises, and the weights of the last load stay valid until it returns.
-    Tensors are copied, so a streamer may reuse its buffers. A layer is bound as soon as it is complete; INT4 layers are
-    bound by finish(), because optional tensors may follow. Not thread-safe.
+    finish() returns the weights of all layers or raises; only then do the weights of the last load change. Tensors are
+    copied, so a streamer may reuse its buffers. A layer is bound once it is complete, and with INT4, where optional
+    tensors may follow, by finish(). Not thread-safe.
 
     Attributes:
         passed_over: layer -> number of its projection tensors in this load, for layers outside `layers`.
@@ -37,10 +37,10 @@ class Assembly:
     ) -> None:
         """
         Args:
-            layers: layers to load; tensors of other layers are ignored.
+            layers: layers to load; tensors of other layers are counted and ignored.
             device: device of the weights.
             index_head_dim: D, to split `wk_weights_proj`.
-            num_hidden_layers: index of the first MTP layer; required if tensors are named `mtp_layers`.
+            num_hidden_layers: index of the first MTP layer; needed for tensors named `mtp_layers`.
         """
         self.passed_over: Counter[int] = Counter()
         self._wanted = frozenset(map(operator.index, layers))
@@ -79,21 +79,21 @@ class Assembly:
         if parsed is None or parsed.matrix is None:
             return False
         number = collector.number(parsed)
-        if number in self._wanted:
-            self._take(collector, number, parsed, tensor, file)
-        elif number is not None:
-            self.passed_over[number] += 1
-        return True
-
-    def _take(self, collector: Collector, number: int, parsed: IndexerTensor, tensor: Tensor, file: str) -> None:
-        header = Header.of(parsed.name, tensor, file)
-        is_bound = number in self._bound  # if so, the tensor is superfluous, and finish() says if that is an error
+        if number not in self._wanted:
+            if number is not None:
+                self.passed_over[number] += 1
+            return True
+        header = Header.of(name, tensor, file)
+        # Nothing needs a tensor that comes once its layer is bound; finish() says if it is an error.
+        is_bound = number in self._bound
+        is_needed = not is_bound and parsed.role != UNUSED and header.dtype in DTYPES.values()
         # Copy first: if memory runs out, the load is as it was before the offer.
-        copy = None if is_bound or parsed.role == UNUSED or not header.is_plain else own(tensor, self._device)
+        copy = own(tensor, self._device) if is_needed else None
         if collector.add(number, parsed, header) and copy is not None:
-            self._tensors[number][header.name] = copy
+            self._tensors[number][name] = copy
         if not is_bound and collector.is_complete(number):
             self._bind(collector.plan(number))
+        return True
 
     def _bind(self, plan: LayerPlan) -> None:
         tensors = self._tensors.pop(plan.layer, {})
@@ -112,8 +112,7 @@ class Assembly:
             and the new values are copied in on the current stream; nothing may read them meanwhile.
 
         Raises:
-            CheckpointError: lists all tensors that are missing, duplicate, unknown, of a wrong shape or with bad
-                values.
+            CheckpointError: lists all tensors that are missing, duplicate, unknown, misshapen or with bad values.
             RuntimeError: no load is open.
         """
         collector = self._open_load("finish")

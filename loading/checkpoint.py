@@ -60,7 +60,13 @@ class Checkpoint:
             raise CheckpointError([Problem(str(path), "", "the path of a checkpoint", str(error))]) from error
         for file, names in promised.items():
             self._read_headers(file, names)
-        self.config = self._read_config()
+        self.config = Config()
+        if os.path.lexists(self.path / CONFIG):
+            try:
+                self.config = Config.of(*_read_json(self.path / CONFIG))
+            except CheckpointError as error:
+                self.problems += error.problems
+        self.problems += self.config.problems
 
     def _read_headers(self, file: str, promised: list[str] | None) -> None:
         names: list[str] = []
@@ -94,21 +100,9 @@ class Checkpoint:
         for name in sorted(set(promised or ()).difference(names)):
             self.problems.append(Problem(name, file, "the tensor that the index puts there", instead, advice))
 
-    def _read_config(self) -> Config:
-        if not os.path.lexists(self.path / CONFIG):
-            return Config()
-        try:
-            config = Config.of(*_read_json(self.path / CONFIG))
-        except CheckpointError as error:
-            self.problems += error.problems
-            return Config()
-        self.problems += config.problems
-        return config
-
     def read(self, name: str) -> Tensor:
         """A projection tensor, as a view of the memory-mapped file."""
-        tensor: Tensor = self._shards[self.headers[name].file].get_tensor(name)
-        return tensor
+        return self._shards[self.headers[name].file].get_tensor(name)  # type: ignore[no-any-return]
 
 
 def _promised(path: Path) -> dict[str, list[str] | None]:
@@ -122,11 +116,10 @@ def _promised(path: Path) -> dict[str, list[str] | None]:
         advice = "give the directory of a downloaded checkpoint, or one .safetensors file"
         raise CheckpointError([Problem(str(path), "", f"{INDEX} or {SINGLE}", found, advice)])
     index, repeated = _read_json(path / INDEX)
-    if repeated:
-        raise CheckpointError([Problem(INDEX, "", "every key once", f"{', '.join(repeated)} more than once")])
     weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError([Problem(INDEX, "", 'a "weight_map" from tensor names to files', "none")])
+    if repeated or not isinstance(weight_map, dict) or not weight_map:
+        found = f"{', '.join(repeated)} more than once" if repeated else "none"
+        raise CheckpointError([Problem(INDEX, "", 'a "weight_map" from tensor names to files', found)])
     promised: defaultdict[str, list[str]] = defaultdict(list)
     problems = []
     for name, file in weight_map.items():

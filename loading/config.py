@@ -15,28 +15,17 @@ _SIZES = ("num_hidden_layers", "num_nextn_predict_layers", "hidden_size", "index
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes, each None if the file does not give it, and which layers run their indexer.
+    """Sizes, each None if the file does not give it, and which layers run their indexer."""
 
-    Attributes:
-        num_hidden_layers: number of layers before the multi-token-prediction (MTP) layers.
-        num_nextn_predict_layers: number of MTP layers.
-        hidden_size: K.
-        index_head_dim: D.
-        index_n_heads: H.
-        schedules: source -> per hidden layer, True if it runs its indexer, False if it reuses the tokens of an earlier
-            layer. The first one counts.
-        problems: entries that cannot be right.
-        warnings: contradictions that do not affect loading.
-    """
-
-    num_hidden_layers: int | None = None
-    num_nextn_predict_layers: int | None = None
-    hidden_size: int | None = None
-    index_head_dim: int | None = None
-    index_n_heads: int | None = None
+    num_hidden_layers: int | None = None  # without multi-token-prediction (MTP) layers, which follow
+    num_nextn_predict_layers: int | None = None  # MTP layers
+    hidden_size: int | None = None  # K
+    index_head_dim: int | None = None  # D
+    index_n_heads: int | None = None  # H
+    # Source -> per hidden layer, True if it runs its indexer, False if it reuses the tokens of an earlier layer.
     schedules: Mapping[str, Sequence[bool]] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
-    warnings: tuple[Problem, ...] = ()
+    warnings: tuple[Problem, ...] = ()  # contradictions that do not affect what loads
 
     @classmethod
     def of(cls, values: Mapping[str, Any], repeated: Collection[str] = ()) -> Config:
@@ -49,9 +38,13 @@ class Config:
         text = values.get("text_config")
         values = {**values, **text} if isinstance(text, dict) else values
         problems: list[Problem] = []
-        sizes = {key: _size(key, values[key], problems) for key in _SIZES if values.get(key) is not None}
-        schedules = _schedules(values, sizes.get("num_hidden_layers"), problems)
         warnings: list[Problem] = []
+        sizes = {key: values[key] for key in _SIZES if values.get(key) is not None}
+        for key, value in list(sizes.items()):
+            if type(value) is not int or not 0 <= value < 1_000_000:
+                problems.append(Problem(CONFIG, "", f"{key} to be an integer from 0 to 999999", f"{value!r:.80}"))
+                del sizes[key]
+        schedules = _schedules(values, sizes.get("num_hidden_layers"), problems)
         for key in repeated:
             problem = Problem(CONFIG, "", "every key once", f"{key} more than once", "only the last one counts")
             (problems if key in _SIZES else warnings).append(problem)
@@ -59,15 +52,8 @@ class Config:
 
     @property
     def schedule(self) -> Sequence[bool]:
-        """The schedule that counts; empty if there is none."""
+        """The first schedule, which counts; empty if there is none."""
         return next(iter(self.schedules.values()), ())
-
-
-def _size(key: str, value: Any, problems: list[Problem]) -> int | None:
-    if type(value) is int and 0 <= value < 1_000_000:
-        return value
-    problems.append(Problem(CONFIG, "", f"{key} to be an integer from 0 to 999999", f"{value!r:.80}"))
-    return None
 
 
 def _schedules(values: Mapping[str, Any], layers: int | None, problems: list[Problem]) -> dict[str, list[bool]]:
@@ -89,8 +75,7 @@ def _schedules(values: Mapping[str, Any], layers: int | None, problems: list[Pro
     freq, offset = values.get("index_topk_freq"), values.get("index_skip_topk_offset")
     if freq is None and not lists and values.get("model_type") in _ALL_RUN:
         schedules[f"the default of {values['model_type']}"] = [True] * layers
-    default = "" if offset is not None else ", the default"
-    offset = 2 if offset is None else offset
+    offset, default = (2, ", the default") if offset is None else (offset, "")
     if freq is not None and (type(freq) is not int or freq < 1 or type(offset) is not int):
         expected = "index_topk_freq and index_skip_topk_offset to be integers, the first one positive"
         problems.append(Problem(CONFIG, "", expected, f"{freq!r} and {offset!r}"))

@@ -42,35 +42,21 @@ class TensorSpec:
 
 @dataclass(frozen=True, eq=False)
 class Encoding:
-    """One way to store a matrix [N, K].
+    """One way to store a matrix [N, K]; dtypes are spelled as in safetensors."""
 
-    Attributes:
-        name: as the audit prints it.
-        format: format in memory.
-        weight_dtypes: dtypes of its "weight", as safetensors spells them.
-        bind: makes the matrix; shares memory with the tensors where nothing changes.
-        scale_dtypes: dtypes of its "scale"; empty without one.
-        scale_shapes: (N, K) -> shapes of its "scale"; by default the shape in memory.
-        others: role -> any other tensor it needs.
-        optional: (N, K, groups per row) -> role -> tensors that may be missing. Only the end of a load tells.
-        bad_values: finds values that `bind` cannot handle.
-        per_element: values along K in one element of "weight".
-        is_native: True if codes and scales stay as stored, False if the values are rounded to bf16.
-        scale_name: the usual spelling of "scale", for messages.
-    """
-
-    name: str
-    format: Format
+    name: str  # as the audit prints it
+    format: Format  # in memory
     weight_dtypes: tuple[str, ...]
-    bind: Callable[[Tensors], Matrix]
-    scale_dtypes: tuple[str, ...] = ()
-    scale_shapes: Callable[[int, int], Shapes] | None = None
-    others: Mapping[str, TensorSpec] = field(default_factory=dict)
+    bind: Callable[[Tensors], Matrix]  # shares memory with the tensors where nothing changes
+    scale_dtypes: tuple[str, ...] = ()  # empty without a scale
+    scale_shapes: Callable[[int, int], Shapes] | None = None  # of N and K; the shape in memory by default
+    others: Mapping[str, TensorSpec] = field(default_factory=dict)  # role -> any other tensor it needs
+    # Of N, K and groups per row: role -> tensors that may be missing. Only the end of a load tells if they are.
     optional: Callable[[int, int, int], dict[str, TensorSpec]] | None = None
-    bad_values: Callable[[Tensors], Faults] = lambda tensors: {}
-    per_element: int = 1
-    is_native: bool = True
-    scale_name: str = "weight_scale"
+    bad_values: Callable[[Tensors], Faults] = lambda tensors: {}  # those that `bind` cannot handle
+    per_element: int = 1  # values along K in one element of the weight
+    is_native: bool = True  # False if values are rounded to bf16
+    scale_name: str = "weight_scale"  # usual spelling, for messages
 
     def misfits(self, headers: Mapping[str, Header]) -> dict[str, TensorSpec | None]:
         """Compares the tensors beside a "weight" of the right dtype with those of this encoding.

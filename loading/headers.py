@@ -21,44 +21,24 @@ _TORCH = {name: dtype for dtype, name in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Header:
-    """Header of one tensor. Headers with the same dtype and shape compare equal, whatever their names.
-
-    Attributes:
-        name: full name of the tensor.
-        dtype: as safetensors spells it: "BF16", "F8_E4M3", "F32", ...
-        file: name of the shard.
-    """
+    """Header of one tensor. Headers with the same dtype and shape compare equal, whatever their names."""
 
     name: str = field(compare=False)
-    dtype: str
+    dtype: str  # as safetensors spells it: "BF16", "F8_E4M3", "F32", ...
     shape: tuple[int, ...]
-    file: str = field(compare=False)
+    file: str = field(compare=False)  # name of the shard
 
     @classmethod
     def of(cls, name: str, tensor: Tensor, file: str) -> Header:
         """Header of a tensor in memory. Subclasses, sparse and meta tensors get a dtype that no encoding accepts."""
-        dtype = DTYPES.get(tensor.dtype, str(tensor.dtype))
-        storage = _unusual_storage(tensor)
-        return cls(name, f"{storage} of {dtype}" if storage else dtype, tuple(tensor.shape), file)
-
-    @property
-    def is_plain(self) -> bool:
-        """True if the dtype is one that safetensors and torch both have."""
-        return self.dtype in _TORCH
+        dtype, inner = DTYPES.get(tensor.dtype, str(tensor.dtype)), tensor.detach()  # unwraps a Parameter
+        if type(inner) is not Tensor or inner.is_meta or inner.layout is not torch.strided:
+            dtype += f" in a {type(inner).__name__} ({inner.layout}, {inner.device.type})"
+        return cls(name, dtype, tuple(tensor.shape), file)
 
     def meta(self) -> Tensor:
-        """A tensor of this dtype, which must be plain, and shape on the meta device."""
+        """A tensor of this dtype and shape on the meta device."""
         return torch.empty(self.shape, dtype=_TORCH[self.dtype], device="meta")
 
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}"
-
-
-def _unusual_storage(tensor: Tensor) -> str:
-    """ "DTensor", "meta", "sparse_coo", ...; "" for an ordinary strided tensor."""
-    inner = tensor.detach()  # unwraps a Parameter
-    if type(inner) is not Tensor:
-        return type(inner).__name__
-    if inner.is_meta:
-        return "meta"
-    return "" if inner.layout is torch.strided else str(inner.layout).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""The two matrices of each layer: headers are collected and judged here, for files and streams alike, and bound."""
+"""Layers: collects their headers, from files or a stream, plans their two matrices and binds them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,8 +19,6 @@ from .names import FUSED, GATE, UNUSED, WK, IndexerTensor, parse
 from .problems import Problem
 from .recognition import explain, recognize
 from .values import nan_codes, unusable
-
-T = TypeVar("T")
 
 DEFAULT_HEAD_DIM = 128  # D of every model so far
 BAD_VALUES = "the file is damaged or its export went wrong"
@@ -112,7 +109,7 @@ class LayerPlan:
         return d, h, k
 
     def bind(self, tensors: Mapping[str, Tensor], problems: list[Problem]) -> ProjectionWeights | None:
-        """The weights of a layer without problems from name -> contiguous tensor; None, and problems, for bad values."""
+        """The weights of a sound layer from name -> contiguous tensor; None, and problems, for bad values."""
         wk = self.wk.bind(tensors, problems)
         gate = wk if self.gate.name == self.wk.name else self.gate.bind(tensors, problems)
         if wk is None or gate is None:
@@ -122,8 +119,8 @@ class LayerPlan:
             wk, gate = wk.rows(0, d), wk.rows(d, wk.shape[0])
         return ProjectionWeights.pack(wk, gate)
 
-    def with_problem(self, problem: Problem) -> LayerPlan:
-        return replace(self, problems=(*self.problems, problem))
+    def with_problems(self, *problems: Problem) -> LayerPlan:
+        return replace(self, problems=(*self.problems, *problems))
 
 
 class Collector:
@@ -138,7 +135,7 @@ class Collector:
         self._index_head_dim = DEFAULT_HEAD_DIM if index_head_dim is None else index_head_dim
         self._num_hidden_layers = num_hidden_layers
         self._stems: dict[int, str] = {}
-        self._headers: defaultdict[int, dict[str, dict[str, Header]]] = defaultdict(dict)  # layer -> matrix -> role
+        self._headers: dict[int, defaultdict[str, dict[str, Header]]] = {}  # layer -> matrix -> role -> header
         self._absent: set[tuple[int, str | None, str]] = set()
 
     def number(self, tensor: IndexerTensor) -> int | None:
@@ -159,21 +156,21 @@ class Collector:
             True if loading can use the tensor.
         """
         stem = self._stems.setdefault(number, tensor.stem)
+        matrices = self._headers.setdefault(number, defaultdict(dict))
         if tensor.matrix is None:
             return False
-        if tensor.stem != stem and header:
-            expected = f"all tensors of layer {number} under {stem}"
-            self.problems[number].append(Problem(header.name, header.file, expected, str(header)))
-            return False
-        roles = self._headers[number].setdefault(tensor.matrix, {})
         if header is None:
+            matrices.setdefault(tensor.matrix, {})  # a fused matrix counts even if all of it is absent
             self._absent.add((number, tensor.matrix, tensor.role))
             return False
-        first = roles.setdefault(tensor.role, header)
-        if first is not header:
+        if tensor.stem != stem:
+            expected = f"all tensors of layer {number} under {stem}"
+        elif (first := matrices[tensor.matrix].setdefault(tensor.role, header)) is not header:
             expected = f"one tensor in the role of {first.name}"
-            self.problems[number].append(Problem(header.name, header.file, expected, str(header)))
-        return first is header
+        else:
+            return True
+        self.problems[number].append(Problem(header.name, header.file, expected, str(header)))
+        return False
 
     def is_complete(self, number: int) -> bool:
         """True if the matrices of a layer are recognized and no tensor can follow. Cheap: called once per tensor."""
@@ -186,7 +183,7 @@ class Collector:
         return {number: self.plan(number) for number in sorted(self._stems)}
 
     def plan(self, number: int) -> LayerPlan:
-        """The plan of a layer, from the headers that have come."""
+        """The plan of a layer, from the headers so far."""
         problems: list[Problem] = []
         matrices, stem = self._headers[number], self._stems[number]
         if FUSED in matrices:
@@ -229,19 +226,11 @@ def check_alike(plans: dict[int, LayerPlan]) -> None:
     """Adds a problem to each layer whose shape, or prefix if it is a hidden layer, differs from that of most layers."""
     sound = {number: plan for number, plan in plans.items() if not plan.problems}
     prefixes = {number: plan.wk.name.rpartition("layers.")[0] for number, plan in sound.items() if not plan.is_mtp}
-    for number, prefix in _unlike_most(prefixes).items():
-        expected = f"hidden layers under {prefix}layers, like most"
-        advice = "MTP layers are numbered from num_hidden_layers or called mtp_layers"
-        plans[number] = plans[number].with_problem(sound[number].wk.wrong(expected, advice=advice))
-    for number, usual in _unlike_most({number: plan.shape for number, plan in sound.items()}).items():
-        shape = sound[number].shape
-        only_h_differs = (shape[0], shape[2]) == (usual[0], usual[2])
-        matrix = sound[number].gate if only_h_differs else sound[number].wk
-        problem = matrix.wrong(f"(D, H, K) = {usual}, like most layers", f"{shape}")
-        plans[number] = plans[number].with_problem(problem)
-
-
-def _unlike_most(values: Mapping[int, T]) -> dict[int, T]:
-    """Layer -> the most common value, for every layer with a different one."""
-    usual = [value for value, _ in Counter(values.values()).most_common(1)]
-    return {layer: usual[0] for layer, value in values.items() if value != usual[0]}
+    shapes = {number: plan.shape for number, plan in sound.items()}
+    mtp = "MTP layers are numbered from num_hidden_layers or called mtp_layers"
+    for values, what, advice in ((prefixes, "hidden layers under {}layers", mtp), (shapes, "(D, H, K) = {}", "")):
+        usual = Counter(values.values()).most_common(1)
+        for number, value in values.items():
+            if value != usual[0][0]:
+                problem = sound[number].wk.wrong(f"{what.format(usual[0][0])}, like most layers", f"{value}", advice)
+                plans[number] = plans[number].with_problems(problem)

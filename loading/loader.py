@@ -26,9 +26,7 @@ def load(
     *,
     progress: bool = False,
 ) -> dict[int, ProjectionWeights]:
-    """Loads the projection of some layers and reads only its own bytes.
-
-    Logs `Plan.warnings`.
+    """Loads the projection of some layers, reading only its own bytes. Logs `Plan.warnings`.
 
     Args:
         checkpoint: a directory, a .safetensors file, or a Checkpoint.

@@ -37,22 +37,14 @@ _NAME = re.compile(
 
 @dataclass(frozen=True)
 class IndexerTensor:
-    """A name `<prefix>layers.<number>.self_attn.indexer.<matrix>.<leaf>`, or another name under `.indexer.`.
-
-    Attributes:
-        stem: everything up to and including "indexer.".
-        number: layer number as written in the name.
-        is_mtp: True for `mtp_layers`, which HY-V4 numbers from 0, after the hidden layers.
-        matrix: WK, GATE or FUSED; None for tensors outside the projection (wq_b, k_norm).
-        role: a value of ROLES; for an unknown leaf, a dot and the leaf.
-    """
+    """A name `<prefix>layers.<number>.self_attn.indexer.<matrix>.<leaf>`, or another name under `.indexer.`."""
 
     name: str
-    stem: str
+    stem: str  # everything up to and including "indexer."
     number: int
-    is_mtp: bool
-    matrix: str | None
-    role: str
+    is_mtp: bool  # True for `mtp_layers`, which HY-V4 numbers from 0, after the hidden layers
+    matrix: str | None  # WK, GATE or FUSED; None for tensors outside the projection (wq_b, k_norm)
+    role: str  # a value of ROLES; for an unknown leaf, a dot and the leaf
 
     def layer(self, num_hidden_layers: int | None) -> int | None:
         """Layer index in the model; None for `mtp_layers` if num_hidden_layers is unknown."""

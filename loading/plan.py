@@ -33,25 +33,19 @@ class Plan:
         config = checkpoint.config
         collector = Collector(config.index_head_dim, config.num_hidden_layers)
         faults = [(problem, parse(problem.subject)) for problem in checkpoint.problems]
-        others = sorted(
-            {*checkpoint.neighbours, *(part.name for _, part in faults if part)} - checkpoint.headers.keys()
-        )
-        for tensor in filter(None, map(parse, (*sorted(checkpoint.headers), *others))):
-            number = collector.number(tensor)
-            if number is not None:
+        others = {*checkpoint.neighbours, *(problem.subject for problem, _ in faults)} - checkpoint.headers.keys()
+        for tensor in filter(None, map(parse, (*sorted(checkpoint.headers), *sorted(others)))):
+            if (number := collector.number(tensor)) is not None:
                 collector.add(number, tensor, checkpoint.headers.get(tensor.name))
         for problem, part in faults:
             collector.problems[collector.number(part) if part else None].append(problem)
         layers = collector.plans()
-        for number, layer in layers.items():
-            for problem in _check_sizes(layer, config):
-                layers[number] = layers[number].with_problem(problem)
+        layers = {number: layer.with_problems(*_check_sizes(layer, config)) for number, layer in layers.items()}
         check_alike(layers)
         file_problems = collector.problems[None]
         if not layers and not file_problems:
             expected = "tensors named ...layers.<L>.self_attn.indexer.wk.weight"
-            found = f"none of {checkpoint.tensors} tensors"
-            advice = "is this a model with an indexer?"
+            found, advice = f"none of {checkpoint.tensors} tensors", "is this a model with an indexer?"
             file_problems.append(Problem(str(checkpoint.path), "", expected, found, advice))
         if checkpoint.is_whole and layers:
             file_problems += _check_schedule(config, layers)
@@ -80,8 +74,7 @@ class Plan:
     def runs(self, layer: int) -> bool:
         """True if the model runs that layer's indexer, False if it reuses the tokens that an earlier layer picked.
 
-        For hidden layers this is up to the config. Other layers, and layers that the config does not mention, run if
-        they have weights.
+        The config decides for hidden layers; without a schedule, and for other layers, having weights does.
         """
         schedule = self.config.schedule
         return schedule[layer] if 0 <= layer < len(schedule) else self.has_weights(layer)
@@ -108,9 +101,8 @@ class Plan:
 
 def _check_sizes(layer: LayerPlan, config: Config) -> list[Problem]:
     problems = []
-    for plan, axis, key in (
-        (layer.wk, 0, "index_head_dim"), (layer.wk, 1, "hidden_size"), (layer.gate, 0, "index_n_heads"),
-    ):  # fmt: skip
+    sizes = (layer.wk, 0, "index_head_dim"), (layer.wk, 1, "hidden_size"), (layer.gate, 0, "index_n_heads")
+    for plan, axis, key in sizes:
         value = getattr(config, key)
         if plan.shape and value not in (None, plan.shape[axis]):
             expected = f"{value} in dimension {axis} of the matrix ({CONFIG}: {key})"

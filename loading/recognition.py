@@ -61,11 +61,11 @@ def _explain_scales(matrix: str, headers: Mapping[str, Header], candidates: list
     # If the scale fits some candidates, the others are out of the question.
     rivals = [encoding for encoding in candidates if "scale" not in misfits[encoding]] or candidates
     best = min(rivals, key=lambda encoding: len(misfits[encoding]))
-    options = []
-    for rival in rivals:
-        needs = [f"{rival.spelling(role)} {spec}" for role, spec in misfits[rival].items() if spec]
-        if needs:
-            options.append(f"{' and '.join(needs)} ({rival.name})")
+    needs = {
+        rival.name: " and ".join(f"{rival.spelling(role)} {spec}" for role, spec in misfits[rival].items() if spec)
+        for rival in rivals
+    }
+    options = [f"{needed} ({name})" for name, needed in needs.items() if needed]
     weight = headers["weight"]
     expected = f"beside the {weight} weight {'one of ' if len(options) > 1 else ''}{', '.join(options)}"
     fitting = [header for role, header in headers.items() if role not in misfits[best]]

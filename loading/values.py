@@ -34,15 +34,11 @@ def unusable(matrix: Matrix) -> Faults:
             return {"weight": ("magnitudes up to 2**100", _summary(matrix.weight))}
         return {} if largest else {"weight": _ALL_ZERO}
     assert isinstance(matrix, Fp8Matrix | Fp4Matrix)
-    found: Faults = {}
-    if not _scales_fit(matrix):
-        found["scale"] = _SCALES, _summary(matrix.scale)
-    if isinstance(matrix, Fp4Matrix) and matrix.global_scale is not None and not _fits(matrix.global_scale).all():
-        found["global_scale"] = _SCALES, _summary(matrix.global_scale)
-    if found:
-        return found
-    tensors = zip(("weight", "scale", "global_scale"), matrix.tensors, strict=False)
-    return {role: _ALL_ZERO for role, tensor in tensors if not tensor.view(torch.uint8).max()}
+    tensors = dict(zip(("weight", "scale", "global_scale"), matrix.tensors, strict=False))
+    found = {} if _scales_fit(matrix) else {"scale": (_SCALES, _summary(matrix.scale))}
+    if "global_scale" in tensors and not _fits(tensors["global_scale"]).all():
+        found["global_scale"] = _SCALES, _summary(tensors["global_scale"])
+    return found or {role: _ALL_ZERO for role, tensor in tensors.items() if not tensor.view(torch.uint8).max()}
 
 
 def _summary(tensor: Tensor) -> str:

@@ -186,10 +186,10 @@ def test_matrices_that_differ_in_k():
 
 
 def test_layer_unlike_the_others():
-    for d, h, k, leaf in ((128, 16, 384, "wk"), (128, 32, 256, "weights_proj"), (64, 16, 256, "wk")):
+    for d, h, k in ((128, 16, 384), (128, 32, 256), (64, 16, 256)):
         layers = fp8_layer(0), fp8_layer(1), fp8_layer(2, d, h, k)
         (problem,) = problems_of([offer for layer in layers for offer in projection(layer)], range(3))
-        assert problem.subject == f"{INDEXER.format(2)}{leaf}.weight"
+        assert problem.subject == f"{INDEXER.format(2)}wk.weight"
         assert problem.expected == "(D, H, K) = (128, 16, 256), like most layers"
 
 
@@ -264,9 +264,9 @@ class Wrapped(torch.Tensor):
 @pytest.mark.parametrize(
     ("wrap", "found"),
     [
-        (lambda tensor: tensor.as_subclass(Wrapped), "Wrapped of "),
-        (lambda tensor: tensor.to("meta"), "meta of "),
-        (lambda tensor: tensor.bfloat16().to_sparse(), "sparse_coo of "),
+        (lambda tensor: tensor.as_subclass(Wrapped), "Wrapped"),
+        (lambda tensor: tensor.to("meta"), "meta"),
+        (lambda tensor: tensor.bfloat16().to_sparse(), "sparse_coo"),
     ],
 )
 @pytest.mark.parametrize("position", [0, 1, 2])
@@ -276,7 +276,7 @@ def test_tensor_subclass_meta_and_sparse(wrap, found, position):
     offers[position] = name, wrap(tensor)
     problem = fails(offers)
     assert problem.subject == name
-    assert problem.found.startswith(found)
+    assert found in problem.found
 
 
 @pytest.mark.parametrize("scale", [torch.ones(1, device="meta"), torch.ones(1, dtype=torch.complex128)])

@@ -116,7 +116,7 @@ def test_file_replaced_between_header_and_data(tmp_path):
         (INDEX, '{"weight_map": {"a": ".."}}', "the name of a file beside the index"),
         (INDEX, '{"weight_map": {"a": "\\ud800"}}', "the name of a file beside the index"),
         (INDEX, '{"weight_map": {}}', 'a "weight_map" from tensor names to files'),
-        (INDEX, '{"weight_map": {"a": "b", "a": "c"}}', "every key once"),
+        (INDEX, '{"weight_map": {"a": "b", "a": "c"}}', 'a "weight_map" from tensor names to files'),
         (INDEX, "[" * 100_000, "readable JSON"),
         ("config.json", "nothing", "readable JSON"),
     ],
