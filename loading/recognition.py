@@ -14,11 +14,7 @@ from .problems import Problem
 
 @functools.lru_cache(maxsize=256)  # headers compare equal regardless of names, so the layers of a model share entries
 def recognize(*items: tuple[str, Header]) -> tuple[Encoding, Matrix] | None:
-    """The first encoding that fits exactly and the matrix it becomes, on the meta device; None if none fits.
-
-    Args:
-        items: (role, header) of each tensor of the matrix.
-    """
+    """(role, header) of each tensor -> the first encoding that fits exactly, and its matrix on the meta device."""
     headers = dict(items)
     encoding = next((each for each in _candidates(headers) if not each.misfits(headers)), None)
     if encoding is None:
@@ -35,12 +31,7 @@ def _candidates(headers: Mapping[str, Header]) -> list[Encoding]:
 
 
 def explain(matrix: str, headers: Mapping[str, Header]) -> list[Problem]:
-    """Says why `recognize` returns None.
-
-    Args:
-        matrix: name of the matrix, such as "model.layers.0.self_attn.indexer.wk".
-        headers: role -> header of each tensor of the matrix.
-    """
+    """Says why `recognize` returns None for a matrix, such as "model.layers.0.self_attn.indexer.wk"."""
     weight = headers.get("weight")
     if candidates := _candidates(headers):
         return _explain_scales(matrix, headers, candidates)

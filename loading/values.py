@@ -10,7 +10,7 @@ from ..kernels.matrix import DenseMatrix, Fp4Matrix, Fp8Matrix, Matrix
 
 _LARGEST, _SMALLEST = 2.0**100, 2.0**-100
 _LARGEST_BF16 = (100 + 127) << 7  # the bits of 2**100
-_ALL_ZERO = "values other than 0", "only 0, as in a hole that an unfinished download leaves"
+_ALL_ZERO = "values other than 0", "nothing but 0, as in a hole that an unfinished download leaves"
 _SCALES = "scales that are 0 or have a magnitude from 2**-100 to 2**100"
 
 Faults = dict[str, tuple[str, str]]  # role -> (expected values, found values)

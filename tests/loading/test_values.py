@@ -114,7 +114,7 @@ def test_only_zeros(tmp_path, export, role):
     if leaves:
         problem = only(problems_of(path))
         assert problem.subject == f"{STEM}wk.{leaves[0] if export != 'int4' else 'weight_packed'}"
-        assert problem.found.startswith("only 0")
+        assert problem.found.startswith("nothing but 0")
     else:
         assert list(load(path)) == [0]
 
