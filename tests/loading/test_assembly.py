@@ -12,7 +12,7 @@ from exports import EXPORTS, named
 from indexproj.kernels import DenseMatrix, Fp8Matrix
 from indexproj.loading import Assembly, CheckpointError
 from indexproj.loading.names import parse
-from support import GATE, INDEXER, SCALE, WK, bf16_layer, fp8_layer, same
+from support import GATE, INDEXER, SCALE, WK, bf16_layer, fp8_layer, only, same
 
 STEM = INDEXER.format(0)
 
@@ -32,8 +32,7 @@ def problems_of(offers, layers=(0,), **options):
 
 
 def fails(offers):
-    (problem,) = problems_of(offers)
-    return problem
+    return only(problems_of(offers))
 
 
 def matrices(tensors):
@@ -242,19 +241,18 @@ def test_out_of_memory_in_an_offer(monkeypatch):
     for again in (True, False):
         assembly = Assembly([0])
         assembly.begin()
-        for number, (name, tensor) in enumerate(offers):
-            if number == 1:
-                with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
-                    patch.setattr("indexproj.loading.assembly.own", no_memory)
-                    assembly.offer(name, tensor)
-            if again or number != 1:
-                assembly.offer(name, tensor)
+        assembly.offer(*offers[0])
+        with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+            patch.setattr("indexproj.loading.assembly.own", no_memory)
+            assembly.offer(*offers[1])
+        for offer in offers[1 if again else 2 :]:
+            assembly.offer(*offer)
         if again:
             assert same(assembly.finish()[0].wk, matrices(dict(offers))[0])
         else:
             with pytest.raises(CheckpointError) as caught:
                 assembly.finish()
-            assert [problem.subject for problem in caught.value.problems] == [offers[1][0]]
+            assert only(caught.value.problems).subject == offers[1][0]
 
 
 class Wrapped(torch.Tensor):

@@ -25,6 +25,7 @@ def check(path, wk: Export, gate: Export, **config):
     for matrix, planned, export in ((weights.wk, plan.wk, wk), (weights.gate, plan.gate, gate)):
         assert (planned.encoding.name, planned.encoding.is_native) == (export.encoding, export.is_native)
         assert (planned.shape, planned.kept_bytes) == (matrix.shape, matrix.nbytes)
+        assert planned.headers.keys() == {ROLES[leaf] for leaf in export.tensors}
         assert torch.equal(matrix.dequantize(torch.float64), export.loaded)
 
 

@@ -31,7 +31,7 @@ from torchao.prototype.safetensors.safetensors_support import flatten_tensor_sta
 from transformers import GlmMoeDsaConfig, GlmMoeDsaForCausalLM
 
 from indexproj.loading import Checkpoint, CheckpointError, Plan, load
-from support import DEEPSEEK, INDEXER, write_checkpoint
+from support import INDEXER, write_checkpoint
 
 WK, GATE = (INDEXER.format(0) + matrix for matrix in ("wk.", "weights_proj."))
 
@@ -133,19 +133,15 @@ def export(weight, config):
     return {name.removeprefix("0."): tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def qtensor(kind, tensors, k_per_element=1, **keywords):
-    codes = tensors["weight"]
-    shape = torch.Size((codes.shape[0], k_per_element * codes.shape[1]))
-    return kind(shape, torch.bfloat16, codes).dequantize(dtype=torch.float64, **keywords)
-
-
-def modelopt_nvfp4(tensors):
-    scale, factor = tensors["weight_scale"].double(), tensors["weight_scale_2"].double()
-    return qtensor(NVFP4QTensor, tensors, 2, scale=scale, double_scale=factor, block_sizes={-1: 16})
-
-
 def modelopt(kind, index=(), k_per_element=1, **keywords):
-    return lambda tensors: qtensor(kind, tensors, k_per_element, scale=tensors["weight_scale"][index], **keywords)
+    def read(tensors):
+        codes, scale = tensors["weight"], tensors["weight_scale"][index]
+        if "weight_scale_2" in tensors:
+            scale, keywords["double_scale"] = scale.double(), tensors["weight_scale_2"].double()
+        shape = torch.Size((codes.shape[0], k_per_element * codes.shape[1]))
+        return kind(shape, torch.bfloat16, codes).dequantize(dtype=torch.float64, scale=scale, **keywords)
+
+    return read
 
 
 # torchao, in the names that the others give such tensors.
@@ -190,57 +186,42 @@ def _exported(encoding, width, k, config, read):
 # The reciprocal of the divisor is rounded to fp32, which is within 2**-24; the library's quotient in fp64 adds 2**-53.
 DIVISOR = 2**-24 + 2**-50
 WHOLE = 512  # wider than any row
+NVFP4 = modelopt(NVFP4QTensor, (), 2, block_sizes={-1: 16})
+MXFP4 = modelopt(MXFP4QTensor, (), 2, block_sizes={-1: 32})
 ROWS = {"strategy": "channel", "group_size": None}
 
-COMPRESSED = {
-    "NVFP4A16": _compressed("NVFP4 (divisor)", 16, 400, "NVFP4A16", DIVISOR),
-    "NVFP4": _compressed("NVFP4 (divisor)", 16, 400, "NVFP4", DIVISOR),
-    "FP8": _compressed("FP8 per tensor", WHOLE, 420, "FP8"),
-    "FP8_DYNAMIC": _compressed("FP8 per row", WHOLE, 420, "FP8_DYNAMIC"),
-    "FP8_BLOCK": _compressed("FP8 128x128", 128, 420, "FP8_BLOCK"),
-    "MXFP4A16": _compressed("MXFP4", 32, 416, "MXFP4A16"),
-    "MXFP8A16": _compressed("MXFP8", 32, 416, "MXFP8A16"),
-    "W4A16": _compressed("INT4", 128, 384, "W4A16"),
-    "W4A16_ASYM": _compressed("INT4", 128, 384, "W4A16_ASYM"),
-    "W4A16 by 32": _compressed("INT4", 32, 416, "W4A16", group_size=32),
-    "W4A16_ASYM by 32": _compressed("INT4", 32, 416, "W4A16_ASYM", group_size=32),
-    "W4A16 by row": _compressed("INT4", WHOLE, 424, "W4A16", **ROWS),
-    "W4A16_ASYM by row": _compressed("INT4", WHOLE, 424, "W4A16_ASYM", **ROWS),
-}
-MODELOPT = {
-    "NVFP4": _exported("NVFP4", 16, 400, mtq.NVFP4_DEFAULT_CFG, modelopt_nvfp4),
-    "W4A16_NVFP4": _exported("NVFP4", 16, 400, mtq.W4A16_NVFP4_CFG, modelopt_nvfp4),
-    "FP8": _exported("FP8 per tensor", WHOLE, 420, mtq.FP8_DEFAULT_CFG, modelopt(FP8QTensor)),
-    "FP8_PC_PT": _exported(
+FORMATS = {
+    "compressed-tensors NVFP4A16": _compressed("NVFP4 (divisor)", 16, 400, "NVFP4A16", DIVISOR),
+    "compressed-tensors NVFP4": _compressed("NVFP4 (divisor)", 16, 400, "NVFP4", DIVISOR),
+    "compressed-tensors FP8": _compressed("FP8 per tensor", WHOLE, 420, "FP8"),
+    "compressed-tensors FP8_DYNAMIC": _compressed("FP8 per row", WHOLE, 420, "FP8_DYNAMIC"),
+    "compressed-tensors FP8_BLOCK": _compressed("FP8 128x128", 128, 420, "FP8_BLOCK"),
+    "compressed-tensors MXFP4A16": _compressed("MXFP4", 32, 416, "MXFP4A16"),
+    "compressed-tensors MXFP8A16": _compressed("MXFP8", 32, 416, "MXFP8A16"),
+    "compressed-tensors W4A16": _compressed("INT4", 128, 384, "W4A16"),
+    "compressed-tensors W4A16_ASYM": _compressed("INT4", 128, 384, "W4A16_ASYM"),
+    "compressed-tensors W4A16 by 32": _compressed("INT4", 32, 416, "W4A16", group_size=32),
+    "compressed-tensors W4A16_ASYM by 32": _compressed("INT4", 32, 416, "W4A16_ASYM", group_size=32),
+    "compressed-tensors W4A16 by row": _compressed("INT4", WHOLE, 424, "W4A16", **ROWS),
+    "compressed-tensors W4A16_ASYM by row": _compressed("INT4", WHOLE, 424, "W4A16_ASYM", **ROWS),
+    "ModelOpt NVFP4": _exported("NVFP4", 16, 400, mtq.NVFP4_DEFAULT_CFG, NVFP4),
+    "ModelOpt W4A16_NVFP4": _exported("NVFP4", 16, 400, mtq.W4A16_NVFP4_CFG, NVFP4),
+    "ModelOpt FP8": _exported("FP8 per tensor", WHOLE, 420, mtq.FP8_DEFAULT_CFG, modelopt(FP8QTensor)),
+    "ModelOpt FP8_PC_PT": _exported(
         "FP8 per row", WHOLE, 420, mtq.FP8_PER_CHANNEL_PER_TOKEN_CFG, modelopt(FP8QTensor, (slice(None), None))
     ),
-    "FP8_PB_WO": _exported(
+    "ModelOpt FP8_PB_WO": _exported(
         "FP8 128x128", 128, 420, mtq.FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG,
         modelopt(FP8QTensor, (slice(None), 0, slice(None), 0), block_sizes={-1: 128, -2: 128}),
     ),
-    "MXFP8": _exported("MXFP8", 32, 416, mtq.MXFP8_DEFAULT_CFG, modelopt(MXFP8QTensor)),
-    "MXFP4": _exported("MXFP4", 32, 416, mtq.MXFP4_DEFAULT_CFG, modelopt(MXFP4QTensor, (), 2, block_sizes={-1: 32})),
-}  # fmt: skip
-TORCHAO = {
-    "MXFP8": torchao_mx("MXFP8", torch.float8_e4m3fn),
-    "MXFP4": torchao_mx("MXFP4", torch.float4_e2m1fn_x2),
+    "ModelOpt MXFP8": _exported("MXFP8", 32, 416, mtq.MXFP8_DEFAULT_CFG, modelopt(MXFP8QTensor)),
+    "ModelOpt MXFP4": _exported("MXFP4", 32, 416, mtq.MXFP4_DEFAULT_CFG, MXFP4),
+    "torchao MXFP8": torchao_mx("MXFP8", torch.float8_e4m3fn),
+    "torchao MXFP4": torchao_mx("MXFP4", torch.float4_e2m1fn_x2),
     # It multiplies the two scales, and the code by that, in fp32: each rounds by up to 2**-24.
-    "NVFP4": Format(torchao_nvfp4, torchao_nvfp4_decode, "NVFP4", 16, 400, 2**-23),
-}
-FORMATS = {
-    f"{library} {name}": form
-    for library, forms in (("compressed-tensors", COMPRESSED), ("ModelOpt", MODELOPT), ("torchao", TORCHAO))
-    for name, form in forms.items()
-}
-FULL_K = "compressed-tensors NVFP4A16", "ModelOpt NVFP4"
-CASES = [
-    *(pytest.param(form, (192, 20, form.k), id=name) for name, form in FORMATS.items()),
-    *(
-        pytest.param(form, (128, 32, 256), id=f"{name} aligned", marks=pytest.mark.full)
-        for name, form in FORMATS.items()
-    ),
-    *(pytest.param(FORMATS[name], DEEPSEEK, id=f"{name} deepseek", marks=pytest.mark.full) for name in FULL_K),
-]
+    "torchao NVFP4": Format(torchao_nvfp4, torchao_nvfp4_decode, "NVFP4", 16, 400, 2**-23),
+}  # fmt: skip
+COMPRESSED = [name for name in FORMATS if name.startswith("compressed-tensors")]
 
 
 def write(path, wk, gate):
@@ -258,9 +239,11 @@ def check(plan, matrix, expected, form):
     torch.testing.assert_close(matrix.dequantize(torch.float64), values, rtol=form.rtol, atol=0)
 
 
-@pytest.mark.parametrize(("form", "shape"), CASES)
-def test_format(tmp_path, form, shape):
-    d, h, k = shape
+@pytest.mark.parametrize("shape", ["unaligned", pytest.param("aligned", marks=pytest.mark.full)])
+@pytest.mark.parametrize("name", FORMATS)
+def test_format(tmp_path, name, shape):
+    form = FORMATS[name]
+    d, h, k = (192, 20, form.k) if shape == "unaligned" else (128, 32, 256)
     wk, gate = (form.produce(uneven(n, k, form.width)) for n in (d, h))
     path = write(tmp_path, wk, gate)
     plan, weights = Plan.of(Checkpoint(path)).layers[0], load(path)[0]
@@ -271,7 +254,7 @@ def test_format(tmp_path, form, shape):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", ["FP8", "FP8_DYNAMIC", "FP8_BLOCK", "W4A16", "W4A16_ASYM"])
 def test_scales_in_the_models_dtype(tmp_path, name, dtype):
-    form = COMPRESSED[name]
+    form = FORMATS[f"compressed-tensors {name}"]
     tensors = form.produce(uneven(128, 256, form.width, dtype))
     assert tensors["weight_scale"].dtype == dtype
     path = write(tmp_path, tensors, {"weight": uneven(32, 256, 16)})
@@ -281,13 +264,12 @@ def test_scales_in_the_models_dtype(tmp_path, name, dtype):
 @pytest.mark.parametrize("name", COMPRESSED)
 def test_compressed_tensors_decompress(tmp_path, name):
     """In bf16, to which it decompresses a bf16 model."""
-    form = COMPRESSED[name]
+    form = FORMATS[name]
     module = compressed(uneven(192, form.k, form.width), **form.produce.keywords)
     path = write(tmp_path, module.state_dict(), {"weight": uneven(20, form.k, 16)})
     decompress_module(module)
     assert module.weight.dtype == torch.bfloat16
-    # Without a divisor, there as here one product is rounded. With it, two fp32 values that differ by 2**-23 may be
-    # rounded to neighbours in bf16, which are up to 2**-7 apart.
+    # With a divisor, fp32 values that differ by 2**-23 may round to neighbors in bf16, up to 2**-7 apart.
     loaded, rtol = load(path)[0].wk.dequantize(torch.bfloat16), 2**-7 if form.rtol else 0
     torch.testing.assert_close(loaded.double(), module.weight.data.double(), rtol=rtol, atol=0)
 
@@ -305,7 +287,7 @@ def test_int4_activation_order(tmp_path, preset):
     tensors["weight_packed"] = pack_to_int32(codes[:, back], 4)
     tensors["weight_g_idx"] = numbers.int()
     path = write(tmp_path, tensors, {"weight": uneven(32, k, 16)})
-    check(Plan.of(Checkpoint(path)).layers[0].wk, load(path)[0].wk, expected, COMPRESSED[preset])
+    check(Plan.of(Checkpoint(path)).layers[0].wk, load(path)[0].wk, expected, FORMATS[f"compressed-tensors {preset}"])
 
 
 REFUSED = {
@@ -357,20 +339,21 @@ def check_model(path, form):
 
 @pytest.mark.parametrize("name", ["NVFP4A16", "W4A16_ASYM"])
 def test_model_saved_through_compressed_tensors(tmp_path, name):
-    model = glm(COMPRESSED[name].width)
+    form = FORMATS[f"compressed-tensors {name}"]
+    model = glm(form.width)
     apply_quantization_config(model, QuantizationConfig(config_groups={name: ["Linear"]}, ignore=["lm_head"]))
     for module in model.modules():
         if hasattr(module, "weight_scale"):
             calibrate(module)
     ModelCompressor.from_pretrained_model(model).compress_model(model)
     model.save_pretrained(tmp_path)
-    check_model(tmp_path, COMPRESSED[name])
+    check_model(tmp_path, form)
 
 
 @pytest.mark.parametrize(
     ("name", "config"), [("NVFP4", mtq.NVFP4_DEFAULT_CFG), ("FP8_PB_WO", mtq.FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG)]
 )
 def test_model_exported_by_modelopt(tmp_path, name, config):
-    model = mtq.quantize(glm(MODELOPT[name].width), config, lambda model: model(torch.arange(64)[None]))
+    model = mtq.quantize(glm(FORMATS[f"ModelOpt {name}"].width), config, lambda model: model(torch.arange(64)[None]))
     export_hf_checkpoint(model, dtype=torch.bfloat16, export_dir=tmp_path)
-    check_model(tmp_path, MODELOPT[name])
+    check_model(tmp_path, FORMATS[f"ModelOpt {name}"])

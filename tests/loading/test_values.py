@@ -26,58 +26,41 @@ def put(tensor, value):
     return copy
 
 
+NAN, INF = torch.nan, torch.inf
+# Export and tensor -> values that load, values that do not; integers are bits of codes and scales.
+VALUES = {
+    "bf16 weight": ([2.0**100, 1e-39], [NAN, -INF, 2.0**101, -(2.0**101)]),
+    "f16 weight": ([], [INF]),
+    "f32 weight": ([], [3.4e38]),
+    "fp8_block weight": ([0x80], [0x7F, 0xFF]),
+    "fp8_block_fnuz weight": ([0x7F, 0xFF], [0x80]),
+    "fp8_row weight": ([0x80], [0xFF]),
+    "fp8_tensor weight": ([], [0x7F]),
+    "mxfp8 weight": ([], [0xFF]),
+    "fp8_packed weight": ([], [0x7F]),
+    "fp8_block weight_scale_inv": ([2.0**100, 2.0**-100, 0.0], [NAN, INF, 2.0**101, 2.0**-101]),
+    "fp8_block_fnuz weight_scale_inv": ([2.0**101], [NAN, 2.0**102]),
+    "fp8_block_u8 scale": ([], [255]),
+    "fp8_row weight_scale": ([], [NAN]),
+    "fp8_tensor weight_scale": ([], [INF]),
+    "mxfp8 weight_scale": ([], [255, 254, 0]),
+    "fp8_packed weight_scale_inv": ([], [-1]),
+    "nvfp4 weight_scale": ([0], [0x7F]),
+    "nvfp4 weight_scale_2": ([], [NAN]),
+    "nvfp4_divisor weight_global_scale": ([], [0.0, NAN, INF, -INF]),
+    "mxfp4 weight_scale": ([], [255]),
+    "int4 weight_scale": ([], [INF, NAN, 2.0**97]),
+    "int4 weight_shape": ([], [3]),
+    "int4_g_idx weight_g_idx": ([], [-1, 8]),
+}
+
+
 @pytest.mark.parametrize(
-    ("export", "leaf", "value", "is_usable"),
-    [
-        ("bf16", "weight", torch.nan, False),
-        ("bf16", "weight", -torch.inf, False),
-        ("bf16", "weight", 2.0**100, True),
-        ("bf16", "weight", 2.0**101, False),
-        ("bf16", "weight", -(2.0**101), False),
-        ("bf16", "weight", 1e-39, True),
-        ("f16", "weight", torch.inf, False),
-        ("f32", "weight", 3.4e38, False),
-        ("fp8_block", "weight", 0x7F, False),
-        ("fp8_block", "weight", 0xFF, False),
-        ("fp8_block", "weight", 0x80, True),
-        ("fp8_block_fnuz", "weight", 0x80, False),
-        ("fp8_block_fnuz", "weight", 0x7F, True),
-        ("fp8_block_fnuz", "weight", 0xFF, True),
-        ("fp8_tensor", "weight", 0x7F, False),
-        ("mxfp8", "weight", 0xFF, False),
-        ("fp8_packed", "weight", 0x7F, False),
-        ("fp8_block", "weight_scale_inv", torch.nan, False),
-        ("fp8_block", "weight_scale_inv", torch.inf, False),
-        ("fp8_block", "weight_scale_inv", 2.0**100, True),
-        ("fp8_block", "weight_scale_inv", 2.0**101, False),
-        ("fp8_block", "weight_scale_inv", 2.0**-100, True),
-        ("fp8_block", "weight_scale_inv", 2.0**-101, False),
-        ("fp8_block", "weight_scale_inv", 0.0, True),
-        ("fp8_block_fnuz", "weight_scale_inv", torch.nan, False),
-        ("fp8_block_u8", "scale", 255, False),
-        ("fp8_row", "weight_scale", torch.nan, False),
-        ("fp8_tensor", "weight_scale", torch.inf, False),
-        ("mxfp8", "weight_scale", 255, False),
-        ("mxfp8", "weight_scale", 254, False),
-        ("mxfp8", "weight_scale", 0, False),
-        ("fp8_packed", "weight_scale_inv", -1, False),
-        ("nvfp4", "weight_scale", 0x7F, False),
-        ("nvfp4", "weight_scale", 0, True),
-        ("nvfp4", "weight_scale_2", torch.nan, False),
-        ("nvfp4_divisor", "weight_global_scale", 0.0, False),
-        ("nvfp4_divisor", "weight_global_scale", torch.nan, False),
-        ("nvfp4_divisor", "weight_global_scale", torch.inf, False),
-        ("nvfp4_divisor", "weight_global_scale", -torch.inf, False),
-        ("mxfp4", "weight_scale", 255, False),
-        ("int4", "weight_scale", torch.inf, False),
-        ("int4", "weight_scale", torch.nan, False),
-        ("int4", "weight_scale", 2.0**97, False),
-        ("int4", "weight_shape", 3, False),
-        ("int4_g_idx", "weight_g_idx", -1, False),
-        ("int4_g_idx", "weight_g_idx", 8, False),
-    ],
+    ("where", "value", "is_usable"),
+    [(where, value, good) for where, lists in VALUES.items() for good in (1, 0) for value in lists[1 - good]],
 )
-def test_bad_value(tmp_path, export, leaf, value, is_usable):
+def test_bad_value(tmp_path, where, value, is_usable):
+    export, leaf = where.split()
     tensors = EXPORTS[export](128, 256).tensors
     path = write(tmp_path, {**tensors, leaf: put(tensors[leaf], value)})
     if is_usable:
