@@ -1,10 +1,10 @@
-"""First floor: from checkpoint tensors to kernel-ready weights."""
+"""Turns checkpoint tensors into kernel-ready weights."""
 
 from .assembly import Assembly
 from .checkpoint import Checkpoint
-from .layer import MatrixPlan
+from .layer import LayerPlan, MatrixPlan
 from .loader import load
-from .plan import LayerPlan, Plan
+from .plan import Plan
 from .problems import CheckpointError, Problem
 
 __all__ = ["Assembly", "Checkpoint", "CheckpointError", "LayerPlan", "MatrixPlan", "Plan", "Problem", "load"]

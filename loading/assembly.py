@@ -1,49 +1,30 @@
-"""The transaction that turns the tensors of one load into weights."""
+"""Turns a stream of tensors into weights, all or nothing."""
 
 from __future__ import annotations
 
+import operator
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..kernels.weights import ProjectionWeights
-from .headers import Header
-from .layer import Pair, is_whole, plan_pair, unlike_most
-from .names import GATE, WK, IndexerTensor, integer, parse
-from .plan import DEFAULT_HEAD_DIM
+from .headers import DTYPES, Header
+from .layer import DEFAULT_HEAD_DIM, Collector, LayerPlan, check_alike, own
+from .names import GATE, UNUSED, WK, parse
 from .problems import CheckpointError, Problem
 
 
-@dataclass
-class _Layer:
-    """What one load has seen of a layer. The tensors are dropped once they are bound; the headers stay."""
-
-    stem: str
-    headers: dict[str, dict[str, Header]] = field(default_factory=lambda: defaultdict(dict))
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    is_bound: bool = False
-    has_more: bool = False  # a tensor has come since it was bound
-    weights: ProjectionWeights | None = None  # None, though bound, where the values are at fault
-
-    def bind(self, pair: Pair) -> list[Problem]:
-        self.weights, problems = pair.bind(self.tensors)
-        self.is_bound = True
-        self.tensors.clear()
-        return problems
-
-
 class Assembly:
-    """Collects tensors in any order and over any number of calls: begin(), offer() for each, finish().
+    """Collects tensors in any order and over any number of calls: begin(), offer() each tensor, finish().
 
-    Nothing comes out before finish(), and then everything or an error, in which case the weights of the last load stay
-    as they are. What it keeps it copies, so a streamer may reuse its buffers. A layer is bound as soon as it is
-    complete, and only INT4, where optional tensors may follow, at the end. One thread at a time may call it.
+    finish() returns the weights of all layers or raises; only then do the weights of the last load change. Tensors are
+    copied, so a streamer may reuse its buffers. A layer is bound once it is complete, and with INT4, where optional
+    tensors may follow, by finish(). Not thread-safe.
 
     Attributes:
-        passed_over: layer -> number of its projection tensors in this load, for layers that were not asked for.
+        passed_over: layer -> number of its projection tensors in this load, for layers outside `layers`.
     """
 
     def __init__(
@@ -56,96 +37,100 @@ class Assembly:
     ) -> None:
         """
         Args:
-            layers: indices of the layers to load; tensors of other layers are neither kept nor an error.
-            device: where the weights go.
+            layers: layers to load; tensors of other layers are counted and ignored.
+            device: device of the weights.
             index_head_dim: D, to split `wk_weights_proj`.
-            num_hidden_layers: index of the first of the `mtp_layers`; needed where there are tensors of such names.
+            num_hidden_layers: index of the first MTP layer; needed for tensors named `mtp_layers`.
         """
         self.passed_over: Counter[int] = Counter()
-        self._wanted = frozenset(map(integer, layers))
+        self._wanted = frozenset(map(operator.index, layers))
         self._device = torch.device(device)
         self._index_head_dim = index_head_dim
         self._num_hidden_layers = num_hidden_layers
         self._live: dict[int, ProjectionWeights] = {}
-        self._layers: dict[int, _Layer] | None = None
-        self._problems: list[Problem] = []
+        self._collector: Collector | None = None
+        self._tensors: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)  # layer -> name -> tensor, until bound
+        self._bound: dict[int, ProjectionWeights | None] = {}  # None for bad layers
+        self._problems: list[Problem] = []  # bad values
 
     def begin(self) -> None:
-        """Opens a load; of one that was left unfinished nothing stays."""
-        self._layers, self._problems = {}, []
+        """Opens a load and drops an unfinished one."""
+        self._collector = Collector(self._index_head_dim, self._num_hidden_layers)
+        self._tensors.clear()
+        self._bound, self._problems = {}, []
         self.passed_over.clear()
 
     def offer(self, name: str, tensor: Tensor, file: str = "") -> bool:
         """Takes a tensor if it belongs to the projection.
 
         Args:
-            name: the full checkpoint name.
-            tensor: its content, on any device; the caller may overwrite it afterwards.
+            name: full name in the checkpoint.
+            tensor: on any device; may be overwritten afterwards.
             file: where it came from, for messages.
 
         Returns:
-            True if the name is one of the projection's, of whatever layer: nobody else has to look at it.
+            True if the name is one of the projection, in any layer: no one else needs it.
 
         Raises:
             RuntimeError: no load is open.
         """
-        layers = self._open_load("offer")
+        collector = self._open_load("offer")
         parsed = parse(name)
         if parsed is None or parsed.matrix is None:
             return False
-        number, header = parsed.layer(self._num_hidden_layers), Header.of(name, tensor, file)
-        if number is None:
-            expected = "num_hidden_layers to be given, behind which mtp_layers are counted"
-            self._problems.append(Problem(name, file, expected, "None"))
-        elif number not in self._wanted:
-            self.passed_over[number] += 1
-        else:
-            layer = layers.setdefault(number, _Layer(parsed.stem))
-            self._take(layer, parsed, header, tensor)
+        number = collector.number(parsed)
+        if number not in self._wanted:
+            if number is not None:
+                self.passed_over[number] += 1
+            return True
+        header = Header.of(name, tensor, file)
+        # Nothing needs a tensor that comes once its layer is bound; finish() says if it is an error.
+        is_bound = number in self._bound
+        is_needed = not is_bound and parsed.role != UNUSED and header.dtype in DTYPES.values()
+        # Copy first: if memory runs out, the load is as it was before the offer.
+        copy = own(tensor, self._device) if is_needed else None
+        if collector.add(number, parsed, header) and copy is not None:
+            self._tensors[number][name] = copy
+        if not is_bound and collector.is_complete(number):
+            self._bind(collector.plan(number))
         return True
+
+    def _bind(self, plan: LayerPlan) -> None:
+        tensors = self._tensors.pop(plan.layer, {})
+        self._bound[plan.layer] = None if plan.problems else plan.bind(tensors, self._problems)
 
     @property
     def is_complete(self) -> bool:
-        """True if a load is open that has every tensor of every layer asked for, so that none can follow."""
-        layers = self._layers
-        return layers is not None and all(n in layers and layers[n].is_bound for n in self._wanted)
+        """True if a load is open that needs no more tensors."""
+        return self._collector is not None and self._wanted <= self._bound.keys()
 
     def finish(self) -> dict[int, ProjectionWeights]:
         """Closes the load.
 
         Returns:
-            layer index -> weights, for every layer asked for. Where a later load brings weights of the same encoding
-            and shapes, it is their values that change: the objects and the memory are those of the first load. They
-            are written on the current stream, and nothing may be reading them meanwhile.
+            layer -> weights. If encodings and shapes are those of the previous load, its objects and memory are reused
+            and the new values are copied in on the current stream; nothing may read them meanwhile.
 
         Raises:
-            CheckpointError: anything was missing, doubled, unknown, of a shape that does not fit or of values that are
-                none; lists all of it.
+            CheckpointError: lists all tensors that are missing, duplicate, unknown, misshapen or with bad values.
             RuntimeError: no load is open.
         """
-        layers, problems = self._open_load("finish"), self._problems
-        self._layers = None
+        collector = self._open_load("finish")
+        self._collector = None
+        plans, problems = collector.plans(), collector.problems[None]
+        check_alike(plans)
         for number in sorted(self._wanted):
-            layer = layers.get(number)
-            if layer is None:
-                expected = f"{WK} and {GATE} of its indexer"
-                problems.append(Problem(f"layer {number}", "", expected, "no tensor of them"))
+            if number not in plans:
+                problems.append(Problem(f"layer {number}", "", f"{WK} and {GATE} of its indexer", "no tensor of them"))
                 continue
-            if layer.is_bound and not layer.has_more:
-                continue
-            pair = self._plan(layer)
-            if pair.problems:
-                problems += pair.problems
-            elif not layer.is_bound:
-                problems += layer.bind(pair)
-        shapes = {number: layer.weights.shape for number, layer in layers.items() if layer.weights}
-        for number, usual in unlike_most(shapes).items():
-            expected = f"(D, H, K) = {usual}, as in most layers"
-            problems.append(Problem(f"layer {number}", "", expected, f"{shapes[number]}"))
+            problems += plans[number].problems
+            if number not in self._bound:
+                self._bind(plans[number])
+        problems += self._problems
         if problems:
             raise CheckpointError(problems)
         for number in sorted(self._wanted):
-            new, live = layers.pop(number).weights, self._live.get(number)
+            new, live = self._bound.pop(number), self._live.get(number)
             assert new is not None
             if live is not None and live.matches(new):
                 live.copy_(new)
@@ -153,36 +138,7 @@ class Assembly:
                 self._live[number] = new
         return dict(self._live)
 
-    def _take(self, layer: _Layer, parsed: IndexerTensor, header: Header, tensor: Tensor) -> None:
-        assert parsed.matrix is not None
-        if parsed.stem != layer.stem:
-            expected = f"all of layer {parsed.number} under {layer.stem}"
-            self._problems.append(Problem(header.name, header.file, expected, str(header)))
-            return
-        # What comes to a layer that is bound is too much or of no use, and the headers show which in the end. The copy
-        # comes first: nothing is noted of a tensor for which memory ran out.
-        own = _own(tensor, self._device) if header.is_plain and not layer.is_bound else None
-        first = layer.headers[parsed.matrix].setdefault(parsed.role, header)
-        if first is not header:
-            expected = f"one tensor in the role of {first.name}"
-            self._problems.append(Problem(header.name, header.file, expected, f"a second one, {header}"))
-        elif layer.is_bound:  # the headers show, in the end, if this one is too much
-            layer.has_more = True
-        elif own is not None:
-            layer.tensors[header.name] = own
-            if is_whole(layer.headers):
-                pair = self._plan(layer)
-                if not pair.problems and not pair.is_open:
-                    self._problems += layer.bind(pair)
-
-    def _plan(self, layer: _Layer) -> Pair:
-        return plan_pair(layer.stem, layer.headers, self._index_head_dim)
-
-    def _open_load(self, call: str) -> dict[int, _Layer]:
-        if self._layers is None:
+    def _open_load(self, call: str) -> Collector:
+        if self._collector is None:
             raise RuntimeError(f"Assembly.{call}: no load is open; call begin() first")
-        return self._layers
-
-
-def _own(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.detach().to(device, copy=True, memory_format=torch.contiguous_format)
+        return self._collector

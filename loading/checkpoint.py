@@ -1,11 +1,10 @@
-"""A safetensors checkpoint on disk: its headers, and the byte ranges that are asked for."""
+"""A safetensors checkpoint on disk: its headers, and single tensors on request."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from .config import CONFIG, Config
 from .headers import Header
-from .names import is_projection, parse
+from .names import parse
 from .problems import CheckpointError, Problem
 
 INDEX = "model.safetensors.index.json"
@@ -22,33 +21,33 @@ SINGLE = "model.safetensors"
 
 
 class Checkpoint:
-    """The headers of a checkpoint, read at once; tensors are read later and one by one.
+    """The headers of a checkpoint; its tensors are read one by one.
 
     Attributes:
-        path: the directory that holds the files.
-        headers: name -> Header of every projection tensor.
+        path: directory of the files.
+        headers: name -> header of every projection tensor.
         neighbours: names of the indexers' other tensors (wq_b, k_norm, ...).
-        tensors: how many tensors there are in all.
-        unread: shards that are not there or not readable, and hold nothing of the projection according to the index.
-        config: what config.json says; nothing where there is none.
-        is_whole: False for one file out of several, which cannot tell what the others hold.
-        problems: faults of the files themselves.
+        tensors: number of all tensors.
+        unread: shards that are missing or unreadable, but hold nothing of the projection according to the index.
+        config: config.json; empty if there is none.
+        is_whole: False for one file of several.
+        problems: problems of the files themselves.
     """
 
     def __init__(self, path: str | Path) -> None:
         """Reads the headers.
 
         Args:
-            path: a directory with `model.safetensors.index.json` or `model.safetensors`, or one .safetensors file.
+            path: a directory with `model.safetensors.index.json` or `model.safetensors`, or a .safetensors file.
 
         Raises:
-            CheckpointError: there is no checkpoint at path, or its index cannot be read.
+            CheckpointError: there is no checkpoint at path, or its index is unreadable.
         """
         path = Path(path)
         if path.name == INDEX:
             path = path.parent
         self.headers: dict[str, Header] = {}
-        self._shards: dict[str, Any] = {}  # opened once, so that headers and data are of the same file
+        self._shards: dict[str, Any] = {}  # kept open: headers and data come from the same file
         self.neighbours: list[str] = []
         self.tensors = 0
         self.unread: list[str] = []
@@ -57,26 +56,35 @@ class Checkpoint:
             self.path = path if path.is_dir() else path.parent
             self.is_whole = path.is_dir() or path.name == SINGLE
             promised = _promised(path)
-        except OSError as error:  # a name that no file can have
+        except OSError as error:  # not a valid file name
             raise CheckpointError([Problem(str(path), "", "the path of a checkpoint", str(error))]) from error
         for file, names in promised.items():
-            self._read_headers(file, None if names is None else list(filter(is_projection, names)))
-        self.config = self._read_config()
+            self._read_headers(file, names)
+        self.config = Config()
+        if os.path.lexists(self.path / CONFIG):
+            try:
+                self.config = Config.of(*_read_json(self.path / CONFIG))
+            except CheckpointError as error:
+                self.problems += error.problems
+        self.problems += self.config.problems
 
     def _read_headers(self, file: str, promised: list[str] | None) -> None:
         names: list[str] = []
-        instead, advice = "no such tensor", "index and file are of two exports: fetch both again"
+        instead, advice = "no such tensor", "index and file are of different exports: fetch both again"
         try:
-            _refuse_other_than_file(self.path / file)
+            _check_is_file(self.path / file)
             shard: Any = safe_open(self.path / file, framework="pt")
             names = shard.keys()
             for tensor in filter(None, map(parse, names)):
                 if tensor.matrix is None:
                     self.neighbours.append(tensor.name)
-                else:
-                    data = shard.get_slice(tensor.name)
-                    self._add(Header(tensor.name, data.get_dtype(), tuple(data.get_shape()), file))
-                    self._shards[file] = shard
+                    continue
+                data = shard.get_slice(tensor.name)
+                header = Header(tensor.name, data.get_dtype(), tuple(data.get_shape()), file)
+                first = self.headers.setdefault(tensor.name, header)
+                if first is not header:
+                    self.problems.append(Problem(tensor.name, file, f"it only in {first.file}", "a second copy"))
+                self._shards[file] = shard
         except (SafetensorError, OSError) as error:
             if promised == []:
                 self.unread.append(file)
@@ -92,56 +100,32 @@ class Checkpoint:
         for name in sorted(set(promised or ()).difference(names)):
             self.problems.append(Problem(name, file, "the tensor that the index puts there", instead, advice))
 
-    def _add(self, header: Header) -> None:
-        first = self.headers.setdefault(header.name, header)
-        if first is not header:
-            expected = f"it in one file, {first.file}"
-            self.problems.append(Problem(header.name, header.file, expected, "a second copy"))
-
-    def _read_config(self) -> Config:
-        if not os.path.lexists(self.path / CONFIG):
-            return Config()
-        try:
-            config = Config.of(_read_json(self.path / CONFIG))
-        except CheckpointError as error:
-            self.problems += error.problems
-            return Config()
-        self.problems += config.problems
-        return config
-
-    def stream(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yields (name, tensor), shard by shard; nothing else is read.
-
-        A tensor is a view of the mapped file, to be copied by who keeps it.
-        """
-        for name in sorted(names, key=lambda name: self.headers[name].file):
-            yield name, self._shards[self.headers[name].file].get_tensor(name)
+    def read(self, name: str) -> Tensor:
+        """A projection tensor, as a view of the memory-mapped file."""
+        return self._shards[self.headers[name].file].get_tensor(name)  # type: ignore[no-any-return]
 
 
 def _promised(path: Path) -> dict[str, list[str] | None]:
-    """file -> names that the index promises there; None where there is no index."""
+    """file -> projection tensors that the index puts there; None without an index."""
     if path.is_file() and path.suffix == ".safetensors":
         return {path.name: None}
     if not os.path.lexists(path / INDEX):
         if (path / SINGLE).is_file():
             return {SINGLE: None}
-        shards = len(list(path.glob("*.safetensors")))
-        kinds = (
-            (shards, f"{shards} .safetensors files without their index"),
-            (path.is_dir(), "a directory with neither"),
-            (path.exists(), "another kind of file"),
-        )
-        found = next((kind for holds, kind in kinds if holds), "no such file or directory")
+        found = "none of them in this directory" if path.is_dir() else "no directory or .safetensors file"
         advice = "give the directory of a downloaded checkpoint, or one .safetensors file"
         raise CheckpointError([Problem(str(path), "", f"{INDEX} or {SINGLE}", found, advice)])
-    weight_map = _read_json(path / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError([Problem(INDEX, "", 'a "weight_map" from tensor names to files', "none")])
+    index, repeated = _read_json(path / INDEX)
+    weight_map = index.get("weight_map")
+    if repeated or not isinstance(weight_map, dict) or not weight_map:
+        found = f"{', '.join(repeated)} more than once" if repeated else "none"
+        raise CheckpointError([Problem(INDEX, "", 'a "weight_map" from tensor names to files', found)])
     promised: defaultdict[str, list[str]] = defaultdict(list)
     problems = []
     for name, file in weight_map.items():
-        if isinstance(file, str) and _is_file_name(file):
-            promised[file].append(name)
+        if isinstance(file, str) and file.isprintable() and file not in ("", "..") and Path(file).name == file:
+            tensor = parse(name)
+            promised[file] += [name] if tensor and tensor.matrix else []
         else:
             problems.append(Problem(name, INDEX, "the name of a file beside the index", repr(file)))
     if problems:
@@ -149,32 +133,25 @@ def _promised(path: Path) -> dict[str, list[str] | None]:
     return dict(sorted(promised.items()))
 
 
-def _is_file_name(name: str) -> bool:
-    try:
-        return os.fsencode(name) not in (b"", b".", b"..") and Path(name).name == name
-    except UnicodeEncodeError:
-        return False
-
-
-def _refuse_other_than_file(path: Path) -> None:
-    """Raises OSError for a pipe, which would be waited for, or a directory; what is missing is for open() to say."""
+def _check_is_file(path: Path) -> None:
+    """Raises OSError for a directory, or a pipe, which would block; open() reports a missing file."""
     if path.exists() and not path.is_file():
         raise OSError("not a file")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = Counter(key for key, _ in pairs)
-        doubled = [key for key, count in keys.items() if count > 1]
-        if doubled:
-            raise ValueError(f"{', '.join(doubled)} more than once")
+def _read_json(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """The object in a file, and keys that it or an object in it has more than once."""
+    repeated: list[str] = []
+
+    def note_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        repeated.extend(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         return dict(pairs)
 
     try:
-        _refuse_other_than_file(path)
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
+        _check_is_file(path)
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=note_repeated)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError([Problem(path.name, "", "readable JSON", str(error))]) from error
     if not isinstance(value, dict):
         raise CheckpointError([Problem(path.name, "", "a JSON object", type(value).__name__)])
-    return value
+    return value, repeated

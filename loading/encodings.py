@@ -1,36 +1,37 @@
-"""How a matrix looks on disk, and how it becomes a kernel-ready one.
+"""Encodings: which tensors a matrix consists of on disk, and how they become a kernel-ready matrix.
 
-An encoding is recognised by the dtypes and shapes that the checkpoint holds; config files have no say in it. A new one
-is a class with the tensors it consists of and a `bind`; ENCODINGS lists them all.
+To add one, write its `bind` function and list it in ENCODINGS.
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..kernels.formats import MX_GROUP, NVFP4_GROUP, SCALE_BLOCK, scale_shape
+from ..kernels.formats import MX_GROUP, SCALE_BLOCK, Format, scale_group, scale_shape
 from ..kernels.matrix import DenseMatrix, Fp4Matrix, Fp8Matrix, Matrix
 from .headers import Header
-from .names import ROLES, SPELLINGS, UNUSED
-from .problems import Problem
+from .names import SPELLINGS, UNUSED
+from .values import Faults
 
 FP8 = ("F8_E4M3", "F8_E4M3FNUZ")
 FLOAT = ("F32", "BF16", "F16")
 E8M0 = ("F8_E8M0", "U8")
 
+Tensors = Mapping[str, Tensor]  # role -> contiguous tensor
+Shapes = tuple[tuple[int, ...], ...]
+
 
 @dataclass(frozen=True)
-class Spec:
-    """What one tensor of an encoding may be: any of the dtypes, as safetensors calls them, in any of the shapes."""
+class TensorSpec:
+    """What a tensor may be: any of the dtypes, as safetensors spells them, in any of the shapes."""
 
     dtypes: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
+    shapes: Shapes
 
     def fits(self, header: Header | None) -> bool:
         return header is not None and header.dtype in self.dtypes and header.shape in self.shapes
@@ -39,398 +40,184 @@ class Spec:
         return f"{'/'.join(self.dtypes)} {'/'.join(str(list(shape)) for shape in self.shapes)}"
 
 
-class Encoding(ABC):
-    """One way to store a matrix [N, K].
+@dataclass(frozen=True, eq=False)
+class Encoding:
+    """One way to store a matrix [N, K]; dtypes are spelled as in safetensors."""
 
-    Attributes:
-        name: as the audit prints it.
-        is_native: True if codes and values are kept as stored; False if they are decoded to bf16.
-        weight_dtypes: of its "weight", as safetensors calls them.
-        per_element: values along K in one element of it.
-        scale_name: how most checkpoints of it spell the role "scale"; for messages.
-        is_open: True if optional tensors may come beside the required ones: only the end of a load completes it.
-    """
-
-    name: str
-    is_native = True
+    name: str  # as the audit prints it
+    format: Format  # in memory
     weight_dtypes: tuple[str, ...]
-    per_element = 1
-    scale_name = "weight_scale"
-    is_open = False
+    bind: Callable[[Tensors], Matrix]  # shares memory with the tensors where nothing changes
+    scale_dtypes: tuple[str, ...] = ()  # empty without a scale
+    scale_shapes: Callable[[int, int], Shapes] | None = None  # of N and K; the shape in memory by default
+    others: Mapping[str, TensorSpec] = field(default_factory=dict)  # role -> any other tensor it needs
+    # Of N, K and groups per row: role -> tensors that may be missing. Only the end of a load tells if they are.
+    optional: Callable[[int, int, int], dict[str, TensorSpec]] | None = None
+    bad_values: Callable[[Tensors], Faults] = lambda tensors: {}  # those that `bind` cannot handle
+    per_element: int = 1  # values along K in one element of the weight
+    is_native: bool = True  # False if values are rounded to bf16
+    scale_name: str = "weight_scale"  # usual spelling, for messages
 
-    def scales(self, n: int, k: int) -> dict[str, Spec]:
-        """role -> what has to come beside a weight [N, K]."""
-        return {}
+    def misfits(self, headers: Mapping[str, Header]) -> dict[str, TensorSpec | None]:
+        """Compares the tensors beside a "weight" of the right dtype with those of this encoding.
 
-    def options(self, n: int, k: int, scale: Header) -> dict[str, Spec]:
-        """role -> what may come beside it and that scale, and is used then."""
-        return {}
+        Returns:
+            role -> spec of each tensor that is missing or wrong, None for each that has no role here; empty if all fit.
+        """
+        weight = headers["weight"]
+        n, k = weight.shape[0], weight.shape[1] * self.per_element
+        specs = dict(self.others)
+        if self.scale_dtypes:
+            in_memory = scale_shape((n, k), *scale_group(self.format, k))
+            shapes = self.scale_shapes(n, k) if self.scale_shapes else (in_memory,)
+            specs = {"scale": TensorSpec(self.scale_dtypes, shapes), **specs}
+        wrong: dict[str, TensorSpec | None] = {r: spec for r, spec in specs.items() if not spec.fits(headers.get(r))}
+        known = {"weight", *specs, *([UNUSED] if specs else [])}
+        if self.optional:
+            optional = self.optional(n, k, 0 if wrong else headers["scale"].shape[1])
+            known |= optional.keys()
+            if not wrong:
+                wrong |= {r: spec for r, spec in optional.items() if r in headers and not spec.fits(headers[r])}
+        return wrong | {role: None for role in headers if role not in known}
 
-    def faults(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:
-        """role -> (which values are expected, what is there), for tensors that cannot be bound because of theirs."""
-        return {}
-
-    @abstractmethod
-    def bind(self, tensors: Mapping[str, Tensor]) -> Matrix:
-        """The matrix, from role -> contiguous tensor; in their memory where nothing has to change."""
+    def spelling(self, role: str) -> str:
+        """Last part of the name of a tensor in that role, for messages."""
+        return self.scale_name if role == "scale" else SPELLINGS[role]
 
 
-class Bf16(Encoding):
-    """Plain bf16, kept: it is what the kernels multiply.
+def _bf16(tensors: Tensors) -> DenseMatrix:
+    """Rounds to bf16; no release stores this projection in fp16, and trainers such as prime-rl send bf16 as fp32.
 
     Source: GLM-5, NVIDIA's and AMD's FP4 releases, and `weights_proj` in every DeepSeek-V3.2 and GLM-5 release.
     """
-
-    name = "BF16"
-    weight_dtypes = ("BF16",)
-
-    def bind(self, tensors: Mapping[str, Tensor]) -> DenseMatrix:
-        return DenseMatrix(tensors["weight"].bfloat16())
+    return DenseMatrix(tensors["weight"].bfloat16())
 
 
-class F16(Bf16):
-    """fp16, rounded to bf16 (8 of 11 significand bits): no release has it, so no kernel reads it."""
+def _fp8_block(tensors: Tensors) -> Fp8Matrix:
+    """One scale per 128x128 block (edges rounded up); value = code * scale.
 
-    name = "F16"
-    is_native = False
-    weight_dtypes = ("F16",)
-
-
-class F32(Bf16):
-    """fp32, rounded to bf16, without loss where it was bf16 before, as weights that trainers send are (prime-rl)."""
-
-    name = "F32"
-    is_native = False
-    weight_dtypes = ("F32",)
-
-
-class Fp8Block(Encoding):
-    """e4m3 codes and one scale per 128x128 block, counting ragged ones; value = code * scale. Codes are kept.
-
-    Source: DeepSeek-V3's `inference/kernel.py` (`weight_dequant`) for fp32 scales, compressed-tensors' FP8_BLOCK for
-    bf16 ones, DeepSeek's `scale_fmt` "ue8m0" for E8M0 ones, also as uint8; ModelOpt's FP8_PB_WO has the grid in four
-    dimensions. All are kept in fp32, which is exact.
+    Source: DeepSeek-V3's `inference/kernel.py` (`weight_dequant`) with fp32 scales, compressed-tensors' FP8_BLOCK with
+    bf16 scales, DeepSeek's `scale_fmt` "ue8m0" with E8M0 scales, also as uint8. ModelOpt's FP8_PB_WO stores the scales
+    in four dimensions. All convert to fp32 exactly.
     """
-
-    name = "FP8 128x128"
-    weight_dtypes = FP8
-    scale_name = "weight_scale_inv"
-
-    def scales(self, n: int, k: int) -> dict[str, Spec]:
-        rows, columns = scale_shape((n, k))
-        return {"scale": Spec((*FLOAT, *E8M0), ((rows, columns), (rows, 1, columns, 1)))}
-
-    def bind(self, tensors: Mapping[str, Tensor]) -> Fp8Matrix:
-        codes = tensors["weight"]
-        return _fp8(codes, _fp32(tensors["scale"]).view(scale_shape(tuple(codes.shape))))
+    scale = tensors["scale"]
+    scale = (_e8m0(scale) if scale.dtype == torch.uint8 else scale).float()
+    return _fp8(tensors, scale.view(scale_shape(tensors["weight"].shape)))
 
 
-class Fp8Row(Encoding):
-    """e4m3 codes and one scale per row; value = code * scale. Codes are kept.
+def _fp8_row(tensors: Tensors) -> Fp8Matrix:
+    """One scale per row; value = code * scale.
 
     Source: compressed-tensors' strategy "channel" ([N, 1]); Quark and PyTorch write [N].
     """
-
-    name = "FP8 per row"
-    weight_dtypes = FP8
-
-    def scales(self, n: int, k: int) -> dict[str, Spec]:
-        return {"scale": Spec(FLOAT, ((n, 1), (n,)))}
-
-    def bind(self, tensors: Mapping[str, Tensor]) -> Fp8Matrix:
-        return _fp8(tensors["weight"], _fp32(tensors["scale"]).view(-1, 1))
+    return _fp8(tensors, tensors["scale"].float().view(-1, 1))
 
 
-class Fp8Tensor(Encoding):
-    """e4m3 codes and one scale; value = code * scale. Codes are kept, the scale is repeated for every row.
+def _fp8_tensor(tensors: Tensors) -> Fp8Matrix:
+    """One scale; value = code * scale. The scale is repeated for every row.
 
     Source: ModelOpt's FP8 (scalar), compressed-tensors' strategy "tensor" ([1]).
     """
-
-    name = "FP8 per tensor"
-    weight_dtypes = FP8
-
-    def scales(self, n: int, k: int) -> dict[str, Spec]:
-        return {"scale": Spec(FLOAT, ((), (1,), (1, 1)))}
-
-    def bind(self, tensors: Mapping[str, Tensor]) -> Fp8Matrix:
-        rows = tensors["weight"].shape[0]
-        return _fp8(tensors["weight"], _fp32(tensors["scale"]).view(1, 1).repeat(rows, 1))
+    return _fp8(tensors, tensors["scale"].float().view(1, 1).repeat(len(tensors["weight"]), 1))
 
 
-class Mxfp8(Encoding):
-    """e4m3 codes and one power of two per 32 values of a row, counting ragged ones. Kept.
+def _mxfp8(tensors: Tensors) -> Fp8Matrix:
+    """One power of two per 32 values of a row (edges rounded up).
 
-    Source: OCP Microscaling Formats 1.0; HY-V4's FP8 release, compressed-tensors and torchao write the scale's
-    exponent, biased by 127, as uint8 or float8_e8m0fnu.
+    Source: OCP Microscaling Formats 1.0. HY-V4's FP8 release, compressed-tensors and torchao write the biased exponent
+    (bias 127) as uint8 or float8_e8m0fnu.
     """
-
-    name = "MXFP8"
-    weight_dtypes = FP8
-
-    def scales(self, n: int, k: int) -> dict[str, Spec]:
-        return {"scale": Spec(E8M0, (scale_shape((n, k), 1, MX_GROUP),))}
-
-    def bind(self, tensors: Mapping[str, Tensor]) -> Fp8Matrix:
-        return _fp8(tensors["weight"], _e8m0(tensors["scale"]))
+    return _fp8(tensors, _e8m0(tensors["scale"]))
 
 
-class Fp8Packed(Encoding):
-    """e4m3 codes and one power of two per 128 values of a row, four exponents to an int32, the first in its low byte.
+def _fp8_packed(tensors: Tensors) -> Fp8Matrix:
+    """One power of two per 128 values of a row, four exponents per int32, the first in its low byte.
 
-    Source: DeepGEMM's layout for Blackwell (`get_mn_major_tma_aligned_packed_ue8m0_tensor`), which trainers have been
-    seen to send. Codes are kept, and the scales become MXFP8's: each one four times. In memory DeepGEMM's tensor is
-    MN-major; by index it is [N, ceil(K/512)] all the same.
+    Source: DeepGEMM's layout for Blackwell (`get_mn_major_tma_aligned_packed_ue8m0_tensor`), which trainers send. Its
+    tensor is MN-major in memory; the shape is [N, ceil(K/512)]. Kept as MXFP8, with each scale repeated four times.
     """
-
-    name = "FP8 packed UE8M0"
-    weight_dtypes = FP8
-
-    def scales(self, n: int, k: int) -> dict[str, Spec]:
-        return {"scale": Spec(("I32",), (scale_shape((n, k), 1, 4 * SCALE_BLOCK),))}
-
-    def bind(self, tensors: Mapping[str, Tensor]) -> Fp8Matrix:
-        codes = tensors["weight"]
-        exponents = tensors["scale"].view(torch.uint8).repeat_interleave(SCALE_BLOCK // MX_GROUP, 1)
-        groups = scale_shape(tuple(codes.shape), 1, MX_GROUP)[1]
-        return _fp8(codes, _e8m0(exponents[:, :groups].contiguous()))
+    exponents = tensors["scale"].view(torch.uint8).repeat_interleave(SCALE_BLOCK // MX_GROUP, 1)
+    groups = scale_shape(tensors["weight"].shape, 1, MX_GROUP)[1]
+    return _fp8(tensors, _e8m0(exponents[:, :groups].contiguous()))
 
 
-class _Nvfp4(Encoding):
-    weight_dtypes = ("U8",)
-    per_element = 2
-    global_role: str
-
-    def scales(self, n: int, k: int) -> dict[str, Spec]:
-        return {
-            "scale": Spec(("F8_E4M3",), (scale_shape((n, k), 1, NVFP4_GROUP),)),
-            self.global_role: Spec(("F32",), ((), (1,))),
-        }
-
-    @staticmethod
-    def with_factor(tensors: Mapping[str, Tensor], factor: Tensor) -> Fp4Matrix:
-        codes = tensors["weight"]
-        return Fp4Matrix(codes, tensors["scale"], factor.view(1, 1).repeat(codes.shape[0], 1))
+def _fp8(tensors: Tensors, scale: Tensor) -> Fp8Matrix:
+    codes = tensors["weight"]
+    return (Fp8Matrix.from_e4m3fnuz if codes.dtype == torch.float8_e4m3fnuz else Fp8Matrix)(codes, scale)
 
 
-class Nvfp4ModelOpt(_Nvfp4):
-    """e2m1 codes, one e4m3 scale per 16 values of a row, one factor for all; value = code * scale * factor. Kept.
+def _nvfp4(tensors: Tensors) -> Fp4Matrix:
+    """One e4m3 scale per 16 values of a row, one global factor; value = code * scale * factor.
 
-    Source: ModelOpt's `NVFP4QTensor`. Two codes to a byte, that of the even column in the low half.
+    Source: ModelOpt's `NVFP4QTensor`. Two codes per byte, the even column in the low half.
     """
-
-    name = "NVFP4"
-    global_role = "scale_2"
-
-    def bind(self, tensors: Mapping[str, Tensor]) -> Fp4Matrix:
-        return self.with_factor(tensors, tensors["scale_2"])
+    codes, factor = tensors["weight"], tensors["scale_2"]
+    return Fp4Matrix(codes, tensors["scale"], factor.view(1, 1).repeat(len(codes), 1))
 
 
-class Nvfp4CompressedTensors(_Nvfp4):
-    """The same with a divisor for all; value = code * scale / divisor. Kept; the reciprocal is rounded to fp32 once.
+def _nvfp4_divisor(tensors: Tensors) -> Fp4Matrix:
+    """NVFP4 with a global divisor; value = code * scale / divisor. The reciprocal is rounded to fp32 once.
 
     Source: compressed-tensors' `NVFP4PackedCompressor`.
     """
-
-    name = "NVFP4 (divisor)"
-    global_role = "global_scale"
-
-    def faults(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:
-        # The reciprocal of infinity is 0, which would do as a scale.
-        divisor = tensors["global_scale"].item()
-        return {} if math.isfinite(divisor) and divisor else {"global_scale": ("a finite divisor", f"{divisor}")}
-
-    def bind(self, tensors: Mapping[str, Tensor]) -> Fp4Matrix:
-        return self.with_factor(tensors, tensors["global_scale"].reciprocal())
+    return _nvfp4({**tensors, "scale_2": tensors["global_scale"].reciprocal()})
 
 
-class Mxfp4(Encoding):
-    """e2m1 codes and one power of two per 32 values of a row. Kept.
+def _nvfp4_bad_divisor(tensors: Tensors) -> Faults:
+    divisor = tensors["global_scale"].item()  # the reciprocal of infinity is 0, which is a valid scale
+    return {} if math.isfinite(divisor) and divisor else {"global_scale": ("a finite divisor", f"{divisor}")}
 
-    Source: OCP Microscaling Formats 1.0; Quark, compressed-tensors and torchao write it alike.
+
+def _mxfp4(tensors: Tensors) -> Fp4Matrix:
+    """One power of two per 32 values of a row.
+
+    Source: OCP Microscaling Formats 1.0; Quark, compressed-tensors and torchao write the same.
     """
-
-    name = "MXFP4"
-    weight_dtypes = ("U8",)
-    per_element = 2
-
-    def scales(self, n: int, k: int) -> dict[str, Spec]:
-        return {"scale": Spec(E8M0, (scale_shape((n, k), 1, MX_GROUP),))}
-
-    def bind(self, tensors: Mapping[str, Tensor]) -> Fp4Matrix:
-        return Fp4Matrix(tensors["weight"], _e8m0(tensors["scale"]))
+    return Fp4Matrix(tensors["weight"], _e8m0(tensors["scale"]))
 
 
-class Int4(Encoding):
-    """Eight 4-bit integers to an int32, the first in its low bits; value = (integer - zero point) * scale.
+def _int4(tensors: Tensors) -> DenseMatrix:
+    """Eight 4-bit integers per int32, the first in its low bits; value = (integer - zero point) * scale.
 
-    Source: compressed-tensors' `PackedQuantizationCompressor` with 4 bits. Integers are stored plus 8; so are zero
-    points, packed along N. Without one it is 0. Scales are shared by K, 32, 64, 128 or 256 columns in turn, or, with
-    `weight_g_idx`, by the columns that it gives the same number. Decoded and rounded to bf16, as compressed-tensors
-    itself does: no release quantizes this projection so on purpose, it happens to recipes that name every Linear.
+    Integers are stored with an offset of 8, and so are zero points, packed along N; a missing zero point is 0. A scale
+    covers K, 32, 64, 128 or 256 consecutive columns, or the columns with its number in `weight_g_idx`. Rounded to bf16:
+    no release quantizes this projection to INT4 on purpose, but recipes that target every Linear do.
+
+    Source: compressed-tensors' `PackedQuantizationCompressor` with 4 bits, which also decodes to bf16.
     """
-
-    name = "INT4"
-    is_native = False
-    weight_dtypes = ("I32",)
-    per_element = 8
-    is_open = True
-
-    def scales(self, n: int, k: int) -> dict[str, Spec]:
-        sizes = (k, *(size for size in (32, 64, 128, 256) if k % size == 0))
-        return {
-            "scale": Spec(FLOAT, tuple((n, k // size) for size in sizes)),
-            "shape": Spec(("I64", "I32"), ((2,),)),
-        }
-
-    def options(self, n: int, k: int, scale: Header) -> dict[str, Spec]:
-        groups = scale.shape[1]
-        return {"zero_point": Spec(("I32",), ((-(-n // 8), groups),)), "g_idx": Spec(("I32", "I64"), ((k,),))}
-
-    def faults(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:
-        n, words = tensors["weight"].shape
-        groups = tensors["scale"].shape[1]
-        found = {}
-        if not (tensors["scale"].float().abs() <= 2.0**96).all():  # times 15, the largest difference of integers
-            found["scale"] = "scales of a size up to 2**96", "others"
-        if (shape := tensors["shape"].tolist()) != [n, 8 * words]:
-            found["shape"] = f"{[n, 8 * words]}, for 4-bit integers", f"{shape}"
-        index = tensors.get("g_idx")
-        if index is not None and not ((index >= 0) & (index < groups)).all():
-            found["g_idx"] = f"numbers of the {groups} groups", "others"
-        return found
-
-    def bind(self, tensors: Mapping[str, Tensor]) -> DenseMatrix:
-        values = _nibbles(tensors["weight"]).float()
-        scale = tensors["scale"].float()
-        n, k = values.shape
-        zero = torch.zeros_like(scale)
-        if "zero_point" in tensors:
-            zero = _nibbles(tensors["zero_point"].T.contiguous()).T[:n].float()
-        if "g_idx" in tensors:
-            index = tensors["g_idx"].long()
-        else:
-            index = torch.arange(k, device=scale.device) // (k // scale.shape[1])
-        return DenseMatrix(((values - zero[:, index]) * scale[:, index]).bfloat16())
-
-
-ENCODINGS: tuple[Encoding, ...] = (
-    Bf16(), F16(), F32(),
-    Fp8Block(), Fp8Row(), Fp8Tensor(), Mxfp8(), Fp8Packed(),
-    Nvfp4ModelOpt(), Nvfp4CompressedTensors(), Mxfp4(),
-    Int4(),
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Attempt:
-    """An encoding held against what there is: specs of all its tensors but the weight, and which of them do not fit."""
-
-    encoding: Encoding
-    specs: Mapping[str, Spec]
-    misfits: tuple[str, ...]
-
-    @classmethod
-    def of(cls, encoding: Encoding, weight: Header, headers: Mapping[str, Header]) -> _Attempt:
-        n, k = weight.shape[0], weight.shape[1] * encoding.per_element
-        specs = encoding.scales(n, k)
-        misfits = [role for role, spec in specs.items() if not spec.fits(headers.get(role))]
-        if not misfits and specs:
-            options = encoding.options(n, k, headers["scale"])
-            misfits = [role for role, spec in options.items() if role in headers and not spec.fits(headers[role])]
-            specs |= options
-        return cls(encoding, specs, tuple(misfits))
-
-    @property
-    def distance(self) -> int:
-        """From what there is; the scale counts twice, as it tells encodings apart."""
-        return len(self.misfits) + ("scale" in self.misfits)
-
-    @property
-    def known(self) -> set[str]:
-        return {"weight", *self.specs, UNUSED} if self.specs else {"weight"}
-
-    def spelling(self, role: str) -> str:
-        return self.encoding.scale_name if role == "scale" else SPELLINGS[role]
-
-    def describe(self, role: str) -> str:
-        return f"{self.spelling(role)} {self.specs[role]} ({self.encoding.name})"
-
-
-def recognise(matrix: str, headers: Mapping[str, Header]) -> tuple[Encoding | None, list[Problem]]:
-    """The encoding of a matrix, or every reason why it has none.
-
-    Args:
-        matrix: name up to the role, "model.layers.0.self_attn.indexer.wk"; for messages.
-        headers: role -> header of what there is of it.
-    """
-    weight = headers.get("weight")
-    candidates = [encoding for encoding in ENCODINGS if weight and weight.dtype in encoding.weight_dtypes]
-    if weight is None:
-        known = [header for role, header in headers.items() if role in ROLES.values()]
-        file = next(iter(headers.values())).file if headers else ""
-        found = f"only {_listing(known)}" if known else "no tensor of it"
-        problem = Problem(f"{matrix}.weight", file, "a weight", found)
-    elif not candidates:
-        dtypes = dict.fromkeys(dtype for encoding in ENCODINGS for dtype in encoding.weight_dtypes)
-        problem = Problem(weight.name, weight.file, f"a weight in {' or '.join(dtypes)}", str(weight))
-    elif len(weight.shape) != 2 or 0 in weight.shape:
-        problem = Problem(weight.name, weight.file, "a matrix [N, K]", str(weight))
+    values = _nibbles(tensors["weight"]).float()
+    scale = tensors["scale"].float()
+    n, k = values.shape
+    zero = torch.zeros_like(scale)
+    if "zero_point" in tensors:
+        zero = _nibbles(tensors["zero_point"].T.contiguous()).T[:n].float()
+    if "g_idx" in tensors:
+        index = tensors["g_idx"].long()
     else:
-        return _closest(matrix, weight, headers, candidates)
-    return None, [problem, *_strangers(headers, ROLES.values())]
+        index = torch.arange(k, device=scale.device) // (k // scale.shape[1])
+    return DenseMatrix(((values - zero[:, index]) * scale[:, index]).bfloat16())
 
 
-def _closest(
-    matrix: str, weight: Header, headers: Mapping[str, Header], candidates: list[Encoding]
-) -> tuple[Encoding | None, list[Problem]]:
-    attempts = [_Attempt.of(encoding, weight, headers) for encoding in candidates]
-    best = min(attempts, key=lambda attempt: attempt.distance)
-    if not best.misfits and headers.keys() <= best.known:
-        return best.encoding, []
-    problems = []
-    for role in best.misfits:
-        # What would have been right: any scale, or whatever completes an encoding that is as close.
-        rivals = [rival for rival in attempts if role == "scale" or rival.distance == best.distance]
-        options = ", ".join(rival.describe(role if role == "scale" else rival.misfits[0]) for rival in rivals)
-        expected = f"beside the {weight} weight {'one of ' if len(rivals) > 1 else ''}{options}"
-        header = headers.get(role)
-        if header is None:
-            name = f"{matrix}.{best.spelling(role)}"
-            problems.append(Problem(name, weight.file, expected, "no such tensor", _NO_SCALE))
-        else:
-            problems.append(Problem(header.name, header.file, expected, str(header)))
-    problems += _strangers(headers, best.known)
-    return (None, problems) if problems else (best.encoding, [])
+def _int4_scale_shapes(n: int, k: int) -> Shapes:
+    return (n, 1), *((n, k // size) for size in (32, 64, 128, 256) if k % size == 0)
 
 
-_NO_SCALE = "without it the codes have no value: fetch the shard that holds it, or export the checkpoint again"
+def _int4_optional(n: int, k: int, groups: int) -> dict[str, TensorSpec]:
+    return {"zero_point": TensorSpec(("I32",), ((-(-n // 8), groups),)), "g_idx": TensorSpec(("I32", "I64"), ((k,),))}
 
 
-def _strangers(headers: Mapping[str, Header], known: Collection[str]) -> list[Problem]:
-    problems = []
-    for role, header in headers.items():
-        if role not in ROLES.values():
-            expected = f"no tensor but {', '.join(ROLES)}"
-        elif role not in known:
-            expected = f"nothing beside {_listing(headers[other] for other in headers if other in known)}"
-        else:
-            continue
-        problems.append(Problem(header.name, header.file, expected, str(header)))
-    return problems
-
-
-def _listing(headers: Iterable[Header]) -> str:
-    return ", ".join(f"{header.name.rpartition('.')[2]} ({header})" for header in headers)
-
-
-def _fp8(codes: Tensor, scale: Tensor) -> Fp8Matrix:
-    make = Fp8Matrix.from_e4m3fnuz if codes.dtype == torch.float8_e4m3fnuz else Fp8Matrix
-    return make(codes, scale)
-
-
-def _fp32(scale: Tensor) -> Tensor:
-    return (_e8m0(scale) if scale.dtype == torch.uint8 else scale).float()
+def _int4_bad_values(tensors: Tensors) -> Faults:
+    n, words = tensors["weight"].shape
+    groups = tensors["scale"].shape[1]
+    bad = {}
+    if not (tensors["scale"].float().abs() <= 2.0**96).all():  # times 15, the largest difference of two integers
+        bad["scale"] = "magnitudes up to 2**96", "larger ones or NaN"
+    if (shape := tensors["shape"].tolist()) != [n, 8 * words]:
+        bad["shape"] = f"{[n, 8 * words]}, for 4-bit integers", f"{shape}"
+    index = tensors.get("g_idx")
+    if index is not None and not ((index >= 0) & (index < groups)).all():
+        bad["g_idx"] = f"group numbers from 0 to {groups - 1}", "others"
+    return bad
 
 
 def _e8m0(scale: Tensor) -> Tensor:
@@ -438,6 +225,39 @@ def _e8m0(scale: Tensor) -> Tensor:
 
 
 def _nibbles(words: Tensor) -> Tensor:
-    """[R, 8 * C] int32 from -8 to 7, of int32 [R, C]."""
+    """int32 [R, C] -> int32 [R, 8 * C] with values from -8 to 7."""
     shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device)
     return ((words[..., None] >> shifts & 0xF) - 8).flatten(1)
+
+
+_GLOBAL = TensorSpec(("F32",), ((), (1,)))
+
+ENCODINGS = (
+    Encoding("BF16", Format.BF16, ("BF16",), _bf16),
+    Encoding("F16", Format.BF16, ("F16",), _bf16, is_native=False),
+    Encoding("F32", Format.BF16, ("F32",), _bf16, is_native=False),
+    Encoding(
+        "FP8 128x128", Format.FP8_BLOCK, FP8, _fp8_block, (*FLOAT, *E8M0),
+        lambda n, k: (grid := scale_shape((n, k)), (grid[0], 1, grid[1], 1)), scale_name="weight_scale_inv",
+    ),
+    Encoding("FP8 per row", Format.FP8_ROW, FP8, _fp8_row, FLOAT, lambda n, k: ((n, 1), (n,))),
+    Encoding("FP8 per tensor", Format.FP8_ROW, FP8, _fp8_tensor, FLOAT, lambda n, k: ((), (1,), (1, 1))),
+    Encoding("MXFP8", Format.MXFP8, FP8, _mxfp8, E8M0),
+    Encoding(
+        "FP8 packed UE8M0", Format.MXFP8, FP8, _fp8_packed, ("I32",),
+        lambda n, k: (scale_shape((n, k), 1, 4 * SCALE_BLOCK),),
+    ),
+    Encoding(
+        "NVFP4", Format.NVFP4, ("U8",), _nvfp4, ("F8_E4M3",), others={"scale_2": _GLOBAL}, per_element=2,
+    ),
+    Encoding(
+        "NVFP4 (divisor)", Format.NVFP4, ("U8",), _nvfp4_divisor, ("F8_E4M3",), others={"global_scale": _GLOBAL},
+        bad_values=_nvfp4_bad_divisor, per_element=2,
+    ),
+    Encoding("MXFP4", Format.MXFP4, ("U8",), _mxfp4, E8M0, per_element=2),
+    Encoding(
+        "INT4", Format.BF16, ("I32",), _int4, FLOAT, _int4_scale_shapes,
+        others={"shape": TensorSpec(("I64", "I32"), ((2,),))}, optional=_int4_optional, bad_values=_int4_bad_values,
+        per_element=8, is_native=False,
+    ),
+)  # fmt: skip

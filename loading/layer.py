@@ -1,28 +1,32 @@
-"""The two matrices of one layer: what their headers make of them, and what their tensors become."""
+"""Layers: collects their headers, from files or a stream, plans their two matrices and binds them."""
 
 from __future__ import annotations
 
-import functools
 import math
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from ..kernels.formats import MAX_ROWS
 from ..kernels.matrix import Matrix
 from ..kernels.weights import ProjectionWeights
-from .encodings import Encoding, recognise
+from .encodings import Encoding
 from .headers import Header
-from .names import FUSED, GATE, UNUSED, WK
+from .names import FUSED, GATE, UNUSED, WK, IndexerTensor, parse
 from .problems import Problem
-from .values import unusable
+from .recognition import explain, recognize
+from .values import nan_codes, unusable
 
-T = TypeVar("T")
-
+DEFAULT_HEAD_DIM = 128  # D of every model so far
 BAD_VALUES = "the file is damaged or its export went wrong"
+
+
+def own(tensor: Tensor, device: torch.device) -> Tensor:
+    """A contiguous copy on the device."""
+    return tensor.detach().to(device, copy=True, memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)
@@ -30,10 +34,10 @@ class MatrixPlan:
     """One matrix [N, K] on disk.
 
     Attributes:
-        name: of its tensors up to the role; ends in "wk_weights_proj" where the checkpoint keeps both in one.
-        encoding: None where the tensors make none; the problems say why.
-        headers: role -> header of every tensor of it.
-        layout: what it becomes, on the meta device; None without an encoding.
+        name: name of its tensors without the role; ends in "wk_weights_proj" if both matrices are stored as one.
+        encoding: None if no encoding fits; the layer's problems say why.
+        headers: role -> header.
+        layout: the matrix it becomes, on the meta device; None without an encoding.
     """
 
     name: str
@@ -53,134 +57,180 @@ class MatrixPlan:
 
     @property
     def upcast_bytes(self) -> int:
-        """Bytes in memory if it were upcast to bf16; 0 without an encoding."""
+        """Bytes in memory if upcast to bf16; 0 without an encoding."""
         return 2 * math.prod(self.shape) if self.layout else 0
+
+    def bind(self, tensors: Mapping[str, Tensor], problems: list[Problem]) -> Matrix | None:
+        """The matrix from name -> contiguous tensor; None, and problems, for bad values."""
+        assert self.encoding is not None
+        roles = {role: tensors[header.name] for role, header in self.headers.items() if role != UNUSED}
+        faults, matrix = self.encoding.bad_values(roles), None
+        if not faults:
+            matrix = self.encoding.bind(roles)
+            faults = nan_codes(roles["weight"]) | unusable(matrix)
+        for role, (expected, found) in faults.items():
+            header = self.headers[role if role in self.headers else "scale_2"]  # ModelOpt's global scale
+            problems.append(Problem(header.name, header.file, expected, found, BAD_VALUES))
+        return None if faults else matrix
+
+    def wrong(self, expected: str, found: str = "", advice: str = "") -> Problem:
+        """A problem with the weight; without `found`, with its header."""
+        weight = self.headers["weight"]
+        return Problem(weight.name, weight.file, expected, found or str(weight), advice)
 
 
 @dataclass(frozen=True)
-class Pair:
-    """wk and weights_proj of one layer, and why they do not load; no problems where they do."""
+class LayerPlan:
+    """The projection of one layer.
 
+    Attributes:
+        layer: layer index; `mtp_layers` are numbered after the hidden layers.
+        is_mtp: True for a multi-token-prediction layer (layer >= num_hidden_layers).
+        wk, gate: the two matrices.
+        problems: why the layer does not load; empty if it does.
+    """
+
+    layer: int
+    is_mtp: bool
     wk: MatrixPlan
     gate: MatrixPlan
-    problems: tuple[Problem, ...]
+    problems: tuple[Problem, ...] = field(repr=False)
 
     @property
-    def is_open(self) -> bool:
-        """True if an optional tensor may still come."""
-        return any(plan.encoding is not None and plan.encoding.is_open for plan in (self.wk, self.gate))
+    def tensors(self) -> tuple[str, ...]:
+        """Names of the tensors to read."""
+        headers = [item for plan in (self.wk, self.gate) for item in plan.headers.items()]
+        return tuple(dict.fromkeys(header.name for role, header in headers if role != UNUSED))
 
-    def bind(self, tensors: Mapping[str, Tensor]) -> tuple[ProjectionWeights | None, list[Problem]]:
-        """The weights, from name -> contiguous tensor, or what is wrong with their values.
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(D, H, K) of a layer without problems."""
+        (d, k), (h, _) = self.wk.shape, self.gate.shape
+        return d, h, k
 
-        Only for a pair without problems.
-        """
-        if self.wk.name == self.gate.name:
-            fused, problems = _bind(self.wk, tensors)
-            if fused is None:
-                return None, problems
-            d = self.wk.shape[0]
-            return ProjectionWeights.pack(fused.rows(0, d), fused.rows(d, fused.shape[0])), problems
-        wk, problems = _bind(self.wk, tensors)
-        gate, more = _bind(self.gate, tensors)
+    def bind(self, tensors: Mapping[str, Tensor], problems: list[Problem]) -> ProjectionWeights | None:
+        """The weights of a sound layer from name -> contiguous tensor; None, and problems, for bad values."""
+        wk = self.wk.bind(tensors, problems)
+        gate = wk if self.gate.name == self.wk.name else self.gate.bind(tensors, problems)
         if wk is None or gate is None:
-            return None, problems + more
-        return ProjectionWeights.pack(wk, gate), problems
+            return None
+        if wk is gate:
+            d = self.wk.shape[0]
+            wk, gate = wk.rows(0, d), wk.rows(d, wk.shape[0])
+        return ProjectionWeights.pack(wk, gate)
+
+    def with_problems(self, *problems: Problem) -> LayerPlan:
+        return replace(self, problems=(*self.problems, *problems))
 
 
-def plan_pair(stem: str, headers: Mapping[str, Mapping[str, Header]], index_head_dim: int) -> Pair:
-    """What a layer's tensors make.
+class Collector:
+    """Sorts headers by layer and judges them. `Plan` fills one from files, `Assembly` from a stream.
 
-    Args:
-        stem: their name up to the matrix.
-        headers: matrix -> role -> header.
-        index_head_dim: D, to tell the two matrices apart where they are stored as one.
+    Attributes:
+        problems: layer index -> problems noted so far; None for those that belong to no layer.
     """
-    if FUSED not in headers:
-        wk, problems = _plan(f"{stem}{WK}", headers.get(WK, {}))
-        gate, more = _plan(f"{stem}{GATE}", headers.get(GATE, {}))
-        problems += more
-    else:
-        both, problems = _plan(f"{stem}{FUSED}", headers[FUSED])
-        wk, gate, more = _split(both, index_head_dim)
-        problems += more
-        apart = [header for matrix in (WK, GATE) for header in headers.get(matrix, {}).values()]
-        if apart:
-            expected = f"either {FUSED} or {WK} and {GATE} in a layer"
-            problems.append(Problem(f"{stem}{FUSED}", apart[0].file, expected, f"{apart[0].name} beside it"))
-    for plan in (wk, gate):
-        if plan.shape and plan.shape[0] > MAX_ROWS:
-            problems.append(_wrong_shape(plan, f"at most {MAX_ROWS} rows"))
-    if wk.shape and gate.shape and wk.shape[1] != gate.shape[1]:
-        problems.append(_wrong_shape(gate, f"wk's K = {wk.shape[1]}"))
-    return Pair(wk, gate, tuple(problems))
+
+    def __init__(self, index_head_dim: int | None, num_hidden_layers: int | None) -> None:
+        self.problems: defaultdict[int | None, list[Problem]] = defaultdict(list)
+        self._index_head_dim = DEFAULT_HEAD_DIM if index_head_dim is None else index_head_dim
+        self._num_hidden_layers = num_hidden_layers
+        self._stems: dict[int, str] = {}
+        self._headers: dict[int, defaultdict[str, dict[str, Header]]] = {}  # layer -> matrix -> role -> header
+        self._absent: set[tuple[int, str | None, str]] = set()
+
+    def number(self, tensor: IndexerTensor) -> int | None:
+        """Layer index of a tensor; None, and a problem, if `mtp_layers` cannot be numbered."""
+        number = tensor.layer(self._num_hidden_layers)
+        if number is None and not self.problems[None]:
+            expected = "num_hidden_layers (config.json), after which mtp_layers are numbered"
+            self.problems[None].append(Problem(tensor.name, "", expected, "none"))
+        return number
+
+    def add(self, number: int, tensor: IndexerTensor, header: Header | None) -> bool:
+        """Takes a tensor of a layer.
+
+        Args:
+            header: None for a tensor outside the projection, and for one that is absent, which the caller reports.
+
+        Returns:
+            True if loading can use the tensor.
+        """
+        stem = self._stems.setdefault(number, tensor.stem)
+        matrices = self._headers.setdefault(number, defaultdict(dict))
+        if tensor.matrix is None:
+            return False
+        if header is None:
+            matrices.setdefault(tensor.matrix, {})  # a fused matrix counts even if all of it is absent
+            self._absent.add((number, tensor.matrix, tensor.role))
+            return False
+        if tensor.stem != stem:
+            expected = f"all tensors of layer {number} under {stem}"
+        elif (first := matrices[tensor.matrix].setdefault(tensor.role, header)) is not header:
+            expected = f"one tensor in the role of {first.name}"
+        else:
+            return True
+        self.problems[number].append(Problem(header.name, header.file, expected, str(header)))
+        return False
+
+    def is_complete(self, number: int) -> bool:
+        """True if the matrices of a layer are recognized and no tensor can follow. Cheap: called once per tensor."""
+        matrices = self._headers[number]
+        found = [recognize(*matrices.get(name, {}).items()) for name in ([FUSED] if FUSED in matrices else [WK, GATE])]
+        return all(each and not each[0].optional for each in found)
+
+    def plans(self) -> dict[int, LayerPlan]:
+        """Plans of all layers, ascending."""
+        return {number: self.plan(number) for number in sorted(self._stems)}
+
+    def plan(self, number: int) -> LayerPlan:
+        """The plan of a layer, from the headers so far."""
+        problems: list[Problem] = []
+        matrices, stem = self._headers[number], self._stems[number]
+        if FUSED in matrices:
+            wk, gate = self._split(_plan_matrix(stem + FUSED, matrices[FUSED], problems), problems)
+            if apart := [header for name in (WK, GATE) for header in matrices.get(name, {}).values()]:
+                expected = f"either {FUSED} or {WK} and {GATE} in a layer"
+                problems.append(Problem(wk.name, apart[0].file, expected, f"{apart[0].name} as well"))
+        else:
+            wk, gate = (_plan_matrix(stem + name, matrices.get(name, {}), problems) for name in (WK, GATE))
+        for plan in (wk, gate):
+            if plan.shape and plan.shape[0] > MAX_ROWS:
+                problems.append(plan.wrong(f"at most {MAX_ROWS} rows"))
+        if wk.shape and gate.shape and wk.shape[1] != gate.shape[1]:
+            problems.append(gate.wrong(f"wk's K = {wk.shape[1]}"))
+        parts = [(problem, parse(problem.subject)) for problem in problems]
+        problems = [p for p, part in parts if not part or (number, part.matrix, part.role) not in self._absent]
+        is_mtp = self._num_hidden_layers is not None and number >= self._num_hidden_layers
+        return LayerPlan(number, is_mtp, wk, gate, (*self.problems[number], *problems))
+
+    def _split(self, both: MatrixPlan, problems: list[Problem]) -> tuple[MatrixPlan, MatrixPlan]:
+        if both.layout is None:
+            return both, both
+        d, n = self._index_head_dim, both.layout.shape[0]
+        block, _ = both.layout.group
+        if not 0 < d < n or d % block:
+            expected = f"{d} rows of wk (index_head_dim), in whole blocks of scales, followed by those of weights_proj"
+            problems.append(both.wrong(expected))
+            return (replace(both, layout=None),) * 2
+        return replace(both, layout=both.layout.rows(0, d)), replace(both, layout=both.layout.rows(d, n))
 
 
-def is_whole(headers: Mapping[str, Mapping[str, Header]]) -> bool:
-    """True if the tensors of a layer make its matrices, so that a plan is worth the time: asked for every tensor."""
-    matrices = [FUSED] if FUSED in headers else [WK, GATE]
-    return all(matrix in headers and _recognised(*_types(headers[matrix])) for matrix in matrices)
-
-
-def _plan(name: str, headers: Mapping[str, Header]) -> tuple[MatrixPlan, list[Problem]]:
-    if recognised := _recognised(*_types(headers)):
-        encoding, layout = recognised
-        return MatrixPlan(name, encoding, headers, layout), []
-    return MatrixPlan(name, None, headers, None), recognise(name, headers)[1]
-
-
-def _types(headers: Mapping[str, Header]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    return ((role, header.dtype, header.shape) for role, header in headers.items())
-
-
-@functools.lru_cache(maxsize=256)
-def _recognised(*types: tuple[str, str, tuple[int, ...]]) -> tuple[Encoding, Matrix] | None:
-    """The encoding of tensors of that role, dtype and shape, and what they become, on the meta device; None if none.
-
-    Names have no part in it, so the layers of a model, which are alike, are looked at once.
-    """
-    headers = {role: Header("", dtype, shape, "") for role, dtype, shape in types}
-    encoding, _ = recognise("", headers)
+def _plan_matrix(name: str, headers: Mapping[str, Header], problems: list[Problem]) -> MatrixPlan:
+    encoding, layout = recognize(*headers.items()) or (None, None)
     if encoding is None:
-        return None
-    used = {role: header.meta() for role, header in headers.items() if role != UNUSED}  # which may be of any dtype
-    return encoding, encoding.bind(used)
+        problems += explain(name, headers)
+    return MatrixPlan(name, encoding, headers, layout)
 
 
-def _split(both: MatrixPlan, d: int) -> tuple[MatrixPlan, MatrixPlan, list[Problem]]:
-    if both.layout is None:
-        return both, both, []
-    n = both.layout.shape[0]
-    block, _ = both.layout.group
-    if not 0 < d < n or d % block:
-        expected = f"{d} rows of wk (index_head_dim), in whole blocks of scales, and then those of weights_proj"
-        uncut = replace(both, layout=None)
-        return uncut, uncut, [_wrong_shape(both, expected)]
-    return replace(both, layout=both.layout.rows(0, d)), replace(both, layout=both.layout.rows(d, n)), []
-
-
-def _wrong_shape(plan: MatrixPlan, expected: str) -> Problem:
-    weight = plan.headers["weight"]
-    return Problem(weight.name, weight.file, expected, str(weight))
-
-
-def _bind(plan: MatrixPlan, tensors: Mapping[str, Tensor]) -> tuple[Matrix | None, list[Problem]]:
-    assert plan.encoding is not None
-    roles = {role: tensors[header.name] for role, header in plan.headers.items() if role != UNUSED}
-    faults, matrix = plan.encoding.faults(roles), None
-    if not faults:
-        matrix = plan.encoding.bind(roles)
-        faults = unusable(matrix)
-    problems = []
-    for role, (expected, found) in faults.items():
-        header = plan.headers[role if role in plan.headers else "scale_2"]  # ModelOpt's global scale
-        problems.append(Problem(header.name, header.file, expected, found, BAD_VALUES))
-    return (None if faults else matrix), problems
-
-
-def unlike_most(layers: Mapping[int, T]) -> dict[int, T]:
-    """Layer -> what most layers have, a shape for instance, for every layer that has another: a model has one."""
-    if not layers:
-        return {}
-    usual = Counter(layers.values()).most_common(1)[0][0]
-    return {layer: usual for layer, value in layers.items() if value != usual}
+def check_alike(plans: dict[int, LayerPlan]) -> None:
+    """Adds a problem to each layer whose shape, or prefix if it is a hidden layer, differs from that of most layers."""
+    sound = {number: plan for number, plan in plans.items() if not plan.problems}
+    prefixes = {number: plan.wk.name.rpartition("layers.")[0] for number, plan in sound.items() if not plan.is_mtp}
+    shapes = {number: plan.shape for number, plan in sound.items()}
+    mtp = "MTP layers are numbered from num_hidden_layers or called mtp_layers"
+    for values, what, advice in ((prefixes, "hidden layers under {}layers", mtp), (shapes, "(D, H, K) = {}", "")):
+        usual = Counter(values.values()).most_common(1)
+        for number, value in values.items():
+            if value != usual[0][0]:
+                problem = sound[number].wk.wrong(f"{what.format(usual[0][0])}, like most layers", f"{value}", advice)
+                plans[number] = plans[number].with_problems(problem)

@@ -1,7 +1,8 @@
-"""From a path to weights."""
+"""Loads weights from a checkpoint on disk."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,9 +11,12 @@ from rich.console import Console
 from rich.progress import track
 
 from ..kernels.weights import ProjectionWeights
-from .assembly import Assembly
 from .checkpoint import Checkpoint
-from .plan import DEFAULT_HEAD_DIM, Plan
+from .layer import own
+from .plan import Plan
+from .problems import CheckpointError, Problem
+
+LOGGER = logging.getLogger("indexproj")
 
 
 def load(
@@ -22,35 +26,34 @@ def load(
     *,
     progress: bool = False,
 ) -> dict[int, ProjectionWeights]:
-    """Loads the projection of some layers, reading only its own bytes.
+    """Loads the projection of some layers, reading only its own bytes. Logs `Plan.warnings`.
 
     Args:
-        checkpoint: a directory, one .safetensors file, or either one with its headers read.
-        layers: layer indices; all that own an indexer where left out.
-        device: where the weights go.
-        progress: shows a bar on stderr, if that is a terminal.
+        checkpoint: a directory, a .safetensors file, or a Checkpoint.
+        layers: layers to load; None for all that own an indexer.
+        device: device of the weights.
+        progress: show a progress bar on stderr if that is a terminal.
 
     Returns:
-        layer index -> weights.
+        layer -> weights.
 
     Raises:
-        CheckpointError: listing every problem; nothing is loaded then.
+        CheckpointError: lists every problem; nothing is loaded.
     """
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint(checkpoint)
-    chosen = Plan.of(checkpoint).select(layers)
-    config = checkpoint.config
-    assembly = Assembly(
-        chosen,
-        device,
-        index_head_dim=config.index_head_dim or DEFAULT_HEAD_DIM,
-        num_hidden_layers=config.num_hidden_layers,
-    )
-    assembly.begin()
-    names = [name for plan in chosen.values() for name in plan.tensors]
+    plan = Plan.of(checkpoint)
+    chosen = plan.select(layers)
+    for warning in plan.warnings:
+        LOGGER.warning("%s", warning)
     console = Console(stderr=True)
-    shown = progress and console.is_terminal
-    tensors = checkpoint.stream(names)
-    for name, tensor in track(tensors, "Loading", len(names), console=console, transient=True, disable=not shown):
-        assembly.offer(name, tensor, checkpoint.headers[name].file)
-    return assembly.finish()
+    is_shown = progress and console.is_terminal
+    loaded: dict[int, ProjectionWeights] = {}
+    problems: list[Problem] = []
+    for layer in track(chosen.values(), "Loading", console=console, transient=True, disable=not is_shown):
+        tensors = {name: own(checkpoint.read(name), torch.device(device)) for name in layer.tensors}
+        if weights := layer.bind(tensors, problems):
+            loaded[layer.layer] = weights
+    if problems:
+        raise CheckpointError(problems)
+    return loaded

@@ -1,19 +1,18 @@
-"""The grammar of an indexer's tensor names."""
+"""Names of indexer tensors in a checkpoint."""
 
 from __future__ import annotations
 
-import operator
 import re
 from dataclasses import dataclass
 
 WK, GATE, FUSED = "wk", "weights_proj", "wk_weights_proj"
 
-# What a tensor is to its matrix, by the last part of its name. One role may be spelled in several ways, and a spelling
-# says nothing of the encoding: Quark writes `weight_scale` for what DeepSeek calls `weight_scale_inv`.
+# Last part of the name -> role of the tensor. The spelling does not determine the encoding: Quark calls
+# `weight_scale` what DeepSeek calls `weight_scale_inv`.
 ROLES = {
     "weight": "weight",
     "weight_packed": "weight",  # compressed-tensors
-    "weight_scale_inv": "scale",  # DeepSeek; a factor, its name notwithstanding
+    "weight_scale_inv": "scale",  # DeepSeek; a factor, despite its name
     "weight_scale": "scale",  # compressed-tensors, ModelOpt, Quark
     "scale": "scale",  # DeepSeek's own inference code
     "weight_scale_2": "scale_2",  # ModelOpt
@@ -21,13 +20,13 @@ ROLES = {
     "weight_shape": "shape",  # compressed-tensors
     "weight_zero_point": "zero_point",  # compressed-tensors
     "weight_g_idx": "g_idx",  # compressed-tensors
-    "input_scale": "input_scale",  # of activations: known, and not used
+    "input_scale": "input_scale",  # for activations; accepted and ignored
     "input_global_scale": "input_scale",
 }
 
-UNUSED = "input_scale"  # the role that has no part in the values
+UNUSED = "input_scale"  # the role that loading ignores
 
-SPELLINGS = {role: spelling for spelling, role in reversed(ROLES.items())}  # the first one of each
+SPELLINGS = {role: spelling for spelling, role in reversed(ROLES.items())}  # the first spelling of each role
 
 _NAME = re.compile(
     r"(?P<stem>(?:[\w-]+\.)*(?P<mtp>mtp_)?layers\.(?P<number>\d{1,6})\.self_attn\.indexer\.)"
@@ -36,55 +35,29 @@ _NAME = re.compile(
 )
 
 
-def integer(layer: int) -> int:
-    """A layer's index, also from one of numpy's integers.
-
-    Raises:
-        TypeError: it is none.
-    """
-    try:
-        return operator.index(layer)
-    except TypeError:
-        raise TypeError(f"layers must be integers, got {layer!r}") from None
-
-
 @dataclass(frozen=True)
 class IndexerTensor:
-    """A name `<prefix>layers.<number>.self_attn.indexer.<matrix>.<leaf>`, or another one under `.indexer.`.
-
-    Attributes:
-        stem: everything up to and with "indexer.".
-        number: of the layer, as the name has it.
-        is_mtp: True for `mtp_layers`, which HY-V4 counts from 0 behind the hidden layers.
-        matrix: WK, GATE or FUSED; None for a tensor outside the projection (wq_b, k_norm).
-        role: a value of ROLES; the leaf itself, behind a dot, where it is not a key of ROLES.
-    """
+    """A name `<prefix>layers.<number>.self_attn.indexer.<matrix>.<leaf>`, or another name under `.indexer.`."""
 
     name: str
-    stem: str
+    stem: str  # everything up to and including "indexer."
     number: int
-    is_mtp: bool
-    matrix: str | None
-    role: str
+    is_mtp: bool  # True for `mtp_layers`, which HY-V4 numbers from 0, after the hidden layers
+    matrix: str | None  # WK, GATE or FUSED; None for tensors outside the projection (wq_b, k_norm)
+    role: str  # a value of ROLES; for an unknown leaf, a dot and the leaf
 
     def layer(self, num_hidden_layers: int | None) -> int | None:
-        """Index of the layer in a model of so many hidden layers; None if that has to be known and is not."""
+        """Layer index in the model; None for `mtp_layers` if num_hidden_layers is unknown."""
         if not self.is_mtp:
             return self.number
         return None if num_hidden_layers is None else num_hidden_layers + self.number
 
 
 def parse(name: str) -> IndexerTensor | None:
-    """The parts of an indexer tensor's name; None for every other tensor."""
+    """Splits the name of an indexer tensor; returns None for any other tensor."""
     match = _NAME.fullmatch(name)
     if match is None:
         return None
     leaf = match["leaf"] or ""
     role = ROLES.get(leaf, f".{leaf}")
     return IndexerTensor(name, match["stem"], int(match["number"]), match["mtp"] is not None, match["matrix"], role)
-
-
-def is_projection(name: str) -> bool:
-    """True for the tensors that the projection consists of."""
-    tensor = parse(name)
-    return tensor is not None and tensor.matrix is not None

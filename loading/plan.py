@@ -1,55 +1,26 @@
-"""Which layers own an indexer, and how each of them is stored: read from headers alone."""
+"""Which layers own an indexer and how each is stored, from headers alone."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+import operator
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 from .checkpoint import Checkpoint
 from .config import CONFIG, Config
-from .headers import Header
-from .layer import MatrixPlan, Pair, plan_pair, unlike_most
-from .names import UNUSED, IndexerTensor, integer, parse
+from .layer import Collector, LayerPlan, check_alike
+from .names import parse
 from .problems import CheckpointError, Problem
-
-DEFAULT_HEAD_DIM = 128  # D of every model so far
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """The projection of one layer.
-
-    Attributes:
-        layer: index in the checkpoint's own numbering; `mtp_layers` come behind the hidden ones.
-        is_mtp: True for a multi-token-prediction layer (layer >= num_hidden_layers in the config).
-        tensors: names to read.
-        wk, gate: the two matrices.
-        problems: why it does not load; empty where it does.
-    """
-
-    layer: int
-    is_mtp: bool
-    tensors: tuple[str, ...]
-    wk: MatrixPlan
-    gate: MatrixPlan
-    problems: tuple[Problem, ...] = field(repr=False)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(D, H, K) of a layer without problems."""
-        (d, k), (h, _) = self.wk.shape, self.gate.shape
-        return d, h, k
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a checkpoint holds of the projection.
+    """The projection in a checkpoint.
 
     Attributes:
-        layers: layer index -> LayerPlan, ascending; layers without an indexer are not in it.
-        config: what config.json says.
-        file_problems: what is wrong beyond any one layer.
+        layers: layer index -> LayerPlan, ascending, for layers that own an indexer.
+        config: config.json.
+        file_problems: problems that belong to no single layer.
     """
 
     layers: Mapping[int, LayerPlan]
@@ -58,50 +29,52 @@ class Plan:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Plan:
-        """Plans from headers; never raises, but collects problems."""
-        faults: defaultdict[int | None, list[Problem]] = defaultdict(list)
-        names: defaultdict[int, list[IndexerTensor]] = defaultdict(list)
-        hidden = checkpoint.config.num_hidden_layers
-        for problem in checkpoint.problems:
-            tensor = parse(problem.subject)
-            faults[tensor.layer(hidden) if tensor else None].append(problem)
-        subjects = (problem.subject for problem in checkpoint.problems)
-        unnumbered = []
-        for name in sorted({*checkpoint.headers, *checkpoint.neighbours, *subjects}):
-            if tensor := parse(name):
-                layer = tensor.layer(hidden)
-                if layer is None:
-                    unnumbered.append(name)
-                else:
-                    names[layer].append(tensor)
-        layers = {layer: _plan_layer(layer, names[layer], checkpoint, faults[layer]) for layer in sorted(names)}
-        _check_alike(layers)
-        file_problems = faults[None]
-        if unnumbered:
-            expected = f"num_hidden_layers in {CONFIG}, behind which mtp_layers are counted"
-            file_problems.append(Problem(unnumbered[0], "", expected, "none"))
-        elif not layers and not file_problems:
+        """Plans a load. Collects problems and never raises."""
+        config = checkpoint.config
+        collector = Collector(config.index_head_dim, config.num_hidden_layers)
+        faults = [(problem, parse(problem.subject)) for problem in checkpoint.problems]
+        others = {*checkpoint.neighbours, *(problem.subject for problem, _ in faults)} - checkpoint.headers.keys()
+        for tensor in filter(None, map(parse, (*sorted(checkpoint.headers), *sorted(others)))):
+            if (number := collector.number(tensor)) is not None:
+                collector.add(number, tensor, checkpoint.headers.get(tensor.name))
+        for problem, part in faults:
+            collector.problems[collector.number(part) if part else None].append(problem)
+        layers = collector.plans()
+        layers = {number: layer.with_problems(*_check_sizes(layer, config)) for number, layer in layers.items()}
+        check_alike(layers)
+        file_problems = collector.problems[None]
+        if not layers and not file_problems:
             expected = "tensors named ...layers.<L>.self_attn.indexer.wk.weight"
-            found = f"none of {checkpoint.tensors} tensors"
-            advice = "is this a model with an indexer?"
+            found, advice = f"none of {checkpoint.tensors} tensors", "is this a model with an indexer?"
             file_problems.append(Problem(str(checkpoint.path), "", expected, found, advice))
         if checkpoint.is_whole and layers:
-            file_problems += _check_schedules(checkpoint.config, layers)
-        return cls(layers, checkpoint.config, tuple(file_problems))
+            file_problems += _check_schedule(config, layers)
+        return cls(layers, config, tuple(file_problems))
 
     @property
     def problems(self) -> tuple[Problem, ...]:
         """Every problem of the files and of the layers."""
         return (*self.file_problems, *(problem for plan in self.layers.values() for problem in plan.problems))
 
+    @property
+    def warnings(self) -> tuple[Problem, ...]:
+        """Contradictions within config.json that do not affect what loads."""
+        warnings, schedules = list(self.config.warnings), self.config.schedules
+        for source, schedule in schedules.items():
+            if differing := [layer for layer, runs in enumerate(schedule) if runs != self.config.schedule[layer]]:
+                first, found = next(iter(schedules)), f"a difference in layers {ranges(differing)}"
+                advice = f"indexproj goes by {first}, other engines may not"
+                warnings.append(Problem(CONFIG, "", f"{first} and {source} to agree", found, advice))
+        return tuple(warnings)
+
     def has_weights(self, layer: int) -> bool:
-        """True if the checkpoint has tensors of that layer's indexer, whether or not the model ever runs it."""
+        """True if the checkpoint has tensors of that layer's indexer, whether or not the model runs it."""
         return layer in self.layers
 
     def runs(self, layer: int) -> bool:
-        """True if the model runs that layer's indexer, instead of sharing the choice of an earlier layer.
+        """True if the model runs that layer's indexer, False if it reuses the tokens that an earlier layer picked.
 
-        The config says so of hidden layers; of others, and where it says nothing, it is whether there are weights.
+        The config decides for hidden layers; without a schedule, and for other layers, having weights does.
         """
         schedule = self.config.schedule
         return schedule[layer] if 0 <= layer < len(schedule) else self.has_weights(layer)
@@ -111,11 +84,11 @@ class Plan:
 
         Raises:
             CheckpointError: a problem in any of them, or a layer without an indexer.
-            TypeError: a layer that is no integer.
+            TypeError: a layer index that is not an integer.
         """
-        wanted = set(self.layers if layers is None else map(integer, layers))
+        wanted = sorted(set(self.layers if layers is None else map(operator.index, layers)))
         problems = list(self.file_problems)
-        for layer in sorted(wanted):
+        for layer in wanted:
             if layer in self.layers:
                 problems += self.layers[layer].problems
             else:
@@ -123,88 +96,27 @@ class Plan:
                 problems.append(Problem(f"layer {layer}", "", expected, "no indexer in it"))
         if problems:
             raise CheckpointError(problems)
-        return {layer: self.layers[layer] for layer in sorted(wanted)}
+        return {layer: self.layers[layer] for layer in wanted}
 
 
-def _plan_layer(
-    layer: int, tensors: list[IndexerTensor], checkpoint: Checkpoint, file_faults: list[Problem]
-) -> LayerPlan:
-    config = checkpoint.config
-    present = [tensor for tensor in tensors if tensor.matrix and tensor.name in checkpoint.headers]
-    stem = (present or tensors)[0].stem
-    headers: dict[str, dict[str, Header]] = {tensor.matrix: {} for tensor in tensors if tensor.matrix}
-    problems = list(file_faults)
-    for tensor in present:
-        assert tensor.matrix is not None
-        header = checkpoint.headers[tensor.name]
-        first = headers[tensor.matrix].setdefault(tensor.role, header)
-        if tensor.stem != stem:
-            problems.append(Problem(tensor.name, header.file, f"all of layer {layer} under {stem}", str(header)))
-        elif first is not header:
-            problems.append(Problem(tensor.name, header.file, f"one tensor in the role of {first.name}", str(header)))
-    pair = plan_pair(stem, headers, config.index_head_dim or DEFAULT_HEAD_DIM)
-    # What a file should hold and does not is already there, with the file's name.
-    missing = {(tensor.matrix, tensor.role) for tensor in tensors if tensor.name not in checkpoint.headers}
-    problems += [fault for fault in pair.problems if _part(fault.subject) not in missing]
-    problems += _check_sizes(pair, config)
-    is_mtp = config.num_hidden_layers is not None and layer >= config.num_hidden_layers
-    names = tuple(tensor.name for tensor in present if tensor.role != UNUSED)
-    return LayerPlan(layer, is_mtp, names, pair.wk, pair.gate, tuple(problems))
-
-
-def _part(name: str) -> tuple[str | None, str] | None:
-    tensor = parse(name)
-    return (tensor.matrix, tensor.role) if tensor else None
-
-
-def _check_sizes(pair: Pair, config: Config) -> list[Problem]:
+def _check_sizes(layer: LayerPlan, config: Config) -> list[Problem]:
     problems = []
-    for plan, axis, key in (
-        (pair.wk, 0, "index_head_dim"), (pair.wk, 1, "hidden_size"), (pair.gate, 0, "index_n_heads"),
-    ):  # fmt: skip
+    sizes = (layer.wk, 0, "index_head_dim"), (layer.wk, 1, "hidden_size"), (layer.gate, 0, "index_n_heads")
+    for plan, axis, key in sizes:
         value = getattr(config, key)
         if plan.shape and value not in (None, plan.shape[axis]):
-            header = plan.headers["weight"]
             expected = f"{value} in dimension {axis} of the matrix ({CONFIG}: {key})"
-            problems.append(Problem(header.name, header.file, expected, f"{header}, a matrix {list(plan.shape)}"))
+            problems.append(plan.wrong(expected, f"{plan.headers['weight']}, a matrix {list(plan.shape)}"))
     return problems
 
 
-def _check_alike(layers: dict[int, LayerPlan]) -> None:
-    """Gives a problem to every layer whose shape, or prefix if it is a hidden one, is not that of most layers."""
-    sound = {layer: plan for layer, plan in layers.items() if not plan.problems}
-    hidden = {layer: plan.wk.name.rpartition("layers.")[0] for layer, plan in sound.items() if not plan.is_mtp}
-    for layer, prefix in unlike_most(hidden).items():
-        plan = layers[layer]
-        header = plan.wk.headers["weight"]
-        expected = f"hidden layers under {prefix}layers, as most are"
-        advice = "an MTP layer is numbered from num_hidden_layers on, or called mtp_layers"
-        layers[layer] = replace(plan, problems=(Problem(header.name, header.file, expected, str(header), advice),))
-    for layer, usual in unlike_most({layer: plan.shape for layer, plan in sound.items()}).items():
-        plan = layers[layer]
-        d_or_k_differs = (plan.shape[0], plan.shape[2]) != (usual[0], usual[2])
-        header = (plan.wk if d_or_k_differs else plan.gate).headers["weight"]
-        expected = f"(D, H, K) = {usual}, as in most layers"
-        problem = Problem(header.name, header.file, expected, f"{plan.shape}")
-        layers[layer] = replace(plan, problems=(*plan.problems, problem))
-
-
-def _check_schedules(config: Config, layers: Mapping[int, LayerPlan]) -> list[Problem]:
-    """Holds what the config says of layers against the layers that there are, and against itself."""
+def _check_schedule(config: Config, layers: Mapping[int, LayerPlan]) -> list[Problem]:
+    """Checks the layers in the config against those in the files."""
     problems = []
-    sources = list(config.schedules)
-    if sources:
-        gaps = [layer for layer, runs in enumerate(config.schedule) if runs and layer not in layers]
-        if gaps:
-            expected = f"weights for the indexers of layers {ranges(gaps)}, which run by {sources[0]}"
-            problems.append(Problem(CONFIG, "", expected, f"an indexer in layers {ranges(layers)} only"))
-    for source in sources[1:]:
-        pairs = zip(config.schedule, config.schedules[source], strict=True)
-        differing = [layer for layer, (first, second) in enumerate(pairs) if first != second]
-        if differing:
-            expected = f"{sources[0]} and {source} to say the same"
-            advice = "engines differ in which of them they read"
-            problems.append(Problem(CONFIG, "", expected, f"a difference in layers {ranges(differing)}", advice))
+    gaps = [layer for layer, runs in enumerate(config.schedule) if runs and layer not in layers]
+    if gaps:
+        expected = f"weights for the indexers of layers {ranges(gaps)}, which run by {next(iter(config.schedules))}"
+        problems.append(Problem(CONFIG, "", expected, f"an indexer in layers {ranges(layers)} only"))
     if config.num_hidden_layers is not None and config.num_nextn_predict_layers is not None:
         end = config.num_hidden_layers + config.num_nextn_predict_layers
         beyond = [layer for layer, plan in layers.items() if layer >= end and ".mtp_layers." not in f".{plan.wk.name}"]

@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint, in the words of the person who has to mend it."""
+"""Errors of a checkpoint, in terms that its owner can act on."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Problem:
-    """One fault.
+    """One error or warning.
 
     Attributes:
-        subject: the tensor's full name, or the file's, path's or layer's where no tensor is concerned.
-        file: the file the tensor is in or should be in; "" where it is unknown or the subject itself.
+        subject: full name of the tensor; the file, path or layer if no single tensor is at fault.
+        file: file that holds or should hold the tensor; "" if unknown or if the subject is a file.
         expected: what would have been right.
-        found: what is there.
-        advice: what to do about it; "" where that is plain.
+        found: what is there instead.
+        advice: how to fix it; "" if that is obvious.
     """
 
     subject: str
@@ -31,7 +31,7 @@ class Problem:
 
 
 class CheckpointError(ValueError):
-    """A load that cannot be done, with every problem of the attempt.
+    """A failed load, with every problem that was found.
 
     Attributes:
         problems: at least one, in order of discovery.

@@ -1,4 +1,4 @@
-"""Values that no trained matrix has, and that would end in NaN or infinity, or be lost, in the kernels' fp32 sums."""
+"""Rejects values that no trained matrix has: they would overflow in the kernels' fp32 sums, become NaN, or vanish."""
 
 from __future__ import annotations
 
@@ -11,32 +11,34 @@ from ..kernels.matrix import DenseMatrix, Fp4Matrix, Fp8Matrix, Matrix
 _LARGEST, _SMALLEST = 2.0**100, 2.0**-100
 _LARGEST_BF16 = (100 + 127) << 7  # the bits of 2**100
 _ALL_ZERO = "values other than 0", "nothing but 0, as in a hole that an unfinished download leaves"
-_SCALES = "scales that are 0 or of a size from 2**-100 to 2**100"
+_SCALES = "scales that are 0 or have a magnitude from 2**-100 to 2**100"
+
+Faults = dict[str, tuple[str, str]]  # role -> (expected values, found values)
 
 
-def unusable(matrix: Matrix) -> dict[str, tuple[str, str]]:
-    """role -> (which values are expected, what is there), for every tensor of a matrix that holds others."""
-    found: dict[str, tuple[str, str]] = {}
+def nan_codes(codes: Tensor) -> Faults:
+    """Finds NaN in FP8 codes as stored, which kernels decode to numbers: 0x7F, 0xFF in e4m3fn, 0x80 in e4m3fnuz."""
+    if codes.dtype == torch.float8_e4m3fn:
+        has_nan = int(codes.view(torch.int8).max()) == 0x7F or int(codes.view(torch.uint8).max()) == 0xFF
+    else:
+        has_nan = codes.dtype == torch.float8_e4m3fnuz and int(codes.view(torch.int8).min()) == -0x80
+    return {"weight": ("finite values", _summary(codes))} if has_nan else {}
+
+
+def unusable(matrix: Matrix) -> Faults:
+    """Finds tensors of a matrix with other bad values; NaN among FP8 codes is up to `nan_codes`."""
     if isinstance(matrix, DenseMatrix):
-        # Without their signs, bf16 values are in the order of their bits, infinity and NaN above all.
+        # Ignoring the sign, bf16 values sort like their bits, with infinity and NaN above all others.
         largest = int((matrix.weight.view(torch.int16) & 0x7FFF).amax())
         if largest > _LARGEST_BF16:
-            found["weight"] = "values of a size up to 2**100", _summary(matrix.weight)
-        elif largest == 0:
-            found["weight"] = _ALL_ZERO
-        return found
+            return {"weight": ("magnitudes up to 2**100", _summary(matrix.weight))}
+        return {} if largest else {"weight": _ALL_ZERO}
     assert isinstance(matrix, Fp8Matrix | Fp4Matrix)
-    if isinstance(matrix, Fp8Matrix) and _has_nan(matrix.codes):
-        found["weight"] = "finite values", _summary(matrix.codes)
-    if not _scales_fit(matrix):
-        found["scale"] = _SCALES, _summary(matrix.scale)
-    if isinstance(matrix, Fp4Matrix) and matrix.global_scale is not None and not _fits(matrix.global_scale).all():
-        found["global_scale"] = _SCALES, _summary(matrix.global_scale)
-    if not found:
-        for role, tensor in zip(("weight", "scale", "global_scale"), matrix.tensors, strict=False):
-            if not tensor.view(torch.uint8).max():
-                found[role] = _ALL_ZERO
-    return found
+    tensors = dict(zip(("weight", "scale", "global_scale"), matrix.tensors, strict=False))
+    found = {} if _scales_fit(matrix) else {"scale": (_SCALES, _summary(matrix.scale))}
+    if "global_scale" in tensors and not _fits(tensors["global_scale"]).all():
+        found["global_scale"] = _SCALES, _summary(tensors["global_scale"])
+    return found or {role: _ALL_ZERO for role, tensor in tensors.items() if not tensor.view(torch.uint8).max()}
 
 
 def _summary(tensor: Tensor) -> str:
@@ -45,27 +47,19 @@ def _summary(tensor: Tensor) -> str:
     if bad.any():
         return f"{int(bad.sum())} NaN or infinite of {values.numel()}, the first at {bad.nonzero()[0].tolist()}"
     sizes = values.abs()
-    return f"sizes from {sizes.min():.1e} to {sizes.max():.1e}"
-
-
-def _has_nan(codes: Tensor) -> bool:
-    """Among e4m3fn codes 0x7F and 0xFF, among e4m3fnuz codes 0x80: extremes of bytes, with and without a sign."""
-    signed, unsigned = codes.view(torch.int8), codes.view(torch.uint8)
-    if codes.dtype == torch.float8_e4m3fnuz:
-        return int(signed.min()) == -0x80
-    return int(signed.max()) == 0x7F or int(unsigned.max()) == 0xFF
+    return f"magnitudes from {sizes.min():.1e} to {sizes.max():.1e}"
 
 
 def _fits(scale: Tensor) -> Tensor:
     size = scale.float().abs()
-    return (size == 0) | (size >= _SMALLEST) & (size <= _LARGEST)  # comparisons with NaN are false
+    return (size == 0) | (size >= _SMALLEST) & (size <= _LARGEST)  # False for NaN
 
 
 def _scales_fit(matrix: Fp8Matrix | Fp4Matrix) -> bool:
     fits = _fits(matrix.scale)
     if fits.all():
         return True
-    # A group of zeros may have any small scale: quantizers give it the least one there is.
+    # Quantizers give a group of zeros the smallest scale there is.
     if not (matrix.scale.float().abs() <= _LARGEST).all():
         return False
     elsewhere = spread(fits, matrix.group, matrix.shape)

@@ -15,7 +15,7 @@ from indexproj.loading.checkpoint import INDEX
 from support import GATE, INDEXER, SCALE, WK, fp8_layer, only, problems_of, same, write_checkpoint
 
 
-def test_missing_shard_names_every_tensor_in_it(tmp_path):
+def test_missing_shard(tmp_path):
     tensors = fp8_layer()
     path = write_checkpoint(tmp_path, {WK: tensors[WK], SCALE: tensors.pop(SCALE)}, {GATE: tensors[GATE]})
     (path / "model-00001-of-00002.safetensors").unlink()
@@ -26,7 +26,7 @@ def test_missing_shard_names_every_tensor_in_it(tmp_path):
     }
 
 
-def test_a_missing_shard_of_other_tensors_is_no_problem(tmp_path):
+def test_missing_shard_of_other_tensors(tmp_path):
     path = write_checkpoint(tmp_path, fp8_layer(), {"model.norm.weight": torch.ones(4)})
     (path / "model-00002-of-00002.safetensors").unlink()
     assert Checkpoint(path).unread == ["model-00002-of-00002.safetensors"]
@@ -49,7 +49,7 @@ def test_truncated_file(tmp_path, keep):
 
 
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
-def test_a_shard_that_is_no_file(tmp_path, make):
+def test_shard_that_is_not_a_file(tmp_path, make):
     path = write_checkpoint(tmp_path, fp8_layer())
     (path / "model-00001-of-00001.safetensors").unlink()
     make(path / "model-00001-of-00001.safetensors")
@@ -58,8 +58,8 @@ def test_a_shard_that_is_no_file(tmp_path, make):
 
 @pytest.mark.parametrize("file", [INDEX, "config.json"])
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: path.symlink_to("gone")])
-def test_an_index_or_a_config_that_is_no_file(tmp_path, file, make):
-    """Nor is anything waited for, and a link whose target was not fetched is not the same as nothing."""
+def test_index_or_config_that_is_not_a_file(tmp_path, file, make):
+    """A pipe does not block, and a dangling link is not an absent file."""
     path = write_checkpoint(tmp_path, fp8_layer(), config={})
     (path / file).unlink()
     make(path / file)
@@ -67,42 +67,40 @@ def test_an_index_or_a_config_that_is_no_file(tmp_path, file, make):
     assert (problem.subject, problem.expected) == (file, "readable JSON")
 
 
-def test_a_single_file_that_is_damaged(tmp_path):
+def test_damaged_single_file(tmp_path):
     (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
     assert only(problems_of(tmp_path)).subject == "model.safetensors"
 
 
-def test_index_names_an_absent_tensor(tmp_path):
+def test_index_names_absent_tensor(tmp_path):
     path = write_checkpoint(tmp_path, fp8_layer())
     index = json.loads((path / INDEX).read_text())
     index["weight_map"][INDEXER.format(1) + "wk.weight"] = "model-00001-of-00001.safetensors"
     (path / INDEX).write_text(json.dumps(index))
     problems = problems_of(path)
     assert problems[0].found == "no such tensor"
-    assert problems[0].advice == "index and file are of two exports: fetch both again"
+    assert problems[0].advice == "index and file are of different exports: fetch both again"
     assert {problem.subject for problem in problems} == {
         INDEXER.format(1) + "wk.weight",
         INDEXER.format(1) + "weights_proj.weight",
     }
 
 
-def test_a_tensor_in_two_shards(tmp_path):
+def test_tensor_in_two_shards(tmp_path):
     path = write_checkpoint(tmp_path, fp8_layer(), {GATE: fp8_layer()[GATE]})
     problem = only(problems_of(path))
     assert problem.found == "a second copy"
     assert (problem.subject, problem.file) == (GATE, "model-00002-of-00002.safetensors")
 
 
-def test_a_file_that_is_replaced_between_header_and_data(tmp_path):
-    """The data are those of the header that was read."""
+def test_file_replaced_between_header_and_data(tmp_path):
+    """The data match the header that was read."""
     tensors = fp8_layer()
     path = write_checkpoint(tmp_path, tensors)
     checkpoint = Checkpoint(path)
     save_file({WK: torch.ones(1)}, tmp_path / "new")
     (tmp_path / "new").replace(path / "model-00001-of-00001.safetensors")
-    ((name, tensor),) = checkpoint.stream([WK])
-    assert name == WK
-    assert torch.equal(tensor.view(torch.uint8), tensors[WK].view(torch.uint8))
+    assert torch.equal(checkpoint.read(WK).view(torch.uint8), tensors[WK].view(torch.uint8))
 
 
 @pytest.mark.parametrize(
@@ -114,10 +112,11 @@ def test_a_file_that_is_replaced_between_header_and_data(tmp_path):
         (INDEX, '{"weight_map": {"a": "../b.safetensors"}}', "the name of a file beside the index"),
         (INDEX, '{"weight_map": {"a": 3}}', "the name of a file beside the index"),
         (INDEX, '{"weight_map": {"a": ""}}', "the name of a file beside the index"),
+        (INDEX, '{"weight_map": {"a": "."}}', "the name of a file beside the index"),
         (INDEX, '{"weight_map": {"a": ".."}}', "the name of a file beside the index"),
         (INDEX, '{"weight_map": {"a": "\\ud800"}}', "the name of a file beside the index"),
         (INDEX, '{"weight_map": {}}', 'a "weight_map" from tensor names to files'),
-        (INDEX, '{"weight_map": {"a": "b", "a": "c"}}', "readable JSON"),
+        (INDEX, '{"weight_map": {"a": "b", "a": "c"}}', 'a "weight_map" from tensor names to files'),
         (INDEX, "[" * 100_000, "readable JSON"),
         ("config.json", "nothing", "readable JSON"),
     ],
@@ -128,24 +127,24 @@ def test_unreadable_json(tmp_path, file, text, expected):
     assert only(problems_of(path)).expected == expected
 
 
-def test_no_checkpoint_at_all(tmp_path):
-    assert only(problems_of(tmp_path)).found == "a directory with neither"
-    assert only(problems_of(tmp_path / "nowhere")).found == "no such file or directory"
+def test_no_checkpoint(tmp_path):
+    assert only(problems_of(tmp_path)).found == "none of them in this directory"
+    assert only(problems_of(tmp_path / "nowhere")).found == "no directory or .safetensors file"
     (tmp_path / "config.json").write_text("{}")
-    assert only(problems_of(tmp_path / "config.json")).found == "another kind of file"
+    assert only(problems_of(tmp_path / "config.json")).found == "no directory or .safetensors file"
     assert only(problems_of(tmp_path / ("long" * 100))).expected == "the path of a checkpoint"
 
 
-def test_a_damaged_shard_of_other_tensors_is_no_problem(tmp_path):
+def test_damaged_shard_of_other_tensors(tmp_path):
     path = write_checkpoint(tmp_path, fp8_layer(), {"model.norm.weight": torch.ones(4)})
     (path / "model-00002-of-00002.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
     assert Checkpoint(path).unread == ["model-00002-of-00002.safetensors"]
     assert list(load(path)) == [0]
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_a_damaged_header_loads_right_or_not_at_all(tmp_path, data):
+def test_damaged_header_loads_right_or_not_at_all(tmp_path, data):
     """One byte of the header is another one, or the file is cut."""
     torch.manual_seed(0)
     tensors = {**fp8_layer(0), **fp8_layer(1)}

@@ -1,8 +1,8 @@
-"""The name grammar: exact leaves, any prefix, nothing by substring."""
+"""Tensor names: any prefix, exact suffixes, nothing by substring."""
 
 import pytest
 
-from indexproj.loading.names import is_projection, parse
+from indexproj.loading.names import parse
 
 
 @pytest.mark.parametrize("prefix", ["model.", "", "base-model.", "model.language_model.", "language_model.model."])
@@ -10,31 +10,22 @@ from indexproj.loading.names import is_projection, parse
 @pytest.mark.parametrize(
     ("leaf", "role"),
     [
-        ("weight", "weight"),
-        ("weight_packed", "weight"),
-        ("weight_scale_inv", "scale"),
-        ("weight_scale", "scale"),
-        ("scale", "scale"),
-        ("weight_scale_2", "scale_2"),
-        ("bias", ".bias"),
-        ("weight.packed", ".weight.packed"),
-        ("shape", ".shape"),
-        ("", "."),
-        ("weight\n", ".weight\n"),
+        ("weight", "weight"), ("weight_packed", "weight"), ("weight_scale_inv", "scale"), ("weight_scale", "scale"),
+        ("scale", "scale"), ("weight_scale_2", "scale_2"), ("bias", ".bias"), ("weight.packed", ".weight.packed"),
+        ("shape", ".shape"), ("", "."), ("weight\n", ".weight\n"),
     ],
-)
-def test_parts(prefix, matrix, leaf, role):
+)  # fmt: skip
+def test_parse_projection(prefix, matrix, leaf, role):
     stem = f"{prefix}layers.61.self_attn.indexer."
     tensor = parse(f"{stem}{matrix}.{leaf}")
     assert (tensor.stem, tensor.layer(61), tensor.matrix, tensor.role) == (stem, 61, matrix, role)
-    assert is_projection(tensor.name)
 
 
-def test_a_matrix_without_a_role_is_still_one_of_the_projection():
+def test_parse_matrix_without_role():
     assert parse("model.layers.0.self_attn.indexer.wk").role == "."
 
 
-def test_mtp_layers_are_counted_behind_the_hidden_ones():
+def test_parse_mtp_layers():
     tensor = parse("model.mtp_layers.1.self_attn.indexer.wk.weight")
     assert (tensor.stem, tensor.is_mtp) == ("model.mtp_layers.1.self_attn.indexer.", True)
     assert (tensor.layer(78), tensor.layer(None)) == (79, None)
@@ -43,23 +34,19 @@ def test_mtp_layers_are_counted_behind_the_hidden_ones():
 @pytest.mark.parametrize(
     "leaf", ["wq_b.weight", "k_norm.bias", "wkv.weight", "wk2.weight", "index_kpool_compress_gate"]
 )
-def test_neighbours_in_the_indexer(leaf):
+def test_parse_other_indexer_tensors(leaf):
     tensor = parse(f"model.layers.0.self_attn.indexer.{leaf}")
     assert (tensor.layer(61), tensor.matrix) == (0, None)
-    assert not is_projection(tensor.name)
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        "model.layers.0.self_attn.indexers_proj.weight",
-        "model.layers.0.self_attn.wk.weight",
-        "model.layers.x.self_attn.indexer.wk.weight",
-        "model.layers.٣.self_attn.indexer.wk.weight",
-        "model.layers.1234567.self_attn.indexer.wk.weight",
-        "model.layers.0.mlp.indexer.wk.weight",
-        "indexer.wk.weight",
+        "model.layers.0.self_attn.indexers_proj.weight", "model.layers.0.self_attn.wk.weight",
+        "model.layers.x.self_attn.indexer.wk.weight", "model.layers.٣.self_attn.indexer.wk.weight",
+        "model.layers.1234567.self_attn.indexer.wk.weight", "model.layers.0.mlp.indexer.wk.weight",
+        "model.layers.0.attn.indexer.wk.weight", "indexer.wk.weight",
     ],
-)
-def test_strangers(name):
+)  # fmt: skip
+def test_parse_unrelated_tensors(name):
     assert parse(name) is None

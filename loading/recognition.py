@@ -1,0 +1,84 @@
+"""Finds the encoding of a matrix from the dtypes and shapes of its tensors, or explains why there is none."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+
+from ..kernels.matrix import Matrix
+from .encodings import ENCODINGS, Encoding
+from .headers import Header
+from .names import ROLES, SPELLINGS, UNUSED
+from .problems import Problem
+
+
+@functools.lru_cache(maxsize=256)  # headers compare equal regardless of names, so the layers of a model share entries
+def recognize(*items: tuple[str, Header]) -> tuple[Encoding, Matrix] | None:
+    """(role, header) of each tensor -> the first encoding that fits exactly, and its matrix on the meta device."""
+    headers = dict(items)
+    encoding = next((each for each in _candidates(headers) if not each.misfits(headers)), None)
+    if encoding is None:
+        return None
+    return encoding, encoding.bind({role: header.meta() for role, header in items if role != UNUSED})
+
+
+def _candidates(headers: Mapping[str, Header]) -> list[Encoding]:
+    """Encodings with such a weight."""
+    weight = headers.get("weight")
+    if weight is None or len(weight.shape) != 2 or 0 in weight.shape:
+        return []
+    return [encoding for encoding in ENCODINGS if weight.dtype in encoding.weight_dtypes]
+
+
+def explain(matrix: str, headers: Mapping[str, Header]) -> list[Problem]:
+    """Says why `recognize` returns None for a matrix, such as "model.layers.0.self_attn.indexer.wk"."""
+    weight = headers.get("weight")
+    if candidates := _candidates(headers):
+        return _explain_scales(matrix, headers, candidates)
+    if weight is None:
+        known = [header for role, header in headers.items() if role in SPELLINGS]
+        file = next((header.file for header in headers.values()), "")
+        problem = Problem(f"{matrix}.weight", file, "a weight", f"only {_list(known)}" if known else "no tensor of it")
+    else:
+        dtypes = dict.fromkeys(dtype for encoding in ENCODINGS for dtype in encoding.weight_dtypes)
+        expected = "a matrix [N, K]" if weight.dtype in dtypes else f"a weight in {' or '.join(dtypes)}"
+        problem = Problem(weight.name, weight.file, expected, str(weight))
+    return [problem, *(_stray(header, []) for role, header in headers.items() if role not in SPELLINGS)]
+
+
+def _explain_scales(matrix: str, headers: Mapping[str, Header], candidates: list[Encoding]) -> list[Problem]:
+    """Problems with the tensors beside a valid weight; names what each candidate would need beside what fits it."""
+    misfits = {encoding: encoding.misfits(headers) for encoding in candidates}
+    # If the scale fits some candidates, the others are out of the question.
+    rivals = [encoding for encoding in candidates if "scale" not in misfits[encoding]] or candidates
+    best = min(rivals, key=lambda encoding: len(misfits[encoding]))
+    needs = {
+        rival.name: " and ".join(f"{rival.spelling(role)} {spec}" for role, spec in misfits[rival].items() if spec)
+        for rival in rivals
+    }
+    options = [f"{needed} ({name})" for name, needed in needs.items() if needed]
+    weight = headers["weight"]
+    expected = f"beside the {weight} weight {'one of ' if len(options) > 1 else ''}{', '.join(options)}"
+    fitting = [header for role, header in headers.items() if role not in misfits[best]]
+    problems = []
+    for role, spec in misfits[best].items():
+        header = headers.get(role)
+        if header is None:
+            advice = "the codes have no value without it: fetch the shard that holds it, or export the checkpoint again"
+            name = f"{matrix}.{best.spelling(role)}"
+            problems.append(Problem(name, weight.file, expected, "no such tensor", advice))
+        elif spec:
+            problems.append(Problem(header.name, header.file, expected, str(header)))
+        else:
+            problems.append(_stray(header, fitting if role in SPELLINGS else []))
+    return problems
+
+
+def _stray(header: Header, fitting: Iterable[Header]) -> Problem:
+    """A tensor that nothing uses, either because of its suffix or beside tensors that are complete without it."""
+    expected = f"nothing beside {_list(fitting)}" if fitting else f"no suffix but {', '.join(ROLES)}"
+    return Problem(header.name, header.file, expected, str(header))
+
+
+def _list(headers: Iterable[Header]) -> str:
+    return ", ".join(f"{header.name.rpartition('.')[2]} ({header})" for header in headers)

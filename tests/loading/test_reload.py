@@ -1,0 +1,124 @@
+"""Loading again: values change in place, all at once, and only if the whole load is right."""
+
+import pytest
+import torch
+
+from exports import EXPORTS, named
+from indexproj.indexer import IndexerProjection
+from indexproj.kernels import reference
+from indexproj.loading import Assembly, CheckpointError
+from support import GATE, INDEXER, SCALE, WK, bf16_layer, fp8_layer, same
+
+STEM = INDEXER.format(0)
+
+
+def send(assembly, *layers):
+    assembly.begin()
+    for tensors in layers:
+        for name, tensor in tensors.items():
+            assembly.offer(name, tensor)
+    return assembly.finish()
+
+
+def pointers(weights):
+    return [tensor.data_ptr() for matrix in (weights.wk, weights.gate) for tensor in matrix.tensors]
+
+
+def equal(weights, others):
+    return same(weights.wk, others.wk) and same(weights.gate, others.gate)
+
+
+@pytest.mark.parametrize("is_fused", [False, True])
+@pytest.mark.parametrize("export", EXPORTS)
+def test_reload_keeps_memory(export, is_fused):
+    """Each load gives what a first load of its tensors gives, in the memory of the first one."""
+
+    def tensors():
+        if is_fused:
+            return named(STEM, "wk_weights_proj", EXPORTS[export](144, 256))
+        return named(STEM, "wk", EXPORTS[export](128, 256)) | named(STEM, "weights_proj", EXPORTS[export](16, 256))
+
+    first, second = tensors(), tensors()
+    assembly = Assembly([0])
+    live = send(assembly, first).pop(0)  # the dict belongs to the caller
+    before = pointers(live)
+    for load in (first, second, second, first):
+        fresh = send(Assembly([0]), load)[0]
+        assert send(assembly, load)[0] is live
+        assert equal(live, fresh)
+        assert pointers(live) == before
+
+
+@pytest.mark.parametrize("make", [bf16_layer, fp8_layer])
+def test_failed_load_changes_nothing(make):
+    """Neither in its own layer nor in others."""
+    old, new = ({layer: make(layer) for layer in (0, 1)} for _ in range(2))
+    assembly = Assembly([0, 1])
+    live = send(assembly, *old.values())
+    values = {layer: weights.map(torch.clone) for layer, weights in live.items()}
+    last = INDEXER.format(1) + "wk.weight"
+    nan = new[1][last].clone()
+    nan.view(torch.uint8)[0, :2] = 0x7F
+    for bad in (
+        {},
+        {name: tensor for name, tensor in new[1].items() if name != last},
+        {**new[1], last: nan},
+        {**new[1], last: new[1][last][:, :128]},
+        {**new[1], f"{INDEXER.format(1)}wk.bias": torch.zeros(1)},
+    ):
+        with pytest.raises(CheckpointError):
+            send(assembly, new[0], bad)
+        assert all(equal(live[layer], values[layer]) for layer in live)
+    with pytest.raises(CheckpointError):
+        send(assembly, *new.values(), new[0])
+    assert all(equal(live[layer], values[layer]) for layer in live)
+    assert send(assembly, *new.values()) == live
+    assert not any(equal(live[layer], values[layer]) for layer in live)
+
+
+@pytest.mark.parametrize("modes", [(True, False), (False, True)])
+def test_reload_across_inference_mode(modes):
+    assembly = Assembly([0])
+    loaded = []
+    for mode in modes:
+        tensors = fp8_layer()
+        with torch.inference_mode(mode):
+            loaded.append(send(assembly, tensors)[0])
+    assert loaded[0] is loaded[1]
+    assert equal(loaded[0], send(Assembly([0]), tensors)[0])
+
+
+def test_reload_in_another_encoding():
+    assembly, tensors = Assembly([0]), bf16_layer()
+    first, second = (send(assembly, layer)[0] for layer in (fp8_layer(), tensors))
+    assert first is not second
+    assert torch.equal(second.wk.weight, tensors[WK])
+
+
+@pytest.mark.parametrize("make", [bf16_layer, fp8_layer])
+def test_reload_under_fused_names(make):
+    old, new = make(h=128), make(h=128)
+    if make is fp8_layer:
+        for tensors in (old, new):
+            tensors |= {GATE: tensors[WK].clone(), GATE + "_scale_inv": tensors[SCALE].clone()}
+    fused = {f"{STEM}wk_weights_proj.weight": torch.cat((new[WK], new[GATE]))}
+    if make is fp8_layer:
+        fused[f"{STEM}wk_weights_proj.weight_scale_inv"] = torch.cat((new[SCALE], new[GATE + "_scale_inv"]))
+    assembly = Assembly([0])
+    live = send(assembly, old)[0]
+    before = pointers(live)
+    for tensors, expected in ((fused, new), (old, old)):
+        assert send(assembly, tensors)[0] is live
+        assert equal(live, send(Assembly([0]), expected)[0])
+        assert pointers(live) == before
+
+
+def test_reload_reaches_a_module_that_holds_the_weights():
+    old, new = bf16_layer(), bf16_layer()
+    assembly = Assembly([0])
+    module = IndexerProjection(send(assembly, old)[0])
+    fused_weight, x = module.weights.fused_weight, torch.randn(2, 256)
+    for tensors in (old, new):
+        send(assembly, tensors)
+        assert torch.equal(fused_weight, torch.cat((tensors[WK], tensors[GATE])))
+        assert torch.equal(reference(x, module.weights)[1], x.double() @ tensors[GATE].double().T)
