@@ -146,8 +146,8 @@ def tune(
     import torch
     from rich.progress import Progress
 
-    from ..kernels.dispatch import default_path
-    from ..kernels.matrix import parse_pair
+    from ..kernels.dispatch import table_path
+    from ..kernels.formats import parse_pair
     from ..kernels.target import INTERPRETED
     from . import tune as module
 
@@ -158,7 +158,7 @@ def tune(
     gpu = torch.cuda.get_device_name(device)
     entries: list[Entry] = []
     try:
-        path = output or default_path(gpu)
+        path = output or table_path(gpu)
         path.parent.mkdir(parents=True, exist_ok=True)
         entries = module.read_entries(path, gpu)
     except ValueError as error:

@@ -17,9 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
 from ..kernels.dispatch import OUTS, KernelConfig, cdiv
+from ..kernels.formats import Activation, Format, operand_layout
 from ..kernels.launch import KERNELS, Signature, constants, options
-from ..kernels.matrix import Format, operand_specs
-from ..kernels.operation import Activation
 from ..kernels.target import INTERPRETED, Target
 
 
@@ -146,8 +145,8 @@ def warm_up(target: Target, config: KernelConfig, signature: Signature) -> Compi
     """
     empty = partial(torch.empty, 0)
     matrices = tuple(
-        tuple(None if spec is None else empty(dtype=spec[0]) for spec in operand_specs(fmt, n, signature.k))
-        for fmt, n in zip(signature.formats, signature.ns, strict=True)
+        tuple(layout and empty(dtype=layout[0]) for layout in operand_layout(format, n, signature.k))
+        for format, n in zip(signature.formats, signature.ns, strict=True)
     )
     outs = tuple(empty(dtype=dtype) for dtype in signature.dtypes)
     buffers: tuple[Any, ...] = ()

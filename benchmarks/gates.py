@@ -7,13 +7,13 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 from ..indexer.models import PAIRS, SHAPES
-from ..kernels.dispatch import OUTS, KernelConfig, choose
+from ..kernels.dispatch import OUTS, KernelConfig, cdiv, choose
+from ..kernels.formats import Activation, Format, operand_layout, parse_pair
 from ..kernels.launch import Signature
-from ..kernels.matrix import Format, operand_specs, parse_pair
-from ..kernels.operation import Activation
 from ..kernels.target import TARGETS, Target
 from .compiled import MULTIPROCESSORS, Binary, signature, warm_up
 
@@ -42,10 +42,10 @@ CASES = [
 
 def configs(target: Target, signature: Signature) -> dict[KernelConfig, int]:
     """The configs that dispatch selects, each with the largest power of two rows for which it does."""
-    shape, x_dtype = (*signature.ns, signature.k), signature.x_dtype
-    flags = {"quantize_x": any(signature.activations), "batch_invariant": signature.batch_invariant}
+    activated, invariant = any(signature.activations), signature.batch_invariant
+    choose_for = partial(choose, quantize_x=activated, batch_invariant=invariant)
     powers = [2**power for power in range(LARGEST_M.bit_length())]
-    return {choose(m, shape, signature.formats, target, x_dtype, **flags): m for m in powers}
+    return {choose_for(m, signature.shape, signature.formats, target, signature.x_dtype): m for m in powers}
 
 
 def faults(target: Target, ns: tuple[int, ...], m: int, config: KernelConfig, binary: Binary) -> list[str]:
@@ -78,9 +78,9 @@ def signature_of(case: Case, gate: str = "fp32", batch_invariant: bool = False) 
     return signature(SHAPES[case.shape], formats, case.activation, OUTS[gate], batch_invariant)
 
 
-def nbytes(fmt: Format, n: int, k: int) -> int:
+def nbytes(format: Format, n: int, k: int) -> int:
     """Bytes of a matrix [N, K] in that format."""
-    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in filter(None, operand_specs(fmt, n, k)))
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in filter(None, operand_layout(format, n, k)))
 
 
 def rows(
@@ -118,8 +118,10 @@ def _row(target: Target, case: Case, gate: str, batch_invariant: bool, config: K
     signature = signature_of(case, gate, batch_invariant)
     ns, k = signature.ns, signature.k
     binary = Binary.of(warm_up(target, config, signature), target)
-    programs, (weight_reads, x_reads) = math.prod(config.grid(m, *ns)), config.reads(m, *ns)
-    weights = sum(nbytes(fmt, n, k) for fmt, n in zip(signature.formats, ns, strict=True))
+    grid = config.grid(m, *ns)
+    programs, weight_reads = math.prod(grid), cdiv(m, config.block_m)
+    x_reads = 1 if config.regime == "prefill" else grid[0]
+    weights = sum(nbytes(format, n, k) for format, n in zip(signature.formats, ns, strict=True))
     # Batch-invariant kernels keep one split for all M, so more than 32 rows may come in several waves.
     at_once = min(m, 32) if batch_invariant else m
     return {

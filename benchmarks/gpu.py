@@ -12,7 +12,7 @@ import torch
 from ..indexer.cli.synthetic import random_matrix
 from ..indexer.models import SHAPES
 from ..kernels import ProjectionWeights
-from ..kernels.matrix import Format, parse_pair
+from ..kernels.formats import Format, parse_pair
 from .gates import nbytes
 
 Call = Callable[[], object]
@@ -33,7 +33,7 @@ def weight_copies(shape: tuple[int, ...], formats: tuple[Format, ...], device: t
     """Random weights, and copies of them that take more than twice the L2 cache, for calls that cycle through them."""
     *ns, k = shape
     torch.manual_seed(0)
-    weights = ProjectionWeights.pack(*(random_matrix(fmt, n, k) for fmt, n in zip(formats, ns, strict=True)))
+    weights = ProjectionWeights.pack(*(random_matrix(format, n, k) for format, n in zip(formats, ns, strict=True)))
     l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
     count = 1 + -(-2 * l2_bytes // weights.nbytes)
     return [weights.map(lambda tensor: tensor.to(device, copy=True)) for _ in range(count)]
@@ -47,7 +47,7 @@ def repeated(calls: Sequence[Call]) -> list[Call]:
 class Replay:
     """A CUDA graph of `repeated` calls.
 
-    A graph captured inside `counters_returned` must not be replayed after the block, nor beside other launches.
+    A graph captured inside `recycled_counters` must not be replayed after the block, nor beside other launches.
     """
 
     def __init__(self, calls: Sequence[Call]) -> None:
@@ -82,7 +82,7 @@ def floors(gpu: str, shape: str, pair: str, m: int) -> dict[str, float]:
     Counts the bytes of weights, bf16 x, bf16 k and fp32 gate once each.
     """
     d, h, k = SHAPES[shape]
-    weights = sum(nbytes(fmt, n, k) for fmt, n in zip(parse_pair(pair), (d, h), strict=True))
+    weights = sum(nbytes(format, n, k) for format, n in zip(parse_pair(pair), (d, h), strict=True))
     moved, flops = weights + m * (2 * k + 2 * d + 4 * h), 2 * m * k * (d + h)
     for name, (bandwidth, rate) in PEAKS.items():
         if name in gpu:

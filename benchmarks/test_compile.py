@@ -8,8 +8,8 @@ import pytest
 from indexproj.benchmarks.compiled import signature, warm_up
 from indexproj.indexer.models import SHAPES
 from indexproj.kernels import TARGETS, choose
+from indexproj.kernels.formats import parse_pair
 from indexproj.kernels.launch import KERNELS
-from indexproj.kernels.matrix import parse_pair
 
 SHAPE, FORMATS = SHAPES["deepseek-v3.2"], parse_pair("FP8 128x128, BF16")
 MS = QUICK_MS = (1, 16, 8192)

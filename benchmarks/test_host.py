@@ -15,7 +15,7 @@ from indexproj.indexer.cli.synthetic import random_matrix
 from indexproj.indexer.models import SHAPES
 from indexproj.kernels import TARGETS, ProjectionWeights, choose, project
 from indexproj.kernels import launch as module
-from indexproj.kernels.matrix import Format
+from indexproj.kernels.formats import Format
 
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc to build the stub driver")
 
@@ -35,17 +35,18 @@ def contenders(m):
     outs = torch.empty(m, 128, dtype=torch.bfloat16), torch.empty(m, 64)
     matrices = w.wk.operands, w.gate.operands
     operands = [operand for matrix in matrices for operand in matrix if operand is not None]
+    formats = [str(format) for format in w.formats]
     signature, target = module.signature_of(w, x.dtype, torch.float32), TARGETS["sm_90"]
     config = choose(m, SHAPE, w.formats, target)
     kernel, grid = module.KERNELS[config.regime], config.grid(m, 128, 64)
-    buffers = module.workspace(x.device, *config.workspace(grid, 128, 64)) if config.has_workspace else ()
+    buffers = module.workspace(x.device, *config.workspace_size(m, 128, 64)) if config.has_workspace else ()
     constants = module.constants(config, signature, target).values()
     ready = x, matrices, outs, *buffers, m, x.stride(0), tuple(out.stride(0) for out in outs), *constants
     options = module.options(config, target)
     return {
         "JITFunction": lambda: kernel[grid](*ready, **options),
         "launch": lambda: module.launch(x, matrices, outs, signature),
-        "torch.library op": lambda: torch.ops.indexproj.project(x, operands, "FP8_BLOCK BF16:fp32"),
+        "torch.library op": lambda: torch.ops.indexproj.project(x, operands, formats, [False, True]),
         "project": lambda: project(x, w),
     }
 

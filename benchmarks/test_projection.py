@@ -14,8 +14,8 @@ from indexproj.benchmarks.contenders import OTHERS, OURS, UnavailableError
 from indexproj.benchmarks.gpu import Replay, floors, repeated, weight_copies
 from indexproj.indexer.models import PAIRS, SHAPES
 from indexproj.kernels import reference
-from indexproj.kernels.matrix import parse_pair
-from indexproj.kernels.workspace import counters_returned
+from indexproj.kernels.formats import parse_pair
+from indexproj.kernels.workspace import recycled_counters
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -69,7 +69,7 @@ def test_projection(benchmark, shape, name, contender, pair, m, how, quick):
     benchmark.group = f"{shape}, {how}"
     benchmark.extra_info |= {"row": f"{name}: {pair}" if is_ours else name, "column": m, "unit": "us"}
     benchmark.extra_info |= floors(torch.cuda.get_device_name(), shape, pair if is_ours else "BF16, BF16", m)
-    with counters_returned(x.device):
+    with recycled_counters(x.device):
         in_turn = repeated(calls)
         CLOCK.calls = len(in_turn)
         run = Replay(calls) if how == "device" else functools.partial(run_all, in_turn)

@@ -22,11 +22,11 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from ..kernels import KernelConfig, ProjectionWeights, Target, choose, reference
-from ..kernels.dispatch import MAX_SPLIT_K, OUTS, cdiv, next_power_of_2, versions
-from ..kernels.launch import Signature, launch, multiply_by_torch, signature_of
-from ..kernels.matrix import Format
+from ..kernels.dispatch import MAX_SPLIT_K, OUTS, TABLE_SCHEMA, cdiv, next_power_of_2, versions
+from ..kernels.formats import Format
+from ..kernels.launch import Signature, launch, signature_of, torch_mm
 from ..kernels.target import target_of
-from ..kernels.workspace import counters_returned
+from ..kernels.workspace import recycled_counters
 from .compiled import signature, warm_up
 from .gpu import Replay, weight_copies
 
@@ -38,7 +38,6 @@ TORCH_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2**-6}
 FINALISTS, FIRST_ROUNDS, LAST_ROUNDS = 3, 3, 9
 # cuBLAS rounds differently from the kernels, so it has to be faster by more than two percent.
 TORCH_MARGIN = 0.98
-SCHEMA = 1
 
 # A kernel, or torch's GEMM with the output dtypes of that key of OUTS. Kernels are measured with an fp32 gate.
 Choice = KernelConfig | str
@@ -66,12 +65,12 @@ class WrongError(Exception):
     """A kernel's result differs from the reference."""
 
 
-def candidates(case: Case, target: Target) -> list[KernelConfig]:
+def candidates(m: int, shape: tuple[int, ...], formats: tuple[Format, ...], target: Target) -> list[KernelConfig]:
     """Configs worth measuring: the default, then its neighbors that fill the GPU.
 
     Regimes take turns, so that a search that runs out of time has tried all of them.
     """
-    m, (*ns, k) = next_power_of_2(case.m), case.shape
+    m, (*ns, k) = next_power_of_2(m), shape
     gemvs, splits, prefills = [], [], []
     if m <= 16:
         for block_m, num_warps in itertools.product((min(m, 4), min(m, 8)), (2, 4, 8)):
@@ -96,7 +95,7 @@ def candidates(case: Case, target: Target) -> list[KernelConfig]:
 
     by_turn = itertools.zip_longest(*(filter(fills, configs) for configs in (gemvs, splits, prefills)))
     neighbors = [config for turn in by_turn for config in turn if config is not None]
-    return list(dict.fromkeys([choose(m, case.shape, case.formats, target), *neighbors]))
+    return list(dict.fromkeys([choose(m, shape, formats, target), *neighbors]))
 
 
 def tune(cases: Sequence[Case], device: torch.device, seconds: float) -> Iterator[Progress]:
@@ -110,7 +109,7 @@ def tune(cases: Sequence[Case], device: torch.device, seconds: float) -> Iterato
         RuntimeError: there is no GPU, the default kernel fails on it, or compilation runs out of memory.
     """
     target, start = target_of(device), monotonic()
-    configs = {case: candidates(case, target) for case in cases}
+    configs = {case: candidates(*case, target) for case in cases}
     by_rank = itertools.zip_longest(*([(config, signature(*case[1:])) for config in configs[case]] for case in cases))
     kernels = list(dict.fromkeys(kernel for rank in by_rank for kernel in rank if kernel is not None))
     compiled = set()
@@ -124,7 +123,7 @@ def tune(cases: Sequence[Case], device: torch.device, seconds: float) -> Iterato
         deadline = begin + (start + seconds - begin) * number / len(cases)
         # For other formats torch would need a second, bf16 copy of the weights.
         by_torch = list(OUTS) if set(case.formats) == {Format.BF16} else []
-        choices = [default, *by_torch, *ready]
+        choices: list[Choice] = [default, *by_torch, *ready]
         medians, tried = search(choices, 1 + len(by_torch), Sampler(case, device), deadline)
         entry = _entry(case, medians, default) | {"tried": tried - len(by_torch), "candidates": len(configs[case])}
         yield Progress("measuring", number, len(cases), entry)
@@ -139,7 +138,7 @@ def _entry(case: Case, medians: dict[Choice, float], default: KernelConfig) -> E
     return {
         "m": case.m,
         "shape": [*case.shape],
-        "formats": [str(fmt) for fmt in case.formats],
+        "formats": [str(format) for format in case.formats],
         "config": {name: value for name, value in config.items() if value != defaults[name]},
         "torch_for": [outs for outs, us in torch_us.items() if us < TORCH_MARGIN * times[fastest]],
         "kernel": str(fastest),
@@ -213,7 +212,7 @@ class Sampler:
             self._run(choice, self._copies[0], outs)
             self._check(choice, outs)
             # These graphs never run side by side, so they can share counters instead of using up the reserve.
-            with counters_returned(self._x.device):
+            with recycled_counters(self._x.device):
                 self._replays[choice] = Replay([partial(self._run, choice, weights, outs) for weights in self._copies])
         return self._replays[choice].microseconds()
 
@@ -227,7 +226,7 @@ class Sampler:
         operands = weights.wk.operands, weights.gate.operands
         if isinstance(choice, KernelConfig):
             launch(self._x, operands, outs, signature_of(weights, *OUTS["fp32"]), choice)
-        elif not multiply_by_torch(self._x, [weight for weight, _, _ in operands], outs):
+        elif not torch_mm(self._x, operands, outs):
             raise RuntimeError("torch would need two GEMMs, as weights or outputs do not share one tensor")
 
     def _check(self, choice: Choice, outs: tuple[Tensor, ...]) -> None:
@@ -300,4 +299,4 @@ def write_table(path: Path, gpu: str, entries: Iterable[Entry]) -> None:
 
 
 def _head(gpu: str) -> dict[str, Any]:
-    return {"schema": SCHEMA, "gpu": gpu, "versions": versions()}
+    return {"schema": TABLE_SCHEMA, "gpu": gpu, "versions": versions()}
