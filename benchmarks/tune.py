@@ -125,8 +125,8 @@ def tune(cases: Sequence[Case], device: torch.device, seconds: float) -> Iterato
         by_torch = list(OUTS) if set(case.formats) == {Format.BF16} else []
         choices: list[Choice] = [default, *by_torch, *ready]
         medians, tried = search(choices, 1 + len(by_torch), Sampler(case, device), deadline)
-        entry = _entry(case, medians, default) | {"tried": tried - len(by_torch), "candidates": len(configs[case])}
-        yield Progress("measuring", number, len(cases), entry)
+        counts = {"tried": len(set(tried) & set(configs[case])), "candidates": len(configs[case])}
+        yield Progress("measuring", number, len(cases), _entry(case, medians, default) | counts)
 
 
 def _entry(case: Case, medians: dict[Choice, float], default: KernelConfig) -> Entry:
@@ -150,8 +150,8 @@ def _entry(case: Case, medians: dict[Choice, float], default: KernelConfig) -> E
 
 def search(
     choices: Sequence[Choice], always: int, sample: Callable[[Choice], float], deadline: float
-) -> tuple[dict[Choice, float], int]:
-    """Median microseconds of the fastest choices, fastest first, and how many were tried.
+) -> tuple[dict[Choice, float], list[Choice]]:
+    """Median microseconds of the fastest choices, fastest first, and all choices tried.
 
     Samples each choice FIRST_ROUNDS times until the deadline, then the finalists LAST_ROUNDS times in turn, so that a
     change of clocks affects all of them. Drops choices that the GPU or torch cannot run.
@@ -192,7 +192,7 @@ def search(
         for choice in finalists:
             measure(choice, 1)
     medians = {choice: median(choice) for choice in finalists if choice not in failed}
-    return dict(sorted(medians.items(), key=lambda item: item[1])), len(samples)
+    return dict(sorted(medians.items(), key=lambda item: item[1])), list(samples)
 
 
 class Sampler:

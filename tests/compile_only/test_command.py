@@ -16,7 +16,7 @@ from indexproj.benchmarks.gates import configs
 from indexproj.benchmarks.stub import stub_driver
 from indexproj.indexer.models import SHAPES
 from indexproj.kernels import TARGETS, launch, project
-from indexproj.kernels.matrix import parse_pair
+from indexproj.kernels.formats import parse_pair
 from indexproj.kernels.target import INTERPRETED
 from support import GLM, weights
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from indexproj.benchmarks.compiled import Binary, compile_kernel, signature, warm_up
 from indexproj.benchmarks.gates import CASES, configs, faults, signature_of
 from indexproj.kernels import TARGETS, choose
-from indexproj.kernels.matrix import parse_pair
+from indexproj.kernels.formats import parse_pair
 from indexproj.kernels.target import INTERPRETED
 from support import DEEPSEEK, GLM
 
@@ -26,6 +26,8 @@ SIGNATURES = {", ".join(filter(None, case)): signature_of(case) for case in CASE
     "FP8 per row, BF16": signature(DEEPSEEK, parse_pair("FP8 per row, BF16")),
     "glm-5, fp8": signature(GLM, FP8, "fp8"),
 }
+# Combinations of what other cases have one by one.
+WIDER = ("fp16 x, fp8", "glm-5, fp8")
 NVIDIA, AMD = ([name for name in TARGETS if TARGETS[name].backend == backend] for backend in ("cuda", "hip"))
 
 
@@ -40,12 +42,27 @@ def binaries(name, problem):
         yield config, m, binary_of(name, config, problem)
 
 
-@pytest.mark.parametrize("case", SIGNATURES)
+CASE_PARAMS = [pytest.param(case, marks=[pytest.mark.full] if case in WIDER else []) for case in SIGNATURES]
+
+
+def split_between(config, selected):
+    """Whether dispatch also selects both more and fewer splits for the same tile: the same code, other loop counts."""
+    splits = [other.split_k for other in selected if replace(other, split_k=config.split_k) == config]
+    return min(splits) < config.split_k < max(splits)
+
+
+@pytest.mark.parametrize("between", [False, pytest.param(True, marks=pytest.mark.full)], ids=["", "splits in between"])
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.full] * (case in WIDER)) for case in SIGNATURES]
+)
 @pytest.mark.parametrize("name", TARGETS)
-def test_resources(name, case):
+def test_resources(name, case, between):
     problem = SIGNATURES[case]
-    for config, m, binary in binaries(name, problem):
-        assert faults(TARGETS[name], problem.ns, m, config, binary) == [], config
+    selected = configs(TARGETS[name], problem)
+    for config, m in selected.items():
+        if split_between(config, selected) == between:
+            binary = binary_of(name, config, problem)
+            assert faults(TARGETS[name], problem.ns, m, config, binary) == [], config
 
 
 @pytest.mark.parametrize("ns", [(128, 32, 128), (128, 256)], ids=["three matrices", "384 rows"])
@@ -62,12 +79,19 @@ def test_resources_of_more_matrices_and_rows(name, ns, activation):
 
 
 @pytest.mark.parametrize(
-    "case", ["deepseek-v3.2, FP8 128x128, BF16", "deepseek-v3.2, NVFP4, NVFP4", "fp16 x", "glm-5, fp8"]
+    "case",
+    [
+        "deepseek-v3.2, FP8 128x128, BF16",
+        "deepseek-v3.2, NVFP4, NVFP4",
+        "fp16 x",
+        "deepseek-v3.2, FP8 128x128, BF16, fp8",
+    ],
 )
 @pytest.mark.parametrize("name", TARGETS)
 def test_batch_invariant_instructions(name, case):
     """A row meets the same instructions in a batch of any size."""
-    problem = SIGNATURES[case]._replace(batch_invariant=True)
+    problem = SIGNATURES.get(case) or SIGNATURES[f"deepseek-v3.2, {case}"]
+    problem = problem._replace(batch_invariant=True)
     found = list(binaries(name, problem))
     assert len({(config.block_k, config.slices, config.split_k) for config, _, _ in found}) == 1
     assert len({frozenset(binary.mma) for _, _, binary in found}) == 1
