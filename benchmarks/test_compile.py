@@ -12,7 +12,7 @@ from indexproj.kernels.formats import parse_pair
 from indexproj.kernels.launch import KERNELS
 
 SHAPE, FORMATS = SHAPES["deepseek-v3.2"], parse_pair("FP8 128x128, BF16")
-MS = QUICK_MS = (1, 16, 8192)
+MS, QUICK_MS = (1, 16, 8192), (16,)
 
 
 @pytest.mark.parametrize("how", ["compiled", "cached"])
