@@ -7,7 +7,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,6 +121,7 @@ class Binary:
         return min(*limits, sm.shared_memory // shared if shared else sm.programs)
 
 
+@cache
 def signature(
     shape: tuple[int, ...],
     formats: tuple[Format, ...],
@@ -128,7 +129,7 @@ def signature(
     dtypes: tuple[torch.dtype, ...] = OUTS["fp32"],
     batch_invariant: bool = False,
 ) -> Signature:
-    """A projection of bf16 x. shape is (D, H, K), and only wk takes the activation."""
+    """A projection of bf16 x, the same object every time. shape is (D, H, K), and only wk takes the activation."""
     *ns, k = shape
     activations, factors = (activation, *[None] * (len(ns) - 1)), (1.0,) * len(ns)
     device = torch.device("cpu")

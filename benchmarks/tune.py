@@ -24,7 +24,7 @@ from triton.errors import TritonError
 from ..kernels import KernelConfig, ProjectionWeights, Target, choose, reference
 from ..kernels.dispatch import MAX_SPLIT_K, OUTS, TABLE_SCHEMA, cdiv, next_power_of_2, versions
 from ..kernels.formats import Format
-from ..kernels.launch import Signature, launch, signature_of, torch_mm
+from ..kernels.launch import launch, signature_of, torch_mm
 from ..kernels.target import target_of
 from ..kernels.workspace import recycled_counters
 from .compiled import signature, warm_up
@@ -41,7 +41,7 @@ TORCH_MARGIN = 0.98
 
 # A kernel, or torch's GEMM with the output dtypes of that key of OUTS. Kernels are measured with an fp32 gate.
 Choice = KernelConfig | str
-Kernel = tuple[KernelConfig, Signature]
+Kernel = tuple[KernelConfig, tuple[int, ...], tuple[Format, ...]]  # and the shape and formats of the weights
 # One entry of a table, as it stands in the JSON file.
 Entry = dict[str, Any]
 
@@ -110,7 +110,9 @@ def tune(cases: Sequence[Case], device: torch.device, seconds: float) -> Iterato
     """
     target, start = target_of(device), monotonic()
     configs = {case: candidates(*case, target) for case in cases}
-    by_rank = itertools.zip_longest(*([(config, signature(*case[1:])) for config in configs[case]] for case in cases))
+    by_rank = itertools.zip_longest(
+        *([(config, case.shape, case.formats) for config in configs[case]] for case in cases)
+    )
     kernels = list(dict.fromkeys(kernel for rank in by_rank for kernel in rank if kernel is not None))
     compiled = set()
     for kernel in compile_all(target, kernels, seconds / 2):
@@ -119,7 +121,7 @@ def tune(cases: Sequence[Case], device: torch.device, seconds: float) -> Iterato
     begin = monotonic()
     for number, case in enumerate(cases, 1):
         default, *others = configs[case]
-        ready = [config for config in others if (config, signature(*case[1:])) in compiled]
+        ready = [config for config in others if (config, *case[1:]) in compiled]
         deadline = begin + (start + seconds - begin) * number / len(cases)
         # For other formats torch would need a second, bf16 copy of the weights.
         by_torch = list(OUTS) if set(case.formats) == {Format.BF16} else []
@@ -204,6 +206,7 @@ class Sampler:
         *self._ns, k = case.shape
         self._x = torch.randn(case.m, k, device=device).bfloat16()
         self._exact = reference(self._x, self._copies[0])
+        self._signature = signature_of(self._copies[0], *OUTS["fp32"])
         self._replays: dict[Choice, Replay] = {}
 
     def __call__(self, choice: Choice) -> float:
@@ -225,7 +228,7 @@ class Sampler:
     def _run(self, choice: Choice, weights: ProjectionWeights, outs: tuple[Tensor, ...]) -> None:
         operands = weights.wk.operands, weights.gate.operands
         if isinstance(choice, KernelConfig):
-            launch(self._x, operands, outs, signature_of(weights, *OUTS["fp32"]), choice)
+            launch(self._x, operands, outs, self._signature, choice)
         elif not torch_mm(self._x, operands, outs):
             raise RuntimeError("torch would need two GEMMs, as weights or outputs do not share one tensor")
 
@@ -256,8 +259,8 @@ def compile_all(target: Target, kernels: Sequence[Kernel], seconds: float) -> It
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _compile_one(*kernel: Any) -> None:
-    warm_up(*kernel)
+def _compile_one(target: Target, config: KernelConfig, *shape_and_formats: Any) -> None:
+    warm_up(target, config, signature(*shape_and_formats))
 
 
 def read_entries(path: Path, gpu: str) -> list[Entry]:

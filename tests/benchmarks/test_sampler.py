@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from indexproj.benchmarks import gpu, tune
-from indexproj.benchmarks.compiled import signature
 from indexproj.benchmarks.tune import Case, WrongError
 from indexproj.kernels import TARGETS, KernelConfig, workspace
 from indexproj.kernels.dispatch import OUTS
@@ -31,12 +30,12 @@ def kernel(monkeypatch, tmp_path):
     """A kernel that compiles into tmp_path, in one process at a time."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: [0])
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    return KernelConfig("gemv", 1, 128, slices=8), signature((128, 16, 512), DENSE)
+    return KernelConfig("gemv", 1, 128, slices=8), (128, 16, 512), DENSE
 
 
 def test_compile_all_skips_what_does_not_compile(kernel, tmp_path):
-    config, problem = kernel
-    broken = config, problem._replace(formats=(None, None))
+    config, shape, _ = kernel
+    broken = config, shape, (None, None)
     assert list(tune.compile_all(SM_90, [kernel, broken], 300)) == [kernel]
     assert list(tmp_path.rglob("gemv_kernel.cubin"))
 

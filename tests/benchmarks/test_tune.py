@@ -6,7 +6,6 @@ import math
 import pytest
 
 from indexproj.benchmarks import tune
-from indexproj.benchmarks.compiled import signature
 from indexproj.benchmarks.tune import FINALISTS, FIRST_ROUNDS, LAST_ROUNDS, MS, Case, WrongError, candidates, search
 from indexproj.indexer.models import PAIRS, SHAPES
 from indexproj.kernels import TARGETS, KernelConfig, choose
@@ -196,8 +195,8 @@ def test_tune_compiles_defaults_first_and_measures_what_compiled(tune_both):
 
     entries = [progress.entry for progress in tune_both(110, compiler) if progress.entry]
     cases = list(itertools.product((DENSE, FP8), MS))
-    defaults = {(choose(m, GLM, formats, SM_90), signature(GLM, formats)) for formats, m in cases}
+    defaults = {(choose(m, GLM, formats, SM_90), GLM, formats) for formats, m in cases}
     assert set(asked[: len(defaults)]) == defaults
     for entry, (formats, m) in zip(entries, cases, strict=True):
         _, *others = candidates(m, GLM, formats, SM_90)
-        assert entry["tried"] == 1 + sum((config, signature(GLM, formats)) in asked[:20] for config in others)
+        assert entry["tried"] == 1 + sum((config, GLM, formats) in asked[:20] for config in others)

@@ -4,6 +4,7 @@ test_older.py runs it with other versions of Triton first on the path.
 """
 
 import json
+from dataclasses import replace
 
 import triton
 
@@ -20,7 +21,7 @@ if __name__ == "__main__":
     found, count = [], 0
     for target in (TARGETS["sm_90"], TARGETS["gfx942"]):
         for pair in PAIRS:
-            problem = signature(SHAPE, parse_pair(pair))._replace(factors=(1.0, 0.0110485))
+            problem = replace(signature(SHAPE, parse_pair(pair)), factors=(1.0, 0.0110485))
             for m in (4, 16, 1000):
                 config = choose(m, SHAPE, problem.formats, target)
                 binary = Binary.of(warm_up(target, config, problem), target)

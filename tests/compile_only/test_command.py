@@ -73,7 +73,6 @@ def test_server_compiles_nothing_that_the_cache_holds(options, sm_count, asked_f
     hits = []
     w, x = weights("fp8-dense", GLM), torch.empty(65536, GLM[2], dtype=torch.bfloat16)  # memory that nobody touches
     out = torch.empty(65536, 128 + 32, dtype=torch.bfloat16)
-    monkeypatch.setattr(launch, "_ready", {})
     monkeypatch.setattr(triton.knobs.compilation, "listener", lambda **seen: hits.append(seen["cache_hit"]))
     with stub_driver(tmp_path / "cache", target):
         for kernel in launch.KERNELS.values():

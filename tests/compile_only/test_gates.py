@@ -21,8 +21,8 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 disables
 DENSE, FP8 = parse_pair("BF16, BF16"), parse_pair("FP8 128x128, BF16")
 FP16 = {"x_dtype": torch.float16, "dtypes": (torch.float16, torch.float32)}
 SIGNATURES = {", ".join(filter(None, case)): signature_of(case) for case in CASES} | {
-    "fp16 x": signature(DEEPSEEK, FP8)._replace(**FP16),
-    "fp16 x, fp8": signature(DEEPSEEK, FP8, "fp8")._replace(**FP16),
+    "fp16 x": replace(signature(DEEPSEEK, FP8), **FP16),
+    "fp16 x, fp8": replace(signature(DEEPSEEK, FP8, "fp8"), **FP16),
     "FP8 per row, BF16": signature(DEEPSEEK, parse_pair("FP8 per row, BF16")),
     "glm-5, fp8": signature(GLM, FP8, "fp8"),
 }
@@ -91,7 +91,7 @@ def test_resources_of_more_matrices_and_rows(name, ns, activation):
 def test_batch_invariant_instructions(name, case):
     """A row meets the same instructions in a batch of any size."""
     problem = SIGNATURES.get(case) or SIGNATURES[f"deepseek-v3.2, {case}"]
-    problem = problem._replace(batch_invariant=True)
+    problem = replace(problem, batch_invariant=True)
     found = list(binaries(name, problem))
     assert len({(config.block_k, config.slices, config.split_k) for config, _, _ in found}) == 1
     assert len({frozenset(binary.mma) for _, _, binary in found}) == 1
