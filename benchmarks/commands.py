@@ -114,14 +114,15 @@ def _title(row: Row) -> str:
 def _print_compiled(found: list[Row]) -> None:
     keys = "m", "programs", "per_sm", "registers", "shared_memory", "mma"
     for title, group in groupby(found, _title):
-        table = _table(title, "kernel", "M", "programs", "per SM", "registers", "shared", "MMA", "KB", "check")
+        table = _table(title, "kernel", "M", "programs", "per SM", "regs", "shared", "MMA", "KB", "check")
         for row in group:
             size, check = f"{row['bytes_per_program'] / 1e3:.1f}", "failed" if row["faults"] else "ok"
             table.add_row(row["kernel"], *(str(row[key]) for key in keys), size, check)
         console.print(table)
     console.print(
-        "M: the largest with this kernel. programs: of a launch with M rows. per SM: programs that fit on one SM.\n"
-        "shared: bytes of shared memory. MMA: matrix instructions. KB: weights and x that a program reads."
+        "M: the largest with this kernel. programs: of a launch with M rows. per SM: programs that fit on\n"
+        "one SM. regs: per thread. shared: bytes of shared memory. MMA: matrix instructions. KB: weights and x\n"
+        "that a program reads."
     )
 
 

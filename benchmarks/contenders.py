@@ -41,18 +41,18 @@ def ours_in_vllm(x: Tensor, weights: ProjectionWeights) -> Call:
 def torch_linear(x: Tensor, weights: ProjectionWeights) -> Call:
     """What vLLM does: one GEMM of weights that were upcast to bf16 and fused at load; bf16 outputs."""
     fused, (d, h, _) = _fused_bf16(weights), weights.shape
-    return lambda: linear(x, fused).split((d, h), 1)
+    return lambda: torch.split(linear(x, fused), [d, h], 1)
 
 
 def torch_mm_fp32(x: Tensor, weights: ProjectionWeights) -> Call:
     """The same with fp32 outputs."""
     fused, (d, h, _) = _fused_bf16(weights), weights.shape
-    return lambda: torch.mm(x, fused.T, out_dtype=torch.float32).split((d, h), 1)
+    return lambda: torch.split(torch.mm(x, fused.T, out_dtype=torch.float32), [d, h], 1)
 
 
 def torch_two_linears(x: Tensor, weights: ProjectionWeights) -> Call:
     """Two GEMMs of bf16 weights."""
-    wk, gate = _fused_bf16(weights).split(weights.shape[:2])
+    wk, gate = torch.split(_fused_bf16(weights), [*weights.shape[:2]])
     return lambda: (linear(x, wk), linear(x, gate))
 
 

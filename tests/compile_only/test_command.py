@@ -71,7 +71,7 @@ def test_server_compiles_nothing_that_the_cache_holds(options, sm_count, asked_f
     assert line in (Path(__file__).parents[2] / "docs/benchmarks.md").read_text()
     assert f"TRITON_CACHE_DIR={tmp_path / 'cache'}" in run(*shlex.split(line + options)[1:]).stdout
     hits = []
-    w, x = weights("fp8-dense", GLM), torch.empty(65536, GLM[2], dtype=torch.bfloat16)  # memory that nobody touches
+    w, x = weights(FP8, GLM), torch.empty(65536, GLM[2], dtype=torch.bfloat16)  # memory that nobody touches
     out = torch.empty(65536, 128 + 32, dtype=torch.bfloat16)
     monkeypatch.setattr(triton.knobs.compilation, "listener", lambda **seen: hits.append(seen["cache_hit"]))
     with stub_driver(tmp_path / "cache", target):
