@@ -50,12 +50,6 @@ def torch_mm_fp32(x: Tensor, weights: ProjectionWeights) -> Call:
     return lambda: torch.split(torch.mm(x, fused.T, out_dtype=torch.float32), [d, h], 1)
 
 
-def torch_two_linears(x: Tensor, weights: ProjectionWeights) -> Call:
-    """Two GEMMs of bf16 weights."""
-    wk, gate = torch.split(_fused_bf16(weights), [*weights.shape[:2]])
-    return lambda: (linear(x, wk), linear(x, gate))
-
-
 def vllm_block_scaled(x: Tensor, weights: ProjectionWeights) -> Call:
     """W8A8 for FP8 wk by vLLM's Triton GEMM, which quantizes activations per 128 values; gate by torch."""
     wk, gate = _fp8_wk_and_gate(weights)
@@ -100,7 +94,6 @@ OURS = {"indexproj": ours, "indexproj, bf16": ours_in_vllm}
 OTHERS = {
     "torch linear": torch_linear,
     "torch mm, fp32": torch_mm_fp32,
-    "torch, two linears": torch_two_linears,
     "vLLM block-scaled": vllm_block_scaled,
     "vLLM skinny": vllm_skinny,
     "DeepGEMM": deep_gemm,

@@ -96,8 +96,7 @@ def rows(
         kernel: `str` of the config.
         m: the largest power of two rows for which dispatch selects it.
         programs: of a launch with m rows.
-        weight_reads, x_reads: how many programs of that launch read each byte.
-        bytes_per_program: average bytes of weights and x that a program reads.
+        bytes_per_program: average bytes of weights and x that a program reads, from caches or memory.
         registers: per thread.
         shared_memory: bytes per program.
         per_sm: programs that fit on one SM.
@@ -131,8 +130,6 @@ def _row(target: Target, case: Case, gate: str, batch_invariant: bool, config: K
         "kernel": str(config),
         "m": m,
         "programs": programs,
-        "weight_reads": weight_reads,
-        "x_reads": x_reads,
         "bytes_per_program": (weights * weight_reads + 2 * m * k * x_reads) // programs,
         "registers": binary.registers,
         "shared_memory": binary.shared_memory,
