@@ -25,7 +25,9 @@ _SHAPES = "; ".join(f"{name} (D={d}, H={h}, K={k})" for name, (d, h, k) in SHAPE
 _SHAPE_HELP = f"Shape of a published model; repeatable. Default: all. {_SHAPES}."
 _PAIR_HELP = f"Formats of wk and weights_proj, quoted; repeatable. Default: all. {'; '.join(PAIRS)}."
 _GPU_HELP = "sm_80, sm_90, sm_100, sm_120, gfx942 or gfx950; repeatable."
-_ACTIVATION_HELP = f"For project(..., activation=...), which needs wk in {W8A8_WK}. Default: bf16 activations (W8A16)."
+_ACTIVATION_HELP = (
+    f"Activation for wk in {W8A8_WK} (W8A8). Default: none (W8A16); all if --shape and --pair are left out."
+)
 Shapes = Annotated[list[str] | None, typer.Option("--shape", metavar="SHAPE", help=_SHAPE_HELP)]
 Pairs = Annotated[list[str] | None, typer.Option("--pair", metavar="PAIR", help=_PAIR_HELP)]
 
@@ -54,7 +56,7 @@ def compile_(
     Prints one row per kernel that dispatch selects for published shapes and formats. Exits with 1 if a check fails.
     --cache also compiles for the bf16 output that vLLM uses. A server with the same GPU and versions, and with DIR at
     the same path, then compiles none of these kernels. The number of SMs differs between GPUs of one architecture and
-    affects dispatch: pass the server's torch.cuda.get_device_properties(0).multi_processor_count as --sm-count.
+    affects dispatch. Set --sm-count to the server's torch.cuda.get_device_properties(0).multi_processor_count.
     """
     from ..kernels import TARGETS
     from ..kernels.dispatch import OUTS
