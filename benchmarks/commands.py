@@ -25,9 +25,7 @@ _SHAPES = "; ".join(f"{name} (D={d}, H={h}, K={k})" for name, (d, h, k) in SHAPE
 _SHAPE_HELP = f"Shape of a published model; repeatable. Default: all. {_SHAPES}."
 _PAIR_HELP = f"Formats of wk and weights_proj, quoted; repeatable. Default: all. {'; '.join(PAIRS)}."
 _GPU_HELP = "sm_80, sm_90, sm_100, sm_120, gfx942 or gfx950; repeatable."
-_ACTIVATION_HELP = (
-    f"Activation for wk in {W8A8_WK} (W8A8). Default: none (W8A16); all if --shape and --pair are left out."
-)
+_ACTIVATION_HELP = f"Activation for wk in {W8A8_WK} (W8A8). Default: none (W8A16), or all without --shape and --pair."
 Shapes = Annotated[list[str] | None, typer.Option("--shape", metavar="SHAPE", help=_SHAPE_HELP)]
 Pairs = Annotated[list[str] | None, typer.Option("--pair", metavar="PAIR", help=_PAIR_HELP)]
 
@@ -212,7 +210,7 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print pytest-benchmark's JSON.")] = False,
     plot: Annotated[Path | None, typer.Option(metavar="DIR", help="Write a PNG per table.")] = None,
 ) -> None:
-    """Benchmark the projection against its alternatives; also loading, host overhead and compilation.
+    """Benchmark the projection against its alternatives; also loading and host overhead.
 
     Skips the projection if there is no GPU. If a suite fails, prints the results of the others and exits with 1.
     """
