@@ -122,13 +122,16 @@ def draw(axes: Any, rows: dict[str, dict[Any, Benchmark]]) -> None:
     """Medians and quartiles against M or another column, one line per row, and the floors if the GPU is known."""
     from matplotlib import colormaps
 
+    first = next(iter(rows.values()))
+    columns = [*first]
+    axes.set_yscale("log")
+    axes.set_ylabel(f"{first[columns[0]]['extra_info']['unit']}, median and quartiles")
     axes.set_prop_cycle(color=[colormaps["tab20"](shade) for shade in range(20)])
     for name, row in rows.items():
         low, median, high = zip(*map(_quartiles, row.values()), strict=True)
         errors = [[m - q for m, q in zip(median, low, strict=True)], [q - m for m, q in zip(median, high, strict=True)]]
         style = "-" if name.startswith("indexproj") else "--"
         axes.errorbar([*row], median, yerr=errors, label=name, marker="o", markersize=3, capsize=3, linestyle=style)
-    columns = [*next(iter(rows.values()))]
     for floor, style in (("memory floor", ":"), ("compute floor", "-.")):
         infos = [[row[column]["extra_info"] for row in rows.values() if column in row] for column in columns]
         values = [[info[floor] for info in column if floor in info] for column in infos]
@@ -136,11 +139,11 @@ def draw(axes: Any, rows: dict[str, dict[Any, Benchmark]]) -> None:
             lowest = [min(us) for us in values]
             axes.plot(columns, lowest, label=f"{floor}, by the data sheet", color="black", linestyle=style)
             axes.fill_between(columns, lowest, [max(us) for us in values], color="black", alpha=0.15)
+            if floor == "memory floor":  # the compute floor of few rows would take half of the figure
+                axes.set_ylim(bottom=min(lowest) / 2)
     if isinstance(columns[0], int):
         axes.set_xscale("log", base=2)
         axes.set_xticks(columns, map(str, columns))
         axes.set_xlabel("M, rows of x")
-    axes.set_yscale("log")
-    axes.set_ylabel("median and quartiles")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5))
