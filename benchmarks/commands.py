@@ -121,8 +121,8 @@ def _print_compiled(found: list[Row]) -> None:
         console.print(table)
     console.print(
         "M: the largest with this kernel. programs: of a launch with M rows. per SM: programs that fit on\n"
-        "one SM. regs: per thread. shared: bytes of shared memory. MMA: matrix instructions. KB: weights and x\n"
-        "that a program reads."
+        "one SM. regs: per thread. shared: bytes of shared memory. MMA: matrix instructions. KB: bytes of\n"
+        "weights and x that a program reads."
     )
 
 

@@ -32,8 +32,8 @@ def run(*arguments, code=0):
 
 
 def test_compile_table_and_json():
-    table, data = (run(*SM_90, "--pair", FP8, *options).stdout for options in ((), ("--json",)))
-    rows = json.loads(data)
+    rows = json.loads(run(*SM_90, "--pair", FP8, "--json").stdout)
+    table = run(*SM_90, "--pair", FP8, "--shape", "glm-5").stdout
     expected = [
         (shape, str(config), m)
         for shape, sizes in SHAPES.items()
@@ -44,12 +44,13 @@ def test_compile_table_and_json():
         assert (row["target"], row["pair"], row["activation"], row["faults"]) == ("sm_90", FP8, None, [])
         assert row["registers"] <= 255
         assert row["loads"]["16"] > 0
-        if row["shape"] == "glm-5" and row["kernel"].startswith("gemv"):
-            nbytes = 128 * 6144 + 4 * 48 + 2 * 32 * 6144
-            assert row["programs"] == 160
-            assert row["bytes_per_program"] == nbytes // 160 + 2 * row["m"] * 6144
-        lines = [[cell.strip() for cell in line.split("│")] for line in table.splitlines() if row["kernel"] in line]
-        assert any({str(row["registers"]), str(row["shared_memory"]), "ok"} <= set(cells) for cells in lines)
+        if row["shape"] == "glm-5":
+            lines = [[cell.strip() for cell in line.split("│")] for line in table.splitlines() if row["kernel"] in line]
+            assert any({str(row["registers"]), str(row["shared_memory"]), "ok"} <= set(cells) for cells in lines)
+            if row["kernel"].startswith("gemv"):
+                nbytes = 128 * 6144 + 4 * 48 + 2 * 32 * 6144
+                assert row["programs"] == 160
+                assert row["bytes_per_program"] == nbytes // 160 + 2 * row["m"] * 6144
     assert max(map(len, table.splitlines())) <= 100
 
 
