@@ -98,10 +98,6 @@ class Binary:
         spills = len(re.findall(r"\b(?:STL|LDL)\b", sass))
         return cls(int(found[1]), spills, int(found[2]), shared, threads, sass)
 
-    def count(self, pattern: str) -> int:
-        """Matches of a regular expression in the assembly."""
-        return len(re.findall(pattern, self.assembly))
-
     @property
     def mma(self) -> Counter[str]:
         """Matrix instructions by name."""

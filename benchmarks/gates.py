@@ -29,6 +29,10 @@ class Case(NamedTuple):
     pair: str
     activation: Activation | None = None
 
+    def signature(self, gate: str = "fp32", batch_invariant: bool = False) -> Signature:
+        """What is compiled; gate is a key of OUTS."""
+        return signature(SHAPES[self.shape], parse_pair(self.pair), self.activation, OUTS[gate], batch_invariant)
+
 
 # Formats determine registers and instructions; K and H hardly do. So one shape covers all formats, the other two.
 CASES = [
@@ -73,11 +77,6 @@ def faults(target: Target, ns: tuple[int, ...], m: int, config: KernelConfig, bi
     return found
 
 
-def signature_of(case: Case, gate: str = "fp32", batch_invariant: bool = False) -> Signature:
-    formats = parse_pair(case.pair)
-    return signature(SHAPES[case.shape], formats, case.activation, OUTS[gate], batch_invariant)
-
-
 def nbytes(format: Format, n: int, k: int) -> int:
     """Bytes of a matrix [N, K] in that format."""
     return sum(dtype.itemsize * math.prod(shape) for dtype, shape in filter(None, operand_layout(format, n, k)))
@@ -107,14 +106,14 @@ def rows(
     tasks = [
         (target, case, gate, batch_invariant, config, m)
         for target, case, gate in itertools.product(targets, cases, gates)
-        for config, m in configs(target, signature_of(case, gate, batch_invariant)).items()
+        for config, m in configs(target, case.signature(gate, batch_invariant)).items()
     ]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         yield from pool.map(_row, *zip(*tasks, strict=True))
 
 
 def _row(target: Target, case: Case, gate: str, batch_invariant: bool, config: KernelConfig, m: int) -> Row:
-    signature = signature_of(case, gate, batch_invariant)
+    signature = case.signature(gate, batch_invariant)
     ns, k = signature.ns, signature.k
     binary = Binary.of(warm_up(target, config, signature), target)
     grid = config.grid(m, *ns)
