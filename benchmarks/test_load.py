@@ -33,18 +33,21 @@ def upcast(path):
     for file in sorted(path.glob("*.safetensors")):
         with safe_open(file, framework="pt") as shard:
             for name in shard.keys():
-                tensor, layer = shard.get_tensor(name), int(name.split(".")[2])
-                if ".weights_proj." in name or ".indexer.wk." in name:
-                    fused.setdefault(layer, torch.empty(D + H, K, dtype=torch.bfloat16))
+                tensor = shard.get_tensor(name)
+                if ".indexer.wk." not in name and ".weights_proj." not in name:
+                    continue
+                layer = int(name.split(".")[2])
+                if layer not in fused:
+                    fused[layer] = torch.empty(D + H, K, dtype=torch.bfloat16)
                 if ".weights_proj." in name:
                     fused[layer][D:].copy_(tensor)
-                elif ".indexer.wk." in name:
-                    pair = waiting.setdefault(layer, {})
-                    pair[name.endswith("_inv")] = tensor
-                    if len(pair) == 2:
-                        scale = pair[True].repeat_interleave(128, 0).repeat_interleave(128, 1)
-                        fused[layer][:D].copy_((pair[False].float() * scale).bfloat16())
-                        del waiting[layer]
+                    continue
+                pair = waiting.setdefault(layer, {})
+                pair[name.endswith("_inv")] = tensor
+                if len(pair) == 2:
+                    scale = pair[True].repeat_interleave(128, 0).repeat_interleave(128, 1)
+                    fused[layer][:D].copy_((pair[False].float() * scale).bfloat16())
+                    del waiting[layer]
     return fused
 
 
