@@ -1,51 +1,42 @@
-"""Kernels compiled for a GPU that need not be here, and what their binaries show."""
+"""Compiles kernels for GPUs that this machine does not have, and reads resource usage from the binaries."""
 
 from __future__ import annotations
 
-import functools
 import re
 import subprocess
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
-from ..kernels.dispatch import KernelConfig, cdiv
-from ..kernels.launch import KERNELS, constants, options
-from ..kernels.matrix import operand_specs
+from ..kernels.dispatch import OUTS, KernelConfig, cdiv
+from ..kernels.formats import Activation, Format, operand_layout
+from ..kernels.launch import KERNELS, Signature, constants, options
 from ..kernels.target import INTERPRETED, Target
 
 
-@dataclass(frozen=True)
-class Multiprocessor:
-    """What the programs that run side by side on one SM (compute unit) share.
+class Multiprocessor(NamedTuple):
+    """Limits of one SM (compute unit), shared by the programs that run on it at the same time.
 
-    From the CUDA programming guide's table of compute capabilities, and AMD's CDNA 3 and 4 instruction set manuals.
-
-    Attributes:
-        shared_memory: bytes (LDS) in all.
-        per_program: bytes of it that one program may take.
-        reserved: bytes of it that every program takes for the driver.
-        threads: at most.
-        programs: at most.
-        registers: of 32 bits, in all.
+    Sources: the CUDA programming guide's table of compute capabilities; AMD's CDNA 3 and 4 instruction set manuals.
     """
 
-    shared_memory: int
-    per_program: int
-    reserved: int
+    shared_memory: int  # bytes of shared memory (LDS)
+    per_program: int  # bytes of it that one program can use
+    reserved: int  # bytes of it that the driver reserves per program
     threads: int
     programs: int
-    registers: int = 64 * 1024
+    registers: int = 64 * 1024  # 32-bit registers
 
 
-# By key of TARGETS.
+# Keys are those of TARGETS.
 MULTIPROCESSORS = {
     "sm_80": Multiprocessor(164 * 1024, 163 * 1024, 1024, threads=2048, programs=32),
     "sm_90": Multiprocessor(228 * 1024, 227 * 1024, 1024, threads=2048, programs=32),
@@ -57,7 +48,7 @@ MULTIPROCESSORS = {
 
 # Matrix instructions.
 _MMA = r"\b(?:[HQ]MMA|[HQ]GMMA|UTC\w*MMA)[\w.]*|\bv_s?mfma\w+"
-# Loads from global memory, and the bytes of each by a part of its name; SASS does not name 4.
+# Loads from global memory. Part of the name gives the bytes per thread; SASS does not spell out 4.
 _LOAD = r"\b(?:LDG|LDGSTS)((?:\.\w+)+)|\b(?:global|buffer|flat)_load_(?:lds_)?(\w+)"
 _LOAD_BYTES = {
     "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1,
@@ -67,12 +58,12 @@ _LOAD_BYTES = {
 
 @dataclass(frozen=True)
 class Binary:
-    """Static facts of one compiled kernel, read from the binary.
+    """Resource usage and assembly of one compiled kernel.
 
     Attributes:
-        registers: per thread (on AMD: vector registers).
-        spills: instructions that move a register to or from local memory (on AMD: spilled registers, and none without
-            scratch, as they only move to other registers then).
+        registers: per thread (AMD: vector registers).
+        spills: instructions that access local memory (AMD: spilled registers; 0 without scratch, because registers
+            then spill only to other registers).
         scratch: bytes of local memory per thread.
         shared_memory: bytes per program.
         threads: per program.
@@ -88,7 +79,7 @@ class Binary:
 
     @classmethod
     def of(cls, kernel: CompiledKernel, target: Target) -> Binary:
-        """What a kernel that was compiled for target shows."""
+        """Reads a kernel that was compiled for target."""
         shared, threads = kernel.metadata.shared, kernel.metadata.num_warps * kernel.metadata.warp_size
         if target.backend == "hip":
             text = kernel.asm["amdgcn"]
@@ -99,111 +90,98 @@ class Binary:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
             cubin.write(kernel.asm["cubin"])
             cubin.flush()
-            usage = _tool("cuobjdump", "-res-usage", cubin.name)
-            sass = _tool("nvdisasm", "-c", cubin.name)
+            usage = _cuda_tool("cuobjdump", "-res-usage", cubin.name)
+            sass = _cuda_tool("nvdisasm", "-c", cubin.name)
         found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
         if found is None:
             raise RuntimeError(f"cuobjdump reports no resource usage: {usage}")
         spills = len(re.findall(r"\b(?:STL|LDL)\b", sass))
         return cls(int(found[1]), spills, int(found[2]), shared, threads, sass)
 
-    def count(self, pattern: str) -> int:
-        """Matches of a regular expression in the assembly."""
-        return len(re.findall(pattern, self.assembly))
-
     @property
     def mma(self) -> Counter[str]:
-        """Matrix instructions, by name."""
+        """Matrix instructions by name."""
         return Counter(re.findall(_MMA, self.assembly))
 
     @property
     def loads(self) -> Counter[int]:
-        """Instructions that load from global memory, by bytes per thread."""
+        """Loads from global memory by bytes per thread."""
         names = [[*sass.split("."), amd] for sass, amd in re.findall(_LOAD, self.assembly)]
         return Counter(next((_LOAD_BYTES[part] for part in name if part in _LOAD_BYTES), 4) for name in names)
 
     def programs(self, sm: Multiprocessor) -> int:
-        """How many programs one SM holds at a time."""
+        """How many programs fit on one SM."""
         registers = cdiv(self.registers, 8) * 8 * self.threads
         shared = self.shared_memory + sm.reserved
         limits = sm.programs, sm.threads // self.threads, sm.registers // registers
         return min(*limits, sm.shared_memory // shared if shared else sm.programs)
 
 
-def compile_for(
-    target: Target, config: KernelConfig, shape: tuple[int, ...], kinds: tuple[int, ...], **types: Any
-) -> Binary:
-    """What `warm_up`, which takes the same arguments, compiles."""
-    return Binary.of(warm_up(target, config, shape, kinds, **types), target)
-
-
-def warm_up(
-    target: Target,
-    config: KernelConfig,
+@cache
+def signature(
     shape: tuple[int, ...],
-    kinds: tuple[int, ...],
-    *,
-    x: torch.dtype = torch.bfloat16,
-    outs: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32),
-    factors: tuple[float, ...] = (1.0, 1.0),
-) -> CompiledKernel:
-    """Compiles what `launch` would, for x and outputs of up to 2 GB whose rows begin at multiples of 16 elements.
+    formats: tuple[Format, ...],
+    activation: Activation | None = None,
+    dtypes: tuple[torch.dtype, ...] = OUTS["fp32"],
+    batch_invariant: bool = False,
+) -> Signature:
+    """A projection of bf16 x, the same object every time. shape is (D, H, K), and only wk takes the activation."""
+    *ns, k = shape
+    activations, factors = (activation, *[None] * (len(ns) - 1)), (1.0,) * len(ns)
+    device = torch.device("cpu")
+    return Signature(device, torch.bfloat16, k, (*ns,), formats, activations, factors, dtypes, batch_invariant)
 
-    Needs no GPU. What it leaves in Triton's cache (TRITON_CACHE_DIR), a launch on such a GPU finds there.
 
-    Args:
-        shape: rows of each matrix, and K.
-        kinds: of each matrix.
-        x: dtype of x.
-        outs: dtype of each output.
-        factors: of each output.
+def warm_up(target: Target, config: KernelConfig, signature: Signature) -> CompiledKernel:
+    """Compiles the kernel that `launch` runs for 16-byte aligned tensors of up to 2 GB.
+
+    Needs no GPU. The binary stays in Triton's cache (TRITON_CACHE_DIR), where a launch on such a GPU finds it.
 
     Raises:
-        RuntimeError: in Triton's interpreter, which compiles nothing.
+        RuntimeError: Triton's interpreter is on.
     """
-    *ns, k = shape
-    nothing = functools.partial(torch.empty, 0)
+    empty = partial(torch.empty, 0)
     matrices = tuple(
-        tuple(None if spec is None else nothing(dtype=spec[0]) for spec in operand_specs(kind, n, k))
-        for kind, n in zip(kinds, ns, strict=True)
+        tuple(layout and empty(dtype=layout[0]) for layout in operand_layout(format, n, signature.k))
+        for format, n in zip(signature.formats, signature.ns, strict=True)
     )
-    outputs = tuple(nothing(dtype=dtype) for dtype in outs)
-    lent: tuple[Any, ...] = ()
+    outs = tuple(empty(dtype=dtype) for dtype in signature.dtypes)
+    buffers: tuple[Any, ...] = ()
     if config.regime != "gemv":
-        lent = (nothing(dtype=torch.float32), nothing(dtype=torch.int32)) if config.has_workspace else (None, None)
-    constexprs = constants(config, shape, kinds, factors, x, target).values()
-    arguments = nothing(dtype=x), matrices, outputs, *lent, 16, 16, (16,) * len(outs), *constexprs
+        buffers = (empty(dtype=torch.float32), empty(dtype=torch.int32)) if config.has_workspace else (None, None)
+    constexprs = constants(config, signature, target).values()
+    arguments = empty(dtype=signature.x_dtype), matrices, outs, *buffers, 16, 16, (16,) * len(outs), *constexprs
     return compile_kernel(KERNELS[config.regime], target, *arguments, **options(config, target))
 
 
 def compile_kernel(kernel: Any, target: Target, *arguments: Any, **named: Any) -> CompiledKernel:
-    """Compiles any Triton kernel on its way to a launch with these arguments and options, which does not follow.
+    """Compiles a Triton kernel for a launch with these arguments and options, without launching it.
 
-    Meanwhile Triton believes that the target is the only GPU: nothing else may be launched in the process.
+    Replaces Triton's driver meanwhile, so nothing else may be launched in this process.
 
     Raises:
-        RuntimeError: in Triton's interpreter, which compiles nothing.
+        RuntimeError: Triton's interpreter is on.
     """
     if INTERPRETED:
-        raise RuntimeError("nothing is compiled under TRITON_INTERPRET=1; unset it")
+        raise RuntimeError("TRITON_INTERPRET=1 is set and disables compilation; unset it")
     gpu = GPUTarget(target.backend, target.arch, 64 if target.backend == "hip" else 32)
     driver, before = triton.runtime.driver, triton.runtime.driver._active
-    driver.set_active(_Offline(gpu))
+    driver.set_active(_OfflineDriver(gpu))
     try:
         return kernel.warmup(*arguments, grid=(1,), **named)
     finally:
         driver._active = before
 
 
-class _Offline:
-    """As much of a Triton driver as compiling takes. The GPU is its own number, by which kernels are kept."""
+class _OfflineDriver:
+    """The part of a Triton driver that compilation uses. The target doubles as device number, Triton's cache key."""
 
     def __init__(self, gpu: GPUTarget) -> None:
         self.get_current_device = self.get_current_target = lambda: gpu
         self.get_current_stream = lambda _: 0
 
 
-def _tool(name: str, *arguments: str) -> str:
-    """Output of one of the CUDA binary utilities that Triton's wheel brings along."""
+def _cuda_tool(name: str, *arguments: str) -> str:
+    """Output of a CUDA binary utility from Triton's wheel."""
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout

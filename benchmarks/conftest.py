@@ -4,11 +4,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import indexproj.benchmarks.gpu as gpu
-from indexproj.kernels.tuned import versions
+from indexproj.benchmarks import gpu
+from indexproj.kernels.dispatch import versions
 
 # `python -m pytest` would let transformers take the folder `kernels` for a package of that name; see tests/conftest.py.
 sys.modules.setdefault("kernels", None)
+FAILED = set()
 
 
 def pytest_addoption(parser):
@@ -21,13 +22,11 @@ def quick(request):
 
 
 def pytest_generate_tests(metafunc):
-    """m is QUICK_MS or MS of the suite."""
+    """m takes the values of the suite's MS or QUICK_MS."""
     if "m" in metafunc.fixturenames:
-        module, is_quick = metafunc.module, metafunc.config.getoption("quick")
-        metafunc.parametrize("m", module.QUICK_MS if is_quick else module.MS)
-
-
-FAILED = set()
+        metafunc.parametrize(
+            "m", metafunc.module.QUICK_MS if metafunc.config.getoption("quick") else metafunc.module.MS
+        )
 
 
 def pytest_runtest_logreport(report):
@@ -39,7 +38,6 @@ pytest_collectreport = pytest_runtest_logreport
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
-    """Adds the suites that failed, in part or as a whole; the others are measured all the same."""
     output_json["failed"] = sorted(FAILED)
 
 
@@ -49,7 +47,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 @pytest.fixture
 def one_thread():
-    """As engines have it, which run one process per GPU."""
+    """One torch thread, as in engines, which run one process per GPU."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

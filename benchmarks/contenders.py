@@ -1,21 +1,22 @@
-"""Ways to compute the projection: ours, torch's, and vLLM's and DeepGEMM's where they are installed.
+"""Implementations of the projection to compare: ours, torch's, and vLLM's and DeepGEMM's where they are installed.
 
-A contender takes x [M, K] bf16 and weights, and returns a call that gives k and gate. What it does to the weights
-beforehand is not timed.
+A contender takes x [M, K] bf16 and weights, and returns a call that computes k and gate. Preparing the weights is not
+timed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from indexproj.kernels import Fp8Matrix, ProjectionWeights, project
+from ..kernels import Fp8Matrix, ProjectionWeights, project
 
-Call = Callable[[], tuple[Tensor, Tensor]]
+Call = Callable[[], tuple[Tensor, ...]]
 
 FP8_UTILS = "vllm.model_executor.layers.quantization.utils.fp8_utils"
 SKINNY = "vllm.model_executor.kernels.linear.cute_dsl.skinny_gemm"
@@ -23,7 +24,7 @@ DEEP_GEMM = "vllm.utils.deep_gemm"
 
 
 class UnavailableError(Exception):
-    """A contender that is not installed, or that does not take this."""
+    """A contender that is not installed, or that does not support these inputs."""
 
 
 def ours(x: Tensor, weights: ProjectionWeights) -> Call:
@@ -32,39 +33,28 @@ def ours(x: Tensor, weights: ProjectionWeights) -> Call:
 
 
 def ours_in_vllm(x: Tensor, weights: ProjectionWeights) -> Call:
-    """Both in bf16, in one tensor, as vLLM's forward slices it."""
+    """Both in bf16 in one tensor, which vLLM's forward slices."""
     out = x.new_empty(len(x), sum(weights.shape[:2]))
     return lambda: project(x, weights, out=out)
 
 
 def torch_linear(x: Tensor, weights: ProjectionWeights) -> Call:
-    """What vLLM does: weights upcast to bf16 and put together when they are loaded, both outputs in bf16."""
-    d, h, _ = weights.shape
-    fused = weights.to_bf16().fused_weight
-    assert fused is not None
-    return lambda: linear(x, fused).split((d, h), 1)
+    """What vLLM does: one GEMM of weights that were upcast to bf16 and fused at load; bf16 outputs."""
+    fused, (d, h, _) = _fused_bf16(weights), weights.shape
+    return lambda: torch.split(linear(x, fused), [d, h], 1)
 
 
 def torch_mm_fp32(x: Tensor, weights: ProjectionWeights) -> Call:
-    """The same with both outputs in fp32."""
-    d, h, _ = weights.shape
-    fused = weights.to_bf16().fused_weight
-    assert fused is not None
-    return lambda: torch.mm(x, fused.T, out_dtype=torch.float32).split((d, h), 1)
-
-
-def torch_two_linears(x: Tensor, weights: ProjectionWeights) -> Call:
-    """Two GEMMs, as before vLLM put them together; the weights upcast all the same."""
-    wk, gate = (matrix.weight for matrix in (weights.to_bf16().wk, weights.to_bf16().gate))
-    return lambda: (linear(x, wk), linear(x, gate))
+    """The same with fp32 outputs."""
+    fused, (d, h, _) = _fused_bf16(weights), weights.shape
+    return lambda: torch.split(torch.mm(x, fused.T, out_dtype=torch.float32), [d, h], 1)
 
 
 def vllm_block_scaled(x: Tensor, weights: ProjectionWeights) -> Call:
-    """wk in FP8 as the checkpoint has it, with activations quantized per 128, by vLLM's Triton GEMM; gate by torch."""
+    """W8A8 for FP8 wk by vLLM's Triton GEMM, which quantizes activations per 128 values; gate by torch."""
     wk, gate = _fp8_wk_and_gate(weights)
-    quantize, multiply = (
-        _installed(FP8_UTILS, name) for name in ("per_token_group_quant_fp8", "w8a8_triton_block_scaled_mm")
-    )
+    quantize = _installed(FP8_UTILS, "per_token_group_quant_fp8")
+    multiply = _installed(FP8_UTILS, "w8a8_triton_block_scaled_mm")
 
     def call() -> tuple[Tensor, Tensor]:
         codes, scale = quantize(x, 128)
@@ -77,7 +67,7 @@ def deep_gemm(x: Tensor, weights: ProjectionWeights) -> Call:
     """The same by DeepGEMM, as vLLM calls it."""
     wk, gate = _fp8_wk_and_gate(weights)
     if not _installed(DEEP_GEMM, "is_deep_gemm_supported")():
-        raise UnavailableError("DeepGEMM is not installed, or not for this GPU")
+        raise UnavailableError("DeepGEMM is not installed or does not support this GPU")
     quantize, multiply = _installed(FP8_UTILS, "per_token_group_quant_fp8"), _installed(DEEP_GEMM, "fp8_gemm_nt")
 
     def call() -> tuple[Tensor, Tensor]:
@@ -91,8 +81,7 @@ def deep_gemm(x: Tensor, weights: ProjectionWeights) -> Call:
 
 def vllm_skinny(x: Tensor, weights: ProjectionWeights) -> Call:
     """vLLM's CuTe GEMM for up to 16 rows, in bf16."""
-    d, h, _ = weights.shape
-    fused = weights.to_bf16().fused_weight
+    fused, (d, h, _) = _fused_bf16(weights), weights.shape
     multiply = _installed(SKINNY, "shape_dynamic_skinny_gemm")
     if not multiply.is_available():
         raise UnavailableError("vLLM's skinny GEMM needs nvidia-cutlass-dsl")
@@ -105,18 +94,24 @@ OURS = {"indexproj": ours, "indexproj, bf16": ours_in_vllm}
 OTHERS = {
     "torch linear": torch_linear,
     "torch mm, fp32": torch_mm_fp32,
-    "torch, two linears": torch_two_linears,
     "vLLM block-scaled": vllm_block_scaled,
     "vLLM skinny": vllm_skinny,
     "DeepGEMM": deep_gemm,
 }
 
 
-def _installed(module: str, name: str):
+def _installed(module: str, name: str) -> Any:
     try:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise UnavailableError(f"not installed: {error}") from error
+
+
+def _fused_bf16(weights: ProjectionWeights) -> Tensor:
+    """[D + H, K] bf16."""
+    fused = weights.to_bf16().fused_weight
+    assert fused is not None
+    return fused
 
 
 def _fp8_wk_and_gate(weights: ProjectionWeights) -> tuple[Fp8Matrix, Tensor]:

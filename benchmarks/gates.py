@@ -1,4 +1,4 @@
-"""The compile gates: what a compiled kernel shows without a GPU, and what of it dispatch or the GPU does not allow."""
+"""Compile gates: checks on the kernels that dispatch selects, compiled without a GPU."""
 
 from __future__ import annotations
 
@@ -7,148 +7,133 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
-from ..indexer.models import SHAPES
-from ..kernels.dispatch import KernelConfig, choose
-from ..kernels.matrix import Kind, operand_specs
+from ..indexer.models import PAIRS, SHAPES
+from ..kernels.dispatch import OUTS, KernelConfig, cdiv, choose
+from ..kernels.formats import Activation, Format, operand_layout, parse_pair
+from ..kernels.launch import Signature
 from ..kernels.target import TARGETS, Target
-from ..kernels.tuned import OUTS
-from .compiled import MULTIPROCESSORS, Binary, compile_for
+from .compiled import MULTIPROCESSORS, Binary, signature, warm_up
 
-# The pairs of encodings that published checkpoints hold.
-PAIRS = {
-    "BF16, BF16": (Kind.BF16, Kind.BF16),
-    "FP8 128x128, BF16": (Kind.FP8_BLOCK, Kind.BF16),
-    "FP8 128x128, FP8 128x128": (Kind.FP8_BLOCK, Kind.FP8_BLOCK),
-    "MXFP8, MXFP8": (Kind.MXFP8, Kind.MXFP8),
-    "NVFP4, BF16": (Kind.NVFP4, Kind.BF16),
-    "NVFP4, NVFP4": (Kind.NVFP4, Kind.NVFP4),
-    "MXFP4, BF16": (Kind.MXFP4, Kind.BF16),
-    "MXFP4, MXFP4": (Kind.MXFP4, Kind.MXFP4),
-}
-# And what FP8 becomes where `project` is told an activation: no other checkpoint, but other kernels.
-COMPILED = PAIRS | {"W8A8, BF16": (Kind.W8A8, Kind.BF16), "W8A8 ue8m0, BF16": (Kind.W8A8_UE8M0, Kind.BF16)}
-# Encodings decide over registers and instructions, K and H over little: one shape has all pairs, the other the usual.
-CASES = [("deepseek-v3.2", pair) for pair in COMPILED] + [("glm-5", "BF16, BF16"), ("glm-5", "FP8 128x128, BF16")]
 LARGEST_M = 65536
+# One compiled kernel; see `rows`.
+Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Row:
-    """One compiled kernel.
+class Case(NamedTuple):
+    """A key of SHAPES, a pair of PAIRS, and the activation for wk."""
 
-    Attributes:
-        gate: dtype of the gate; k is bf16.
-        kernel: the regime, and what tells the configs of one apart.
-        m: the largest power of two of rows of x for which dispatch picks it.
-        programs: of a launch with so many rows.
-        weight_reads, x_reads: how often the programs of such a launch ask for each byte.
-        bytes_per_program: of weights and x, that one of its programs asks for, on average.
-        registers: per thread.
-        shared_memory: bytes per program.
-        per_sm: programs that one SM holds at a time.
-        mma: matrix instructions in the binary.
-        loads: instructions that load from global memory, by bytes per thread.
-        faults: what speaks against it.
-    """
-
-    target: str
     shape: str
     pair: str
-    gate: str
-    kernel: str
-    m: int
-    programs: int
-    weight_reads: int
-    x_reads: int
-    bytes_per_program: int
-    registers: int
-    shared_memory: int
-    per_sm: int
-    mma: int
-    loads: dict[int, int]
-    faults: tuple[str, ...] = ()
+    activation: Activation | None = None
 
-    @classmethod
-    def of(cls, binary: Binary, target: Target, **facts: Any) -> Row:
-        """A row with what the binary shows."""
-        return cls(
-            target=target.name,
-            registers=binary.registers,
-            shared_memory=binary.shared_memory,
-            per_sm=binary.programs(MULTIPROCESSORS[target.name]),
-            mma=sum(binary.mma.values()),
-            loads=dict(sorted(binary.loads.items(), reverse=True)),
-            **facts,
-        )
+    def signature(self, gate: str = "fp32", batch_invariant: bool = False) -> Signature:
+        """What is compiled; gate is a key of OUTS."""
+        return signature(SHAPES[self.shape], parse_pair(self.pair), self.activation, OUTS[gate], batch_invariant)
 
 
-def configs(target: Target, shape: tuple[int, ...], kinds: tuple[int, ...], **options: Any) -> dict[KernelConfig, int]:
-    """Every config that dispatch picks on that target, and the largest power of two of rows for which it does."""
+# Formats determine registers and instructions; K and H hardly do. So one shape covers all formats, the other two.
+CASES = [
+    *(Case("deepseek-v3.2", pair) for pair in PAIRS),
+    Case("deepseek-v3.2", "FP8 128x128, BF16", "fp8"),
+    Case("deepseek-v3.2", "FP8 128x128, BF16", "fp8_ue8m0"),
+    Case("glm-5", "BF16, BF16"),
+    Case("glm-5", "FP8 128x128, BF16"),
+]
+
+
+def configs(target: Target, signature: Signature) -> dict[KernelConfig, int]:
+    """The configs that dispatch selects, each with the largest power of two rows for which it does."""
+    activated, invariant = any(signature.activations), signature.batch_invariant
+    choose_for = partial(choose, quantize_x=activated, batch_invariant=invariant)
     powers = [2**power for power in range(LARGEST_M.bit_length())]
-    return {choose(m, shape, kinds, target, **options): m for m in powers}
+    return {choose_for(m, signature.shape, signature.formats, target, signature.x_dtype): m for m in powers}
 
 
-def faults(target: Target, shape: tuple[int, ...], m: int, config: KernelConfig, binary: Binary) -> list[str]:
-    """What speaks against a binary, launched with m rows; none if nothing does."""
+def faults(target: Target, ns: tuple[int, ...], m: int, config: KernelConfig, binary: Binary) -> list[str]:
+    """The checks that a binary fails.
+
+    Args:
+        ns: rows of each matrix.
+        m: rows of x for which all programs of a launch must run at the same time.
+    """
     sm, found = MULTIPROCESSORS[target.name], []
     if binary.spills or binary.scratch:
         found.append(f"{binary.spills} spills, {binary.scratch} bytes of local memory")
     if binary.shared_memory > sm.per_program:
-        found.append(f"{binary.shared_memory} bytes of shared memory, of {sm.per_program}")
+        found.append(f"{binary.shared_memory} bytes of shared memory, limit {sm.per_program}")
     if bool(binary.mma) != (config.regime != "gemv"):
         found.append(f"matrix instructions: {dict(binary.mma)}")
     widest = max(binary.loads, default=0)
-    if widest < (8 if config.regime == "tiled" else 16):  # 32 columns of fp16 are 8 bytes a thread
-        found.append(f"no load is wider than {widest} bytes")
-    # Of GPUs with other numbers of SMs, what does not fit comes in a second wave.
-    if config.regime != "tiled" and not config.serial and target in TARGETS.values():
-        programs, resident = math.prod(config.grid(m, *shape[:-1])), binary.programs(sm) * target.sm_count
+    if widest < (8 if config.regime == "prefill" else 16):  # 32 columns of fp16 are 8 bytes per thread
+        found.append(f"the widest load has {widest} bytes")
+    # GPUs with fewer SMs may need a second wave.
+    if config.regime != "prefill" and not config.loop_splits and target in TARGETS.values():
+        programs, resident = math.prod(config.grid(m, *ns)), binary.programs(sm) * target.sm_count
         if programs > resident:
-            found.append(f"{programs} programs, and the GPU holds {resident}")
+            found.append(f"{programs} programs, but the GPU runs {resident} at a time")
     return found
 
 
-def nbytes(kind: Kind, n: int, k: int) -> int:
-    """Bytes of a matrix [N, K] of that kind."""
-    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in filter(None, operand_specs(kind, n, k)))
+def nbytes(format: Format, n: int, k: int) -> int:
+    """Bytes of a matrix [N, K] in that format."""
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in filter(None, operand_layout(format, n, k)))
 
 
 def rows(
     targets: Iterable[Target],
-    cases: Iterable[tuple[str, str]] = CASES,
+    cases: Iterable[Case] = CASES,
     gates: Iterable[str] = ("fp32",),
     batch_invariant: bool = False,
 ) -> Iterator[Row]:
-    """Compiles every config of every target and case, for every dtype of the gate, on all cores; in order."""
+    """Compiles every config of every target, case and gate dtype on all cores.
+
+    Yields, in that order, what `indexproj compile --json` prints:
+        target, shape, pair, activation, gate: what was compiled; gate is a dtype, and k is bf16.
+        kernel: `str` of the config.
+        m: the largest power of two rows for which dispatch selects it.
+        programs: of a launch with m rows.
+        bytes_per_program: average bytes of weights and x that a program reads, from caches or memory.
+        registers: per thread.
+        shared_memory: bytes per program.
+        per_sm: programs that fit on one SM.
+        mma: matrix instructions in the binary.
+        loads: global loads in the binary, by bytes per thread.
+        faults: failed checks.
+    """
     tasks = [
-        (target, shape, pair, gate, config, m, min(m, 32) if batch_invariant else m)
-        for target, (shape, pair), gate in itertools.product(targets, cases, gates)
-        for config, m in configs(target, SHAPES[shape], COMPILED[pair], batch_invariant=batch_invariant).items()
+        (target, case, gate, batch_invariant, config, m)
+        for target, case, gate in itertools.product(targets, cases, gates)
+        for config, m in configs(target, case.signature(gate, batch_invariant)).items()
     ]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         yield from pool.map(_row, *zip(*tasks, strict=True))
 
 
-def _row(target: Target, shape: str, pair: str, gate: str, config: KernelConfig, m: int, at_once: int) -> Row:
-    """at_once: rows for which the GPU has to hold all programs; batch-invariant ones may come in several waves."""
-    *ns, k = sizes = SHAPES[shape]
-    binary = compile_for(target, config, sizes, COMPILED[pair], outs=OUTS[gate])
-    programs, (weight_reads, x_reads) = math.prod(config.grid(m, *ns)), config.reads(m, *ns)
-    weights = sum(nbytes(kind, n, k) for kind, n in zip(COMPILED[pair], ns, strict=True))
-    return Row.of(
-        binary,
-        target,
-        shape=shape,
-        pair=pair,
-        gate=gate,
-        kernel=str(config),
-        m=m,
-        programs=programs,
-        weight_reads=weight_reads,
-        x_reads=x_reads,
-        bytes_per_program=(weights * weight_reads + 2 * m * k * x_reads) // programs,
-        faults=tuple(faults(target, sizes, at_once, config, binary)),
-    )
+def _row(target: Target, case: Case, gate: str, batch_invariant: bool, config: KernelConfig, m: int) -> Row:
+    signature = case.signature(gate, batch_invariant)
+    ns, k = signature.ns, signature.k
+    binary = Binary.of(warm_up(target, config, signature), target)
+    grid = config.grid(m, *ns)
+    programs, weight_reads = math.prod(grid), cdiv(m, config.block_m)
+    x_reads = 1 if config.regime == "prefill" else grid[0]
+    weights = sum(nbytes(format, n, k) for format, n in zip(signature.formats, ns, strict=True))
+    # Batch-invariant kernels keep one split for all M, so more than 32 rows may come in several waves.
+    at_once = min(m, 32) if batch_invariant else m
+    return {
+        "target": target.name,
+        **case._asdict(),
+        "gate": gate,
+        "kernel": str(config),
+        "m": m,
+        "programs": programs,
+        "bytes_per_program": (weights * weight_reads + 2 * m * k * x_reads) // programs,
+        "registers": binary.registers,
+        "shared_memory": binary.shared_memory,
+        "per_sm": binary.programs(MULTIPROCESSORS[target.name]),
+        "mma": sum(binary.mma.values()),
+        "loads": dict(sorted(binary.loads.items(), reverse=True)),
+        "faults": faults(target, ns, at_once, config, binary),
+    }

@@ -1,15 +1,24 @@
-"""What a GPU could do, and what it is."""
+"""Timing on a GPU: graphs of calls, weights that are not in L2, and the limits of data sheets."""
 
 from __future__ import annotations
 
+import functools
 import shutil
 import subprocess
+from collections.abc import Callable, Sequence
 
 import torch
 
-from indexproj.benchmarks.gates import PAIRS, SHAPES, nbytes
+from ..indexer.cli.synthetic import random_matrix
+from ..indexer.models import SHAPES
+from ..kernels import ProjectionWeights
+from ..kernels.formats import Format, parse_pair
+from .gates import nbytes
 
-# TB/s of memory and dense bf16 TFLOPS, by a part of the name that torch gives: the vendors' data sheets.
+Call = Callable[[], object]
+# Calls per measurement, at least: enough to hide the microseconds that starting one takes.
+CALLS = 64
+# Memory bandwidth in TB/s and dense bf16 TFLOPS from the vendors' data sheets, by part of torch's device name.
 PEAKS = {
     "NVIDIA A100-SXM4-80GB": (2.04, 312),
     "NVIDIA H100 80GB HBM3": (3.35, 989),
@@ -19,36 +28,77 @@ PEAKS = {
 }
 
 
-def floors(gpu: str, shape: str, pair: str, m: int, seconds: float) -> dict[str, float]:
-    """TB/s of the bytes that have to be moved, and, of a GPU in PEAKS, what memory and arithmetic take at least, in us.
+@functools.lru_cache(maxsize=1)
+def weight_copies(shape: tuple[int, ...], formats: tuple[Format, ...], device: torch.device) -> list[ProjectionWeights]:
+    """Random weights, and copies of them that take more than twice the L2 cache, for calls that cycle through them."""
+    *ns, k = shape
+    torch.manual_seed(0)
+    weights = ProjectionWeights.pack(*(random_matrix(format, n, k) for format, n in zip(formats, ns, strict=True)))
+    l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+    count = 1 + -(-2 * l2_bytes // weights.nbytes)
+    return [weights.map(lambda tensor: tensor.to(device, copy=True)) for _ in range(count)]
 
-    Bytes are those of the weights, of x in bf16 and of k in bf16 and the gate in fp32, once each.
+
+def repeated(calls: Sequence[Call]) -> list[Call]:
+    """The calls in turn, as often as it takes to reach CALLS."""
+    return [*calls] * -(-CALLS // len(calls))
+
+
+class Replay:
+    """A CUDA graph of `repeated` calls.
+
+    A graph captured inside `recycled_counters` must not be replayed after the block, nor beside other launches.
     """
-    *ns, k = SHAPES[shape]
-    weights = sum(nbytes(kind, n, k) for kind, n in zip(PAIRS[pair], ns, strict=True))
-    d, h = ns
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        for call in calls:
+            call()
+        torch.cuda.synchronize()
+        captured = repeated(calls)
+        self._count = len(captured)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            for call in captured:
+                call()
+        self._graph.replay()
+        torch.cuda.synchronize()
+
+    def __call__(self) -> None:
+        self._graph.replay()
+
+    def microseconds(self) -> float:
+        """GPU time per call of one replay."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        self._graph.replay()
+        end.record()
+        end.synchronize()
+        return 1e3 * float(start.elapsed_time(end)) / self._count
+
+
+def floors(gpu: str, shape: str, pair: str, m: int) -> dict[str, float]:
+    """The least microseconds that memory and arithmetic need for a projection; empty for a GPU that is not in PEAKS.
+
+    Counts the bytes of weights, bf16 x, bf16 k and fp32 gate once each.
+    """
+    d, h, k = SHAPES[shape]
+    weights = sum(nbytes(format, n, k) for format, n in zip(parse_pair(pair), (d, h), strict=True))
     moved, flops = weights + m * (2 * k + 2 * d + 4 * h), 2 * m * k * (d + h)
-    found = {"TB/s": moved / seconds / 1e12}
     for name, (bandwidth, rate) in PEAKS.items():
         if name in gpu:
-            memory, compute = moved / bandwidth / 1e6, flops / rate / 1e6
-            found |= {"memory floor": memory, "compute floor": compute}
-            found["share of the roofline"] = max(memory, compute) / (1e6 * seconds)
-    return found
+            return {"memory floor": moved / bandwidth / 1e6, "compute floor": flops / rate / 1e6}
+    return {}
 
 
 def description() -> dict[str, str]:
-    """Name, driver and clocks of the GPU at hand, as far as the driver's tool tells; nothing without one."""
+    """Name, runtime, driver and clocks of the current GPU, or nothing without one."""
     if not torch.cuda.is_available():
         return {}
     found = {"name": torch.cuda.get_device_name(), "runtime": torch.version.hip or torch.version.cuda or "?"}
     fields = "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit"
     if tool := shutil.which("nvidia-smi"):
-        query = [tool, f"--query-gpu={','.join(fields)}", "--format=csv,noheader", f"--id={_uuid()}"]
+        uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+        query = [tool, f"--query-gpu={','.join(fields)}", "--format=csv,noheader", f"--id=GPU-{uuid}"]
         answer = subprocess.run(query, capture_output=True, text=True, check=False)
         found |= dict(zip(fields, map(str.strip, answer.stdout.split(",")), strict=False))
     return found
-
-
-def _uuid() -> str:
-    return f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"

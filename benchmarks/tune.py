@@ -1,206 +1,223 @@
-"""Measures which kernel is fastest on the GPU at hand; the table of it is what dispatch goes by from then on."""
+"""Measures which kernel is fastest on this GPU, and keeps the table that dispatch reads."""
 
 from __future__ import annotations
 
-import functools
 import itertools
+import json
+import math
 import multiprocessing
 import os
 import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, TimeoutError, as_completed
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import fields
+from datetime import date
+from functools import partial
+from pathlib import Path
+from time import monotonic
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from triton.errors import TritonError
 
-from ..indexer.cli.synthetic import random_matrix
-from ..kernels import KernelConfig, ProjectionWeights, Target, reference
-from ..kernels.dispatch import candidates
-from ..kernels.launch import launch, multiply_by_torch, problem_of
-from ..kernels.matrix import Kind
+from ..kernels import KernelConfig, ProjectionWeights, Target, choose, reference
+from ..kernels.dispatch import MAX_SPLIT_K, OUTS, TABLE_SCHEMA, cdiv, next_power_of_2, versions
+from ..kernels.formats import Format
+from ..kernels.launch import launch, signature_of, torch_mm
 from ..kernels.target import target_of
-from ..kernels.tuned import OUTS, Case, Entry
-from ..kernels.workspace import counters_returned
-from .compiled import warm_up
-from .timing import Replay, copies_to_outgrow_l2
+from ..kernels.workspace import recycled_counters
+from .compiled import signature, warm_up
+from .gpu import Replay, weight_copies
 
 MS = tuple(2**power for power in range(15))
-# Largest error against fp64, relative to the largest output, by dtype. torch adds inside the tensor core, which
-# truncates in each of 448 steps over a K of 7168, and may add up parts of K in bf16.
+# Largest error against fp64 relative to the largest output, by dtype. torch accumulates inside the tensor core, which
+# truncates in each of 448 steps over K = 7168, and may reduce parts of K in bf16.
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
 TORCH_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2**-6}
 FINALISTS, FIRST_ROUNDS, LAST_ROUNDS = 3, 3, 9
+# cuBLAS rounds differently from the kernels, so it has to be faster by more than two percent.
+TORCH_MARGIN = 0.98
 
-# A kernel, or a key of OUTS for torch's GEMM with such outputs. Kernels are measured with a gate in fp32.
+# A kernel, or torch's GEMM with the output dtypes of that key of OUTS. Kernels are measured with an fp32 gate.
 Choice = KernelConfig | str
-# Config, rows of each matrix and K, kinds.
-Kernel = tuple[KernelConfig, tuple[int, ...], tuple[int, ...]]
+Kernel = tuple[KernelConfig, tuple[int, ...], tuple[Format, ...]]  # and the shape and formats of the weights
+# One entry of a table, as it stands in the JSON file.
+Entry = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Task:
-    """The weights of one kind of model.
+class Case(NamedTuple):
+    """What one entry is for."""
 
-    Attributes:
-        shape: (D, H, K).
-        kinds: of wk and of the gate.
-    """
+    m: int  # a power of two, for all M that round up to it
+    shape: tuple[int, ...]  # (D, H, K)
+    formats: tuple[Format, ...]  # of wk and weights_proj
 
-    shape: tuple[int, int, int]
-    kinds: tuple[Kind, Kind]
+
+class Progress(NamedTuple):
+    step: str
+    done: int
+    total: int
+    entry: Entry | None = None
 
 
 class WrongError(Exception):
-    """A kernel computes something else than the reference."""
+    """A kernel's result differs from the reference."""
+
+
+def candidates(m: int, shape: tuple[int, ...], formats: tuple[Format, ...], target: Target) -> list[KernelConfig]:
+    """Configs worth measuring: the default, then its neighbors that fill the GPU.
+
+    Regimes take turns, so that a search that runs out of time has tried all of them.
+    """
+    m, (*ns, k) = next_power_of_2(m), shape
+    gemvs, splits, prefills = [], [], []
+    if m <= 16:
+        for block_m, num_warps in itertools.product((min(m, 4), min(m, 8)), (2, 4, 8)):
+            gemvs.append(KernelConfig("gemv", block_m, block_k=128, num_warps=num_warps, slices=8))
+    if 2 <= m <= 1024:
+        lowest = 8 if target.is_cuda() else 16
+        rows = [rows for rows in (8, 16, 32) if lowest <= rows < 2 * max(m, lowest)]
+        for block_m, block_n, slices, steps in itertools.product(rows, (16, 32), (4, 8), (1, 2, 4)):
+            split_k = cdiv(k, slices * 64 * steps)
+            if split_k <= MAX_SPLIT_K:
+                splits.append(KernelConfig("split_k", block_m, 64, split_k, 2, slices, block_n, slices))
+    if m >= 32:
+        for block_m, split_k in itertools.product((16, 32, 64, 128), (1, 2, 4, 8, 16)):
+            if block_m <= m:
+                for num_stages in (3,) if split_k > 1 else (3, 2, 4):
+                    prefills.append(KernelConfig("prefill", block_m, 64, split_k, num_stages, 4 if block_m < 64 else 8))
+
+    def fills(config: KernelConfig) -> bool:
+        programs, one_wave = math.prod(config.grid(m, *ns)), target.sm_count
+        may_queue = config.regime == "prefill" and config.split_k == 1
+        return one_wave / 4 <= programs and (programs <= 4 * one_wave or may_queue)
+
+    by_turn = itertools.zip_longest(*(filter(fills, configs) for configs in (gemvs, splits, prefills)))
+    neighbors = [config for turn in by_turn for config in turn if config is not None]
+    return list(dict.fromkeys([choose(m, shape, formats, target), *neighbors]))
+
+
+def tune(cases: Sequence[Case], device: torch.device, seconds: float) -> Iterator[Progress]:
+    """Yields one entry per case, and its progress. If time runs out, later candidates are skipped.
+
+    Up to half of the time goes into compiling all kernels on all cores, likely winners first; the rest into measuring
+    those that compiled, with an equal share per case.
+
+    Raises:
+        WrongError: a kernel is wrong.
+        RuntimeError: there is no GPU, the default kernel fails on it, or compilation runs out of memory.
+    """
+    target, start = target_of(device), monotonic()
+    configs = {case: candidates(*case, target) for case in cases}
+    by_rank = itertools.zip_longest(
+        *([(config, case.shape, case.formats) for config in configs[case]] for case in cases)
+    )
+    kernels = list(dict.fromkeys(kernel for rank in by_rank for kernel in rank if kernel is not None))
+    compiled = set()
+    for kernel in compile_all(target, kernels, seconds / 2):
+        compiled.add(kernel)
+        yield Progress("compiling", len(compiled), len(kernels))
+    begin = monotonic()
+    for number, case in enumerate(cases, 1):
+        default, *others = configs[case]
+        ready = [config for config in others if (config, *case[1:]) in compiled]
+        deadline = begin + (start + seconds - begin) * number / len(cases)
+        # For other formats torch would need a second, bf16 copy of the weights.
+        by_torch = list(OUTS) if set(case.formats) == {Format.BF16} else []
+        choices: list[Choice] = [default, *by_torch, *ready]
+        medians, tried = search(choices, 1 + len(by_torch), Sampler(case, device), deadline)
+        counts = {"tried": len(set(tried) & set(configs[case])), "candidates": len(configs[case])}
+        yield Progress("measuring", number, len(cases), _entry(case, medians, default) | counts)
+
+
+def _entry(case: Case, medians: dict[Choice, float], default: KernelConfig) -> Entry:
+    times = {choice: round(us, 3) for choice, us in medians.items()}
+    fastest = next(choice for choice in times if isinstance(choice, KernelConfig))
+    torch_us = {outs: times[outs] for outs in OUTS if outs in times}
+    config = {field.name: getattr(fastest, field.name) for field in fields(fastest)}
+    defaults = {field.name: field.default for field in fields(fastest)}
+    return {
+        "m": case.m,
+        "shape": [*case.shape],
+        "formats": [str(format) for format in case.formats],
+        "config": {name: value for name, value in config.items() if value != defaults[name]},
+        "torch_for": [outs for outs, us in torch_us.items() if us < TORCH_MARGIN * times[fastest]],
+        "kernel": str(fastest),
+        "us": times[fastest],
+        "default_us": times[default],
+        "torch_us": torch_us,
+    }
 
 
 def search(
-    choices: Sequence[Choice],
-    always: int,
-    sample: Callable[[Choice], float],
-    deadline: float,
-    clock: Callable[[], float] = time.monotonic,
+    choices: Sequence[Choice], always: int, sample: Callable[[Choice], float], deadline: float
 ) -> tuple[dict[Choice, float], list[Choice]]:
-    """Median microseconds of the fastest choices, fastest first; and all that were tried.
+    """Median microseconds of the fastest choices, fastest first, and all choices tried.
 
-    Every choice is sampled a few times, until the deadline; the fastest ones then again, in turn, so that a change of
-    clocks meets all of them. What the GPU or torch cannot do is left out.
+    Samples each choice FIRST_ROUNDS times until the deadline, then the finalists LAST_ROUNDS times in turn, so that a
+    change of clocks affects all of them. Drops choices that the GPU or torch cannot run.
 
     Args:
         choices: the first one is sampled even after the deadline.
-        always: how many of the choices, from the first, are sampled to the end if they can be.
-        sample: microseconds of one measurement.
-        deadline: by the clock.
+        always: how many choices, from the first, are finalists if they run.
+        sample: measures once, in microseconds.
 
     Raises:
-        WrongError: sampling found one.
-        RuntimeError: the first choice cannot be done.
+        WrongError: from `sample`.
+        RuntimeError: the first choice cannot run.
     """
     samples: dict[Choice, list[float]] = {}
     failed: list[Choice] = []
 
-    def measure(choice: Choice) -> None:
+    def measure(choice: Choice, rounds: int) -> None:
         try:
             if choice not in failed:
-                samples.setdefault(choice, []).append(sample(choice))
-        except (RuntimeError, TritonError) as error:  # also how torch says that it lacks something
+                samples.setdefault(choice, []).extend(sample(choice) for _ in range(rounds))
+        except (RuntimeError, TritonError) as error:  # torch raises RuntimeError for what it does not support
             if choice == choices[0]:
-                after = f", after {failed[-1]} had failed" if failed else ""  # which may be what broke the GPU
+                after = f", after {failed[-1]} failed" if failed else ""  # which may have broken the GPU's context
                 raise RuntimeError(f"{choice} cannot be measured{after}: {error}") from error
             failed.append(choice)
 
+    def median(choice: Choice) -> float:
+        return statistics.median(samples[choice][-LAST_ROUNDS:])
+
     for choice in choices:
-        if samples and clock() >= deadline:
+        if samples and monotonic() >= deadline:
             break
-        for _ in range(FIRST_ROUNDS):
-            measure(choice)
+        measure(choice, FIRST_ROUNDS)
     left = [choice for choice in samples if choice not in failed]
-    others = [choice for choice in left if choice not in choices[:always]]
-    others.sort(key=lambda choice: statistics.median(samples[choice]))
-    last = [choice for choice in left if choice not in others[FINALISTS:]]
+    ranked = sorted((choice for choice in left if choice not in choices[:always]), key=median)
+    finalists = [choice for choice in left if choice not in ranked[FINALISTS:]]
     for _ in range(LAST_ROUNDS):
-        for choice in last:
-            measure(choice)
-    medians = {choice: statistics.median(samples[choice][FIRST_ROUNDS:]) for choice in last if choice not in failed}
+        for choice in finalists:
+            measure(choice, 1)
+    medians = {choice: median(choice) for choice in finalists if choice not in failed}
     return dict(sorted(medians.items(), key=lambda item: item[1])), list(samples)
 
 
-def tune(
-    tasks: Sequence[Task],
-    device: torch.device,
-    seconds: float,
-    *,
-    ms: Sequence[int] = MS,
-    report: Callable[[str, int, int], None] = lambda *_: None,
-    sampler: Callable[[Case, torch.device], Callable[[Choice], float]] | None = None,
-    compiler: Callable[[Target, Sequence[Kernel], float], Iterable[Kernel]] | None = None,
-    clock: Callable[[], float] = time.monotonic,
-) -> Iterator[Entry]:
-    """Yields an entry for every task and M. Where the time runs out, less is tried, but something for each entry.
-
-    All kernels are compiled first, those that are likely to be fast before the others, on all cores and in up to half
-    of the time; then those that are compiled are measured.
-
-    Args:
-        seconds: shared out evenly.
-        ms: rows of x, powers of two.
-        report: told what is being done, and how much of how much is.
-        sampler, compiler, clock: for tests; left out, the GPU, all cores and the real one.
-
-    Raises:
-        WrongError: a kernel is wrong.
-        RuntimeError: there is no GPU, it cannot do what `choose` reckons, or compiling takes more memory than there is.
-    """
-    target, start = target_of(device), clock()
-    cases = [Case(m, task.shape, task.kinds) for task in tasks for m in ms]
-    configs = {case: candidates(case.m, case.shape, case.kinds, target) for case in cases}
-    by_rank = itertools.zip_longest(*([(case, config) for config in configs[case]] for case in cases))
-    ranked = (pair for rank in by_rank for pair in rank if pair is not None)
-    kernels = list(dict.fromkeys((config, case.shape, case.kinds) for case, config in ranked))
-    compiled = set()
-    for kernel in (compiler or _compile)(target, kernels, seconds / 2):
-        compiled.add(kernel)
-        report("compiling", len(compiled), len(kernels))
-    begin = clock()
-    for number, case in enumerate(cases, 1):
-        default, *others = configs[case]
-        ready = [config for config in others if (config, case.shape, case.kinds) in compiled]
-        deadline = begin + (start + seconds - begin) * number / len(cases)
-        sample = (sampler or Sampler)(case, device)
-        ranking, tried = search([default, *OUTS, *ready], 1 + len(OUTS), sample, deadline, clock)
-        report("measuring", number, len(cases))
-        yield _entry(case, configs[case], ranking, len(set(tried) - OUTS.keys()))
-
-
-def _entry(case: Case, configs: list[KernelConfig], ranking: dict[Choice, float], tried: int) -> Entry:
-    times = {choice: round(us, 3) for choice, us in ranking.items()}
-    fastest, *others = (choice for choice in times if isinstance(choice, KernelConfig))
-    runner_up = others[0] if others else None
-    return Entry(
-        case,
-        pick=fastest,
-        us=times[fastest],
-        runner_up=runner_up,
-        runner_up_us=times[runner_up] if runner_up else None,
-        default_us=times[configs[0]],
-        torch_us={outs: times[outs] for outs in OUTS if outs in times},
-        tried=tried,
-        candidates=len(configs),
-    )
-
-
 class Sampler:
-    """Microseconds of a choice on a GPU, with weights that are not in L2; the results are checked first."""
+    """Measures a choice on a GPU in microseconds, with weights that are not in L2, after checking its results."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
         self._case = case
-        self._copies = _copies(case.shape, case.kinds, device)
+        self._copies = weight_copies(case.shape, case.formats, device)
         *self._ns, k = case.shape
         self._x = torch.randn(case.m, k, device=device).bfloat16()
         self._exact = reference(self._x, self._copies[0])
+        self._signature = signature_of(self._copies[0], *OUTS["fp32"])
         self._replays: dict[Choice, Replay] = {}
 
     def __call__(self, choice: Choice) -> float:
         if choice not in self._replays:
             outs = self._outputs(choice)
-            copies, exact = (self._copies, self._exact) if isinstance(choice, KernelConfig) else self._for_torch
-            self._run(choice, copies[0], outs)
-            self._check(choice, outs, exact)
-            # Graphs that are replayed one after the other can share their counters, and would use up the reserve.
-            with counters_returned(self._x.device):
-                calls = [functools.partial(self._run, choice, weights, outs) for weights in copies]
-                self._replays[choice] = Replay(calls)
+            self._run(choice, self._copies[0], outs)
+            self._check(choice, outs)
+            # These graphs never run side by side, so they can share counters instead of using up the reserve.
+            with recycled_counters(self._x.device):
+                self._replays[choice] = Replay([partial(self._run, choice, weights, outs) for weights in self._copies])
         return self._replays[choice].microseconds()
-
-    @functools.cached_property
-    def _for_torch(self) -> tuple[list[ProjectionWeights], tuple[Tensor, Tensor]]:
-        """The weights in bf16, and what is exact for these."""
-        copies = [weights.to_bf16() for weights in self._copies]
-        return copies, reference(self._x, copies[0])
 
     def _outputs(self, choice: Choice) -> tuple[Tensor, ...]:
         if choice == "bf16":
@@ -211,38 +228,29 @@ class Sampler:
     def _run(self, choice: Choice, weights: ProjectionWeights, outs: tuple[Tensor, ...]) -> None:
         operands = weights.wk.operands, weights.gate.operands
         if isinstance(choice, KernelConfig):
-            launch(self._x, operands, outs, problem_of(weights, *OUTS["fp32"]), choice)
-        elif not multiply_by_torch(self._x, [weight for weight, _, _ in operands], outs):
-            raise RuntimeError("torch would take two GEMMs: weights or outputs are not one tensor's")
+            launch(self._x, operands, outs, self._signature, choice)
+        elif not torch_mm(self._x, operands, outs):
+            raise RuntimeError("torch would need two GEMMs, as weights or outputs do not share one tensor")
 
-    def _check(self, choice: Choice, outs: tuple[Tensor, ...], exact: tuple[Tensor, Tensor]) -> None:
+    def _check(self, choice: Choice, outs: tuple[Tensor, ...]) -> None:
         is_ours = isinstance(choice, KernelConfig)
-        for out, truth in zip(outs, exact, strict=True):
+        for out, truth in zip(outs, self._exact, strict=True):
             error = ((out.double() - truth).abs().max() / truth.abs().max()).item()
             if not error <= (TOLERANCES if is_ours else TORCH_TOLERANCES)[out.dtype]:
-                what = f"{choice if is_ours else 'torch'} is off by {error:.1e} of the largest output, for {self._case}"
+                what = f"{choice if is_ours else 'torch'} is off by {error:.1e} of the largest output for {self._case}"
                 raise WrongError(what) if is_ours else RuntimeError(what)
 
 
-@functools.lru_cache(maxsize=1)
-def _copies(shape: tuple[int, ...], kinds: tuple[Kind, ...], device: torch.device) -> list[ProjectionWeights]:
-    *ns, k = shape
-    torch.manual_seed(0)
-    weights = ProjectionWeights.pack(*(random_matrix(kind, n, k) for kind, n in zip(kinds, ns, strict=True)))
-    count = copies_to_outgrow_l2(weights.nbytes, device)
-    return [weights.map(lambda tensor: tensor.to(device, copy=True)) for _ in range(count)]
-
-
-def _compile(target: Target, kernels: Sequence[Kernel], seconds: float) -> Iterator[Kernel]:
-    """Puts kernels into Triton's cache, on all cores, as far as there is time; yields those that are in it."""
-    # Not by fork: that would copy a process that holds a GPU.
+def compile_all(target: Target, kernels: Sequence[Kernel], seconds: float) -> Iterator[Kernel]:
+    """Compiles into Triton's cache on all cores until time is up; yields each kernel that compiled."""
+    # Not fork, which would copy a process that has a CUDA context.
     pool = ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn"))
     futures = {pool.submit(_compile_one, target, *kernel): kernel for kernel in kernels}
     try:
         for future in as_completed(futures, timeout=seconds):
             error = future.exception()
             if isinstance(error, BrokenExecutor):
-                raise RuntimeError("a process that compiled was killed, for memory? Try `taskset -c 0-3`") from error
+                raise RuntimeError("a compiling process was killed, out of memory? Try `taskset -c 0-3`") from error
             if error is None:
                 yield futures[future]
     except TimeoutError:
@@ -251,5 +259,47 @@ def _compile(target: Target, kernels: Sequence[Kernel], seconds: float) -> Itera
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _compile_one(*what: Any) -> None:
-    warm_up(*what)
+def _compile_one(target: Target, config: KernelConfig, *shape_and_formats: Any) -> None:
+    warm_up(target, config, signature(*shape_and_formats))
+
+
+def read_entries(path: Path, gpu: str) -> list[Entry]:
+    """The entries of a table of this GPU and these versions; none if there is no file.
+
+    Raises:
+        ValueError: the file is something else.
+        OSError: it cannot be read.
+    """
+    if not path.exists():
+        return []
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        found = {key: table[key] for key in _head(gpu)}
+        if found != _head(gpu):
+            raise ValueError(f"expected {_head(gpu)}, found {found}")
+        return merged([], table["entries"])
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be extended: {error!r}") from error
+
+
+def merged(old: Iterable[Entry], new: Iterable[Entry]) -> list[Entry]:
+    """One entry per case: the new one, unless more kernels were tried for the old one."""
+    result: dict[Any, Entry] = {}
+    for entry in (*old, *new):
+        case = entry["m"], *entry["shape"], *entry["formats"]
+        if case not in result or result[case]["tried"] <= entry["tried"]:
+            result[case] = entry
+    return list(result.values())
+
+
+def write_table(path: Path, gpu: str, entries: Iterable[Entry]) -> None:
+    """Writes a table for `kernels.dispatch`, one entry per line. A failed write leaves the old file."""
+    head = json.dumps(_head(gpu) | {"date": date.today().isoformat()})[:-1]
+    lines = ",\n".join(json.dumps(entry) for entry in entries)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary.write_text(f'{head}, "entries": [\n{lines}\n]}}\n', encoding="utf-8")
+    temporary.replace(path)
+
+
+def _head(gpu: str) -> dict[str, Any]:
+    return {"schema": TABLE_SCHEMA, "gpu": gpu, "versions": versions()}

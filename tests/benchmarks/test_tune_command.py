@@ -1,0 +1,139 @@
+"""`indexproj tune`: the table that it writes, and its errors."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from indexproj.__main__ import app
+from indexproj.benchmarks import tune
+from indexproj.benchmarks.tune import Case, WrongError
+from indexproj.kernels import TARGETS, choose, dispatch
+from indexproj.kernels.dispatch import OUTS, TunedTable
+from indexproj.kernels.formats import parse_pair
+from support import DEEPSEEK, GLM
+
+DENSE, FP8, SM_90 = parse_pair("BF16, BF16"), parse_pair("FP8 128x128, BF16"), TARGETS["sm_90"]
+GPU = "NVIDIA H100 80GB HBM3"
+
+
+@pytest.fixture
+def h100(monkeypatch, tmp_path):
+    """A GPU that measures nothing, for the command; the cases and seconds that it was asked for."""
+    for name, value in (("is_available", True), ("current_device", 0), ("get_device_name", GPU)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setattr(tune, "MS", (1, 16))
+    asked = []
+
+    def measure(cases, device, seconds):
+        asked.append((cases, device, seconds))
+        yield tune.Progress("compiling", 1, 2)
+        for number, case in enumerate(cases, 1):
+            config = choose(*case, SM_90)
+            medians = {config: float(len(asked)), **({"bf16": 0.5} if case.formats == DENSE else {})}
+            entry = tune._entry(case, medians, config) | {"tried": 1, "candidates": 9}
+            yield tune.Progress("measuring", number, len(cases), entry)
+
+    monkeypatch.setattr(tune, "tune", measure)
+    return asked
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(app, ["tune", *map(str, arguments)])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def entries_of(path):
+    return json.loads(path.read_text())["entries"]
+
+
+PAIR = ("--shape", "glm-5", "--pair", "BF16, BF16")
+
+
+def test_tune_writes_what_dispatch_reads(h100, tmp_path):
+    path = tmp_path / "indexproj/nvidia-h100-80gb-hbm3.json"
+    result = run(*PAIR, "--pair", "FP8 128x128, BF16")
+    assert f"Kept in {path}." in result.stdout
+    cases = [Case(m, GLM, formats) for formats in (DENSE, FP8) for m in (1, 16)]
+    assert h100 == [(cases, torch.device("cuda", 0), 110)]
+    for text in ("glm-5, BF16, BF16; us", "gemv 1x1024", " 0.50* ", "dispatches to torch.mm"):
+        assert text in result.stdout
+    assert max(map(len, result.stdout.splitlines()[:-1])) <= 100
+    table = TunedTable.read(path, GPU)
+    assert table.configs == {case: choose(*case, SM_90) for case in cases}
+    assert table.torch_for == {case: (OUTS["bf16"],) if case.formats == DENSE else () for case in cases}
+    assert len(path.read_text().splitlines()) == 6  # one entry per line
+
+
+def test_tune_keeps_other_entries(h100, tmp_path):
+    path = tmp_path / "table.json"
+    run(*PAIR, "--pair", "FP8 128x128, BF16", "--output", path)
+    run("--shape", "glm-5", "--shape", "deepseek-v3.2", "--pair", "FP8 128x128, BF16", "--seconds", 7, "--output", path)
+    assert [seconds for _, _, seconds in h100[1:]] == [7, 7]
+    assert [(tuple(entry["shape"]), entry["us"]) for entry in entries_of(path)] == [
+        (GLM, 1.0), (GLM, 1.0), (GLM, 2.0), (GLM, 2.0), (DEEPSEEK, 3.0), (DEEPSEEK, 3.0),
+    ]  # fmt: skip
+
+
+def test_merged_keeps_entries_with_more_tried():
+    def entry(us, tried, m=16):
+        return {"m": m, "shape": [*GLM], "formats": ["BF16", "BF16"], "us": us, "tried": tried}
+
+    old = [entry(1.0, 5)]
+    assert tune.merged(old, [entry(2.0, 4)]) == old
+    assert tune.merged(old, [entry(2.0, 5)]) == [entry(2.0, 5)]
+    assert tune.merged(old, [entry(2.0, 4, m=8)]) == [*old, entry(2.0, 4, m=8)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "", "{", "[]", "3", "null", "\ud800", "[" * 100_000, {"schema": 0}, {"gpu": "NVIDIA H200"},
+        {"versions": {"triton": "3.0"}}, {"entries": None}, {"entries": [3]}, {"entries": [{"m": 16}]},
+    ],
+)  # fmt: skip
+def test_tune_starts_anew_with_a_warning(h100, tmp_path, change):
+    path = tmp_path / "table.json"
+    run(*PAIR, "--output", path)
+    text = json.dumps(json.loads(path.read_text()) | change) if isinstance(change, dict) else change
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    result = run(*PAIR, "--output", path)
+    assert f"tune: starting a new table: {path} cannot be extended" in result.stderr
+    assert [entry["us"] for entry in entries_of(path)] == [2.0, 2.0]
+
+
+def test_tune_refuses_a_bad_path_before_measuring(h100, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "tune: " in run("--output", tmp_path / "file/table.json", code=2).stderr
+
+    def no_home(gpu):
+        raise RuntimeError("no home directory")
+
+    monkeypatch.setattr(dispatch, "table_path", no_home)
+    assert "tune: no home directory" in run(code=2).stderr
+    assert h100 == []
+
+
+@pytest.mark.parametrize(("error", "code"), [(WrongError("prefill is off"), 1), (RuntimeError("no kernel image"), 2)])
+@pytest.mark.parametrize("count", [0, 3])
+def test_tune_errors_keep_what_was_measured(h100, monkeypatch, tmp_path, error, code, count):
+    measure = tune.tune
+
+    def fail(*arguments):
+        yield from itertools.islice(measure(*arguments), 1 + count)
+        raise error
+
+    monkeypatch.setattr(tune, "tune", fail)
+    path = tmp_path / "table.json"
+    assert str(error) in run("--shape", "glm-5", "--output", path, code=code).stderr
+    assert (len(entries_of(path)) if count else path.exists()) == count
+
+
+def test_tune_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "tune: needs a GPU, but there is none" in run(code=2).stderr
+    assert "--pair must be one of" in run("--pair", "FP8", code=2).stderr
