@@ -1,3 +1,4 @@
+import gc
 import importlib.util
 
 import pytest
@@ -10,5 +11,6 @@ else:
     @pytest.fixture(scope="session", autouse=True)
     def _worker():
         harness.show_log()
+        gc.freeze()
         with harness.cpu_worker():
             yield

@@ -186,7 +186,7 @@ def swapped(kind, path, truth):
         process()
     except CheckpointError:
         return "refused"
-    methods = model.indexproj.methods
+    methods = model.indexproj.layers
     for layer, method in methods.items():
         weights = method.operands
         values = torch.cat([weights.wk.dequantize(torch.float64), weights.gate.dequantize(torch.float64)])

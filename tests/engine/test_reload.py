@@ -86,7 +86,7 @@ def test_what_is_left_of_an_update_is_not_paired_in_silence(tmp_path):
     server.model.load_weights([(scale, checkpoint(FP8)[0][scale])])
     tensors, truth = checkpoint(FP8)
     names = [f"{stem}weights_proj.weight", f"{stem}wk.weight", scale]
-    with pytest.raises(CheckpointError, match="nothing more of a layer that is complete"):
+    with pytest.raises(CheckpointError, match="no more tensors for a complete layer"):
         server.model.load_weights((name, tensors[name]) for name in names)
     server.model.load_weights((name, tensors[name]) for name in names)
     server.check({0: server.truth[0], 1: truth[1]})

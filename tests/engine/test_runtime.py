@@ -14,7 +14,7 @@ from vllm.lora.peft_helper import PEFTHelper
 from engine.harness import LAYERS, D, H, K, activations, environment, is_projection, like, projections
 from engine.kinds import BF16, FP8
 from engine.server import Server, checkpoint
-from indexproj.indexer.vllm import layer as vllm_layer
+from indexproj.indexer.vllm import model as vllm_model
 
 RANK = 8
 
@@ -99,7 +99,7 @@ def test_batch_invariance(tmp_path, monkeypatch, caplog, makers):
     assert "weights_proj in BF16, batch-invariant" in caplog.text
     module = projections(server.model)[0]
     x = torch.randn(17, K).bfloat16()
-    with mock.patch.object(vllm_layer, "project", wraps=vllm_layer.project) as project:
+    with mock.patch.object(vllm_model, "project", wraps=vllm_model.project) as project:
         both, (k, gate) = module(x)[0], module.quant_method.k_and_gate(module, x)
         assert torch.equal(k, both[:, :D])
         assert torch.equal(gate.bfloat16(), both[:, D:])

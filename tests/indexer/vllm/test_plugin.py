@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from indexproj.indexer.vllm import plugin as vllm_plugin
-from indexproj.indexer.vllm.plugin import UnexpectedError, one_launch, register
+from indexproj.indexer.vllm.glm5next import GLM5NEXT, ONE_LAUNCH, TWO_GEMMS, UnexpectedError, one_launch
+from indexproj.indexer.vllm.plugin import register
 from indexproj.loading import CheckpointError
 from support import bf16_layer, fp8_layer
 
@@ -111,11 +112,11 @@ def vllm(monkeypatch):
     )
     made.types = module("vllm.model_executor.model_loader.reload.types", LayerReloadingInfo=LayerReloadingInfo)
     made.reload = module("vllm.model_executor.model_loader.reload", layerwise=made.layerwise)
-    monkeypatch.delitem(sys.modules, "indexproj.indexer.vllm.layer", raising=False)
+    monkeypatch.delitem(sys.modules, "indexproj.indexer.vllm.model", raising=False)
     monkeypatch.setattr("indexproj.kernels.target.target_of", lambda device: None)
     made.model = Model()
     yield made
-    sys.modules.pop("indexproj.indexer.vllm.layer", None)
+    sys.modules.pop("indexproj.indexer.vllm.model", None)
 
 
 def create(vllm, model=None):
@@ -180,7 +181,7 @@ def test_an_unknown_vllm_is_left_alone(vllm, change, caplog):
     register()
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert "indexproj 0.1.0 does not fit vLLM 9.9 and leaves its indexers alone" in record.getMessage()
+    assert "indexproj 0.1.0 does not support vLLM 9.9 and leaves its indexers alone" in record.getMessage()
     assert before == (dict(vllm.loader.BaseModelLoader.__dict__), dict(vllm.layerwise.__dict__))
 
 
@@ -234,7 +235,7 @@ def without_a_class(vllm, model):
 
 def with_an_unreadable_forward(vllm, model):
     indexer = model.prefix.layers["0"]["self_attn"].indexer
-    type(indexer).__module__, type(indexer).__qualname__ = vllm_plugin.GLM5NEXT.rsplit(".", 1)
+    type(indexer).__module__, type(indexer).__qualname__ = GLM5NEXT.rsplit(".", 1)
     exec("def forward(self): pass", namespace := {})
     type(indexer).forward = namespace["forward"]
 
@@ -265,7 +266,7 @@ def test_a_model_that_loads_in_its_own_way_is_left_alone(vllm, caplog):
     register()
     with caplog.at_level(logging.INFO):
         assert not is_swapped(create(vllm, Other()))
-    assert "left to vLLM: Other loads its weights by" in caplog.text
+    assert "the load_weights of Other is from" in caplog.text
 
 
 def test_fp16_is_left_alone(vllm, caplog):
@@ -292,7 +293,7 @@ def test_a_device_without_kernels_is_left_alone(vllm, monkeypatch, caplog):
     register()
     with caplog.at_level(logging.INFO):
         assert not is_swapped(create(vllm))
-    assert "left to vLLM: the kernels need a GPU, not a cpu" in caplog.text
+    assert "to vLLM: the kernels need a GPU, not a cpu" in caplog.text
 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "model.language_model.", "language_model.model."])
@@ -341,17 +342,17 @@ def test_uninitialised_rows_are_refused(vllm):
 SOURCE = f"""
 def forward(self, hidden_states):
     q = 1
-{"".join(f"    {line}" + chr(10) for line in vllm_plugin._TWO_GEMMS.strip().splitlines())}
+{"".join(f"    {line}" + chr(10) for line in TWO_GEMMS.strip().splitlines())}
     return k, weights
 """
 
 
 def test_one_launch_replaces_the_statements_and_nothing_else():
-    body = one_launch(SOURCE).body[0].body
-    assert [ast.unparse(statement) for statement in body] == ["q = 1", vllm_plugin._ONE_LAUNCH, "return (k, weights)"]
+    body = ast.parse(one_launch(SOURCE)).body[0].body
+    assert [ast.unparse(statement) for statement in body] == ["q = 1", ONE_LAUNCH, "return (k, weights)"]
 
 
 @pytest.mark.parametrize("change", [("torch.mm", "torch.matmul"), (".float()", ".double()"), ("kw, _", "_, kw")])
 def test_one_launch_refuses_other_statements(change):
-    with pytest.raises(UnexpectedError, match="expected the statements kw, _ = "):
+    with pytest.raises(UnexpectedError, match="expected the statements\nkw, _ = "):
         one_launch(SOURCE.replace(*change))
