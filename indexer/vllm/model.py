@@ -45,11 +45,7 @@ class IndexerMethod(LinearMethodBase):  # type: ignore[misc]
         return project(x, self._layer.operands, batch_invariant=self._model.batch_invariant)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Ends the load of the whole model. vLLM calls this for every layer; the first call does the work.
-
-        Raises:
-            CheckpointError: see `IndexerModel.finish`.
-        """
+        """Ends the load of the whole model, see `IndexerModel.finish`. vLLM calls this for every layer."""
         if self._model.state is not State.READY:
             self._model.finish()
             self._model.take_updated()
@@ -71,7 +67,6 @@ class IndexerModel:
 
         Args:
             names: layer index -> name of its wk_weights_proj in the model.
-            vllm_config, model_config: the configs that vLLM created the model from.
             to_bf16: decode all weights to bf16, so that reloads accept any encoding.
         """
         self.state = State.EMPTY
@@ -93,10 +88,10 @@ class IndexerModel:
         """Takes the tensors of the projections, and passes all others to vLLM's own load_weights.
 
         Raises:
-            CheckpointError: a layer is complete and has wrong tensors. Only in updates that call nothing but
-                load_weights, whose end nothing signals; a load that vLLM ends raises there.
+            CheckpointError: a complete layer has wrong tensors, in an update that nobody ends. Other loads raise it
+                when vLLM ends them.
         """
-        # vLLM ends first loads, and its own reloads, for which it puts the parameters on the meta device.
+        # vLLM ends first loads, and reloads for which it puts the parameters on the meta device.
         parameters = (p for layer in self.layers.values() for p in layer.module.parameters(recurse=False))
         has_end = self.state is State.EMPTY or any(parameter.is_meta for parameter in parameters)
         if self.state is State.READY:
@@ -171,14 +166,13 @@ class IndexerModel:
     @contextmanager
     def _parameters_hidden(self) -> Iterator[None]:
         """Hides the parameters from vLLM's load_weights, which would write to them or report them as not loaded."""
-        modules = [layer.module for layer in self.layers.values()]
-        hidden = [module._parameters for module in modules]
-        for module in modules:
+        hidden = {layer.module: layer.module._parameters for layer in self.layers.values()}
+        for module in hidden:
             module._parameters = {}
         try:
             yield
         finally:
-            for module, parameters in zip(modules, hidden, strict=True):
+            for module, parameters in hidden.items():
                 if module._parameters:  # registered meanwhile, to replace `weight`
                     parameters.pop("weight")
                 module._parameters = {**parameters, **module._parameters}

@@ -51,7 +51,7 @@ def register() -> None:
         return
     try:
         loader, layerwise = find_patched()
-    except UnexpectedError as error:
+    except (UnexpectedError, ImportError) as error:
         _warn(error)
         return
     if not hasattr(loader.create_model, "is_indexproj"):
@@ -63,16 +63,14 @@ def find_patched() -> tuple[Any, Any]:
     """Imports what `register` patches: BaseModelLoader and the module `layerwise`.
 
     Raises:
-        UnexpectedError: one of them, or something that the patches use, is missing or takes other arguments.
+        UnexpectedError, ImportError: something that the patches use is missing or takes other arguments.
     """
-    try:
-        from vllm.envs import VLLM_BATCH_INVARIANT  # noqa: F401
-        from vllm.model_executor.layers.linear import LinearMethodBase, MergedColumnParallelLinear  # noqa: F401
-        from vllm.model_executor.model_loader.base_loader import BaseModelLoader
-        from vllm.model_executor.model_loader.reload import layerwise
-        from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
-    except ImportError as error:
-        raise UnexpectedError(str(error)) from error
+    from vllm.envs import VLLM_BATCH_INVARIANT  # noqa: F401
+    from vllm.model_executor.layers.linear import LinearMethodBase, MergedColumnParallelLinear  # noqa: F401
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+    from vllm.model_executor.model_loader.reload import layerwise
+    from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
+
     for name, owner, arguments in (
         ("create_model", BaseModelLoader, ["self", "vllm_config", "model_config", "prefix"]),
         ("finalize_layerwise_processing", layerwise, ["model", "model_config"]),
@@ -136,9 +134,9 @@ def patch_packed_modules(model: Any) -> None:
     """Extends `packed_modules_mapping` of one model.
 
     What: adds wk_weights_proj, so that LoRA adapters of wk and weights_proj apply.
-    Why: the DeepSeek and GLM classes lack the entry and refuse or ignore such adapters; HY-V4 has it. GLM-5.3-Flash
-        stays without: its changed forward does not call the module that an adapter would wrap.
-    Goes when: they have the entry.
+    Why: the DeepSeek and GLM classes refuse or ignore such adapters; HY-V4 has the entry. GLM-5.3-Flash stays without:
+        its changed forward does not call the module that an adapter would wrap.
+    Goes when: all of them have the entry.
     """
     mapping = getattr(model, "packed_modules_mapping", None)
     if mapping is not None:
