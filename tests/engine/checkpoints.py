@@ -1,8 +1,16 @@
 """Tiny checkpoints of DeepSeek-V3.2 and HY-V4, with real tensor names."""
 
+# ruff: noqa: E402
 import json
+import os
+import sys
 import zlib
 from pathlib import Path
+
+# Before vLLM and Triton are imported:
+os.environ["VLLM_PLUGINS"] = ""  # tests switch the plugin on and off
+os.environ["TRITON_INTERPRET"] = "1"
+sys.modules.setdefault("kernels", None)  # see tests/conftest.py, which spawned processes do not read
 
 import torch
 from safetensors.torch import save_file

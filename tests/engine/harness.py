@@ -4,7 +4,6 @@ Replaces only what vLLM lacks there: the choice of a backend for sparse attentio
 `indexer_op` (a recorder), and the quantization of the query, which is a Triton kernel.
 """
 
-# ruff: noqa: E402
 import contextlib
 import logging
 import os
@@ -14,11 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-# Before vLLM and Triton are imported:
-os.environ["VLLM_PLUGINS"] = ""  # tests switch the plugin on and off
-os.environ["TRITON_INTERPRET"] = "1"
-sys.modules.setdefault("kernels", None)  # see tests/conftest.py, which spawned processes do not read
+from engine.checkpoints import Q_RANK, K, M, checkpoint, is_projection, write  # before vLLM: sets the environment
 
+# isort: split
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.config.logging import LoggingConfig
@@ -35,7 +32,6 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.cpu_model_runner import _set_torch_accelerator_to_noop
 
-from engine.checkpoints import Q_RANK, K, M, checkpoint, is_projection, write
 from indexproj.indexer.vllm import plugin as vllm_plugin
 
 MTP = {"method": "mtp", "num_speculative_tokens": 1}

@@ -16,5 +16,6 @@ def run_rank(rank, path, rendezvous, truth):
                 for switch in ("0", "1"):
                     model = build(path, switch, **sizes, distributed_executor_backend="mp")
                     assert list(projections(model)) == layers[rank]
+                    assert hasattr(model, "indexproj") == (switch == "1")
                 assert_outputs(model, truth)
                 torch.distributed.barrier()

@@ -48,7 +48,9 @@ from engine import checkpoints, harness
 path = checkpoints.write(Path(sys.argv[1]), checkpoints.deepseek())
 with harness.cpu_worker(), harness.plugin("1"):
     patched = BaseModelLoader.create_model
-    module = harness.projections(harness.build(path))[0]
+    model = harness.build(path)
+    assert hasattr(model, "indexproj")
+    module = harness.projections(model)[0]
     x = torch.ones(3, checkpoints.K).bfloat16()
     expected = module(x)[0]
     child = os.fork()
