@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...kernels import DenseMatrix, Fp4Matrix, Fp8Matrix, Matrix, ProjectionWeights
+from ...kernels import DenseMatrix, ProjectionWeights
 from ...loading import Assembly, CheckpointError, Problem
 from ...loading.headers import Header
 from ...loading.names import GATE, WK
@@ -151,12 +151,4 @@ class IndexerLayer:
 
 def describe(weights: ProjectionWeights) -> str:
     """The formats of the two matrices, for messages."""
-    return f"wk in {_layout(weights.wk)}, weights_proj in {_layout(weights.gate)}"
-
-
-def _layout(matrix: Matrix) -> str:
-    if isinstance(matrix, Fp8Matrix | Fp4Matrix):
-        return (
-            f"{'FP8' if isinstance(matrix, Fp8Matrix) else 'FP4'} with a scale per {'x'.join(map(str, matrix.group))}"
-        )
-    return "BF16"
+    return f"wk in {weights.wk.format}, weights_proj in {weights.gate.format}"

@@ -18,7 +18,7 @@ from engine.checkpoints import DEEPSEEK, INDEXER, LAYERS, deepseek, write
 from engine.harness import build, projections
 from indexproj.indexer.cli.fixture import MODELS
 from indexproj.indexer.cli.synthetic import quantize_blocks
-from indexproj.kernels.matrix import spread
+from indexproj.kernels.formats import spread
 
 HEADS, KV_RANK = 4, 128  # vLLM does not decode kv_b_proj if it has less than a block, or one alone
 WIDE = ("embed_tokens.", "lm_head.", "weights_proj.", "eh_proj.", "shared_head.")  # matrices that stay BF16

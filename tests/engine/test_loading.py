@@ -155,7 +155,7 @@ def test_log_line(fp8, caplog):
         build(fp8[0])
     (record,) = [record for record in caplog.records if record.name == "vllm.indexproj"]
     assert record.getMessage().endswith(
-        "runs 2 indexer projections of DeepseekV3ForCausalLM: wk in FP8 with a scale per 128x128, weights_proj in BF16"
+        "runs 2 indexer projections of DeepseekV3ForCausalLM: wk in FP8 128x128, weights_proj in BF16"
     )
 
 
