@@ -1,6 +1,7 @@
 """Tiny checkpoints of DeepSeek-V3.2 and HY-V4, with real tensor names."""
 
 # ruff: noqa: E402
+import functools
 import json
 import os
 import sys
@@ -26,53 +27,23 @@ INDEXER = "model.layers.{}.self_attn.indexer."
 ROWS = {"wk": D, "weights_proj": H, "wk_weights_proj": D + H}
 
 DEEPSEEK = {
-    "architectures": ["DeepseekV32ForCausalLM"],
-    "model_type": "deepseek_v32",
-    "torch_dtype": "bfloat16",
-    "hidden_size": K,
-    "index_head_dim": D,
-    "index_n_heads": H,
-    "index_topk": 64,
-    "num_attention_heads": HEADS,
-    "num_key_value_heads": HEADS,
-    "q_lora_rank": Q_RANK,
-    "kv_lora_rank": KV_RANK,
-    "qk_nope_head_dim": NOPE,
-    "qk_rope_head_dim": ROPE,
-    "v_head_dim": V,
-    "vocab_size": VOCAB,
-    "intermediate_size": INNER,
-    "moe_intermediate_size": INNER,
-    "n_routed_experts": 2,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1000,
-    "num_hidden_layers": LAYERS,
-    "num_nextn_predict_layers": 1,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-6,
-    "hidden_act": "silu",
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
-
+    "architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32", "torch_dtype": "bfloat16",
+    "hidden_size": K, "vocab_size": VOCAB, "num_hidden_layers": LAYERS, "num_nextn_predict_layers": 1,
+    "index_head_dim": D, "index_n_heads": H, "index_topk": 64,
+    "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "q_lora_rank": Q_RANK, "kv_lora_rank": KV_RANK,
+    "qk_nope_head_dim": NOPE, "qk_rope_head_dim": ROPE, "v_head_dim": V,
+    "intermediate_size": INNER, "moe_intermediate_size": INNER, "n_routed_experts": 2, "n_shared_experts": 1,
+    "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1000,
+    "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 10000.0,
+    "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
 HY_V4 = {
     **{key: value for key, value in DEEPSEEK.items() if not key.startswith(("rope", "first_k"))},
-    "architectures": ["HYV4ForCausalLM"],
-    "model_type": "hy_v4",
-    "mlp_layer_types": ["dense"] * LAYERS,
-    "layer_types": ["deepseek_sparse_attention"] * LAYERS,
-    "indexer_types": ["full"] * LAYERS,
+    "architectures": ["HYV4ForCausalLM"], "model_type": "hy_v4", "mlp_layer_types": ["dense"] * LAYERS,
+    "layer_types": ["deepseek_sparse_attention"] * LAYERS, "indexer_types": ["full"] * LAYERS,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    "enable_ihc": False,
-    "gated_mla": False,
-    "learnable_sink": False,
-    "pad_token_id": 0,
-}
+    "enable_ihc": False, "gated_mla": False, "learnable_sink": False, "pad_token_id": 0,
+}  # fmt: skip
 
 
 def pair(wk, gate="bf16"):
@@ -84,6 +55,7 @@ BF16, FP8, FUSED = pair("bf16"), pair("fp8_block"), {"wk_weights_proj": EXPORTS[
 ENCODINGS = {"bf16": BF16, "fp8": FP8, "nvfp4": pair("nvfp4"), "int4": pair("int4")}
 
 
+@functools.cache
 def value(name, *shape):
     """bf16 values that depend on the name only; 1-D tensors are around 1."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
@@ -100,18 +72,11 @@ def values(prefix, **shapes):
 
 def decoder_layer(prefix, heads=HEADS, kv_rank=KV_RANK):
     """The tensors of a layer with a dense MLP and an indexer."""
-    indexer = f"{prefix}self_attn.indexer."
+    attention, indexer = f"{prefix}self_attn.", f"{prefix}self_attn.indexer."
+    queries = {"q_a_proj": (Q_RANK, K), "q_b_proj": (heads * (NOPE + ROPE), Q_RANK), "q_a_layernorm": (Q_RANK,)}
+    keys = {"kv_a_proj_with_mqa": (kv_rank + ROPE, K), "kv_b_proj": (heads * (NOPE + V), kv_rank)}
     return {
-        **values(
-            f"{prefix}self_attn.",
-            q_a_proj=(Q_RANK, K),
-            q_b_proj=(heads * (NOPE + ROPE), Q_RANK),
-            kv_a_proj_with_mqa=(kv_rank + ROPE, K),
-            kv_b_proj=(heads * (NOPE + V), kv_rank),
-            o_proj=(K, heads * V),
-            q_a_layernorm=(Q_RANK,),
-            kv_a_layernorm=(kv_rank,),
-        ),
+        **values(attention, **queries, **keys, kv_a_layernorm=(kv_rank,), o_proj=(K, heads * V)),
         **values(f"{prefix}mlp.", gate_proj=(INNER, K), up_proj=(INNER, K), down_proj=(K, INNER)),
         **values(prefix, input_layernorm=(K,), post_attention_layernorm=(K,)),
         **values(indexer, k_norm=(D,), weights_proj=(H, K), wk=(D, K), wq_b=(H * D, Q_RANK)),

@@ -37,18 +37,11 @@ from engine.harness import activations, assert_close, assert_neighbors_equal, bi
 
 CONFIG = {
     **{name: setting for name, setting in DEEPSEEK.items() if name != "rope_theta"},
-    "architectures": ["TinyGlm5Next"],
-    "model_type": "glm5_next_text",
-    "qk_rope_head_dim": 0,
-    "index_kpool": 4,
-    "layer_types": ["indexed_attention"] * LAYERS,
-    "mlp_layer_types": ["dense"] * LAYERS,
-    "indexer_types": ["full"] * LAYERS,
-    "indexer_rope_interleave": True,
-    "mhc": False,
-    "mla_use_nope": True,
-    "pad_token_id": 0,
-}
+    "architectures": ["TinyGlm5Next"], "model_type": "glm5_next_text", "qk_rope_head_dim": 0, "index_kpool": 4,
+    "layer_types": ["indexed_attention"] * LAYERS, "mlp_layer_types": ["dense"] * LAYERS,
+    "indexer_types": ["full"] * LAYERS, "indexer_rope_interleave": True,
+    "mhc": False, "mla_use_nope": True, "pad_token_id": 0,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
