@@ -32,9 +32,7 @@ def glm5next_forward(indexer_class: Any) -> Any:
         These kernels return the gate in fp32, but nothing outside a forward can change which statements it runs.
     Goes when: vLLM's forward takes the gate from the output of wk_weights_proj.
 
-    Raises:
-        UnexpectedError: the forward does not contain those statements.
-        OSError: its source is not available.
+    Raises UnexpectedError if the forward does not contain those statements, OSError if its source is not available.
     """
     original = indexer_class.forward
     if original.__closure__:
@@ -46,11 +44,7 @@ def glm5next_forward(indexer_class: Any) -> Any:
 
 
 def one_launch(source: str) -> str:
-    """Replaces TWO_GEMMS by ONE_LAUNCH in the source of a function.
-
-    Raises:
-        UnexpectedError: it does not contain TWO_GEMMS as consecutive statements.
-    """
+    """Replaces TWO_GEMMS by ONE_LAUNCH in the source of a function. Raises UnexpectedError if it does not have them."""
     found, wanted = (ast.unparse(ast.parse(text)) + "\n" for text in (source, TWO_GEMMS))
     statements = textwrap.indent(wanted, "    ")
     if statements not in found:

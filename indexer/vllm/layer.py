@@ -45,9 +45,6 @@ class IndexerLayer:
     are parameters in its place. Layout and memory then stay, because CUDA graphs and compiled code hold pointers.
 
     Attributes:
-        name: of the module in its model.
-        number: its layer index; MTP layers follow the hidden layers.
-        shape: (D, H, K).
         layout: the formats in words, None before the first load. `operands` reads this and not the state, because
             compiled code guards on what it reads.
         weights: the matrices, unless they are in `module.weight`.
@@ -57,7 +54,7 @@ class IndexerLayer:
     def __init__(self, name: str, number: int, module: Any, num_hidden_layers: int | None, to_bf16: bool) -> None:
         d, h = module.output_sizes
         self.name, self.number, self.module = name, number, module
-        self.shape: tuple[int, int, int] = (d, h, module.weight.shape[1])
+        self.shape: tuple[int, int, int] = (d, h, module.weight.shape[1])  # (D, H, K)
         self.state = State.EMPTY
         self.layout: str | None = None
         self.weights: ProjectionWeights | None = None
@@ -101,8 +98,8 @@ class IndexerLayer:
             elif self.state is not State.UPDATED and not self.problems:
                 held = self.weights or self._split(self._dense.data)
                 if unusable(held.wk) or unusable(held.gate):  # nobody wrote to it, or a sleep discarded it
-                    found = "none of them, and uninitialized memory"
-                    raise CheckpointError([Problem(self.name, "", f"tensors of {WK} and {GATE}", found)])
+                    expected, found = f"tensors of {WK} and {GATE}", "none of them, and uninitialized memory"
+                    raise CheckpointError([Problem(self.name, "", expected, found)])
                 self.layout, self.state = describe(held), State.READY
         except CheckpointError as error:
             self.problems += error.problems

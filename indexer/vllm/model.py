@@ -52,18 +52,12 @@ class IndexerMethod(LinearMethodBase):  # type: ignore[misc]
 
 
 class IndexerModel:
-    """All projections of one model. Replaces their linear methods, and wraps the model's load_weights.
-
-    Attributes:
-        layers: layer index -> layer.
-        state: see State.
-        batch_invariant: True if a row must have the same bits in any batch.
-    """
+    """All projections of one model: layers is layer index -> IndexerLayer."""
 
     def __init__(
         self, model: Any, names: Mapping[int, str], vllm_config: Any, model_config: Any, to_bf16: bool
     ) -> None:
-        """Reads all configs before it changes the model.
+        """Replaces the linear methods of the projections and wraps load_weights; reads all configs before.
 
         Args:
             names: layer index -> name of its wk_weights_proj in the model.
@@ -87,9 +81,7 @@ class IndexerModel:
     def load_weights(self, weights: Iterable[tuple[Any, ...]], *args: Any, **kwargs: Any) -> Any:
         """Takes the tensors of the projections, and passes all others to vLLM's own load_weights.
 
-        Raises:
-            CheckpointError: a complete layer has wrong tensors, in an update that nobody ends. Other loads raise it
-                when vLLM ends them.
+        Raises CheckpointError for complete layers with wrong tensors if nothing ends this update, else `finish` does.
         """
         # vLLM ends first loads, and reloads for which it puts the parameters on the meta device.
         parameters = (p for layer in self.layers.values() for p in layer.module.parameters(recurse=False))
@@ -110,16 +102,13 @@ class IndexerModel:
             self.take_updated()
             self._raise_problems()
             if waiting := [layer.number for layer in self._in_state(State.COLLECTING)]:
-                message = "indexer projections of layers %s keep their old weights until all their tensors have arrived"
-                LOGGER.warning(message, ranges(waiting))
+                LOGGER.warning(
+                    "indexers of layers %s keep their old weights until all tensors have come", ranges(waiting)
+                )
         return loaded
 
     def finish(self) -> None:
-        """Ends a load. After the first one, logs what runs.
-
-        Raises:
-            CheckpointError: lists everything that is missing or wrong in all layers.
-        """
+        """Ends a load, and logs what runs after the first. Raises CheckpointError for all problems of all layers."""
         for layer in self.layers.values():
             layer.finish()
         self._raise_problems()
@@ -128,8 +117,8 @@ class IndexerModel:
             layouts += ", batch-invariant" * self.batch_invariant
             version = importlib.metadata.version("indexproj")
             self._additional_config.setdefault("indexproj", {})[self._class] = f"{version}: {layouts}"
-            message = "indexproj %s runs %d indexer projections of %s: %s"
-            LOGGER.info(message, version, len(self.layers), self._class, layouts)
+            what = f"{len(self.layers)} indexer projections of {self._class}"
+            LOGGER.info("indexproj %s runs %s: %s", version, what, layouts)
         self.state = State.READY
 
     def take_updated(self) -> list[Any]:

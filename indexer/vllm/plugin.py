@@ -41,8 +41,7 @@ _LAYER = re.compile(r"(?:^|\.)(?:mtp_)?layers\.(\d+)\.")
 def register() -> None:
     """Entry point of `vllm.general_plugins`. May be called any number of times.
 
-    Raises:
-        ValueError: INDEXPROJ_VLLM has an unknown value.
+    Raises ValueError if INDEXPROJ_VLLM has an unknown value.
     """
     switch = os.environ.get(SWITCH, "1")
     if switch not in ("0", "1", "bf16"):
@@ -62,8 +61,7 @@ def register() -> None:
 def find_patched() -> tuple[Any, Any]:
     """Imports what `register` patches: BaseModelLoader and the module `layerwise`.
 
-    Raises:
-        UnexpectedError, ImportError: something that the patches use is missing or takes other arguments.
+    Raises UnexpectedError or ImportError if something that the patches use is missing or takes other arguments.
     """
     from vllm.envs import VLLM_BATCH_INVARIANT  # noqa: F401
     from vllm.model_executor.layers.linear import LinearMethodBase, MergedColumnParallelLinear  # noqa: F401
@@ -118,10 +116,10 @@ def patch_reload(layerwise: Any) -> None:
     def finalize_layerwise_processing(model: Any, model_config: Any) -> None:
         swapped = getattr(model, "indexproj", None)  # an IndexerModel
         try:
-            if swapped is not None:
+            if swapped:
                 swapped.finish()
         finally:
-            for module in swapped.take_updated() if swapped is not None else ():
+            for module in swapped.take_updated() if swapped else ():
                 info = layerwise.get_layerwise_info(module)
                 if info.can_load():
                     info.load_numel_total = 0  # nothing is left for vLLM to load
@@ -145,16 +143,16 @@ def patch_packed_modules(model: Any) -> None:
 
 def swap(model: Any, vllm_config: Any, model_config: Any, to_bf16: bool) -> None:
     """Swaps all projections of a model, or none and logs why. Does nothing to a model without a known indexer."""
-    indexers: dict[str, Any] = {name: each for name, each in model.named_modules() if indexer_name(type(each))}
+    indexers: dict[str, Any] = {name: each for name, each in model.named_modules() if indexer_name(each.__class__)}
     if not indexers:
         return
     try:
         if reason := _unsupported(model, vllm_config, indexers):
             LOGGER.info("indexproj leaves the indexer projections to vLLM: %s", reason)
             return
-        glm5next = [indexer for indexer in indexers.values() if indexer_name(type(indexer)) == GLM5NEXT]
-        forwards = {indexer: glm5next_forward(type(indexer)) for indexer in glm5next}
-        names = {layer_of(name): f"{name}.wk_weights_proj" for name in indexers}
+        glm5next = [indexer for indexer in indexers.values() if indexer_name(indexer.__class__) == GLM5NEXT]
+        forwards = {indexer: glm5next_forward(indexer.__class__) for indexer in glm5next}
+        names: dict[Any, str] = {layer_of(name): f"{name}.wk_weights_proj" for name in indexers}
         from .model import IndexerModel
 
         model.indexproj = IndexerModel(model, names, vllm_config, model_config, to_bf16)
@@ -181,11 +179,7 @@ def layer_of(name: str) -> int | None:
 
 
 def _unsupported(model: Any, vllm_config: Any, indexers: dict[str, Any]) -> str | None:
-    """Why the kernels cannot serve a model; None if they can.
-
-    Raises:
-        UnexpectedError, AttributeError, ImportError: vLLM built it in an unknown way.
-    """
+    """Why the kernels cannot serve a model, or None. Raises UnexpectedError if vLLM built it in an unknown way."""
     from vllm.model_executor.layers.linear import MergedColumnParallelLinear, UnquantizedLinearMethod
 
     from ...kernels.target import target_of
