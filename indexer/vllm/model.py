@@ -102,9 +102,7 @@ class IndexerModel:
             self.take_updated()
             self._raise_problems()
             if waiting := [layer.number for layer in self._in_state(State.COLLECTING)]:
-                LOGGER.warning(
-                    "indexers of layers %s keep their old weights until all tensors have come", ranges(waiting)
-                )
+                LOGGER.warning("indexer layers %s keep their old weights until all tensors arrive", ranges(waiting))
         return loaded
 
     def finish(self) -> None:
