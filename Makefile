@@ -49,7 +49,7 @@ test-vllm: .venv-vllm/.installed
 	@.venv-vllm/bin/pytest -q tests/engine
 
 vllm-report: .venv-vllm/.installed
-	@PYTHONPATH=tests .venv-vllm/bin/python tests/engine/kinds.py
+	@PYTHONPATH=tests .venv-vllm/bin/python tests/engine/report.py
 
 vllm-overhead: .venv-vllm/.installed
 	@PYTHONPATH=tests .venv-vllm/bin/python tests/engine/overhead.py

@@ -1,4 +1,4 @@
-"""The vLLM plugin. `register` is its entry point; importing it imports neither vLLM nor the kernels."""
+"""The vLLM plugin. `register` is its entry point. Importing it imports neither vLLM nor the kernels."""
 
 from .plugin import register
 

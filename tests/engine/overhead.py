@@ -1,6 +1,6 @@
-"""What the plugin adds to the time in which vLLM loads a model of 61 layers, as small as they can be.
+"""What the plugin adds to the time that vLLM takes to load a tiny model of 61 layers.
 
-Run as a program, it prints the figures of docs/vllm.md: loads with and without the plugin take turns in one process.
+`python overhead.py` prints the figures of docs/vllm.md: loads with and without the plugin alternate in one process.
 """
 
 import gc
@@ -12,34 +12,12 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from vllm.config import set_current_vllm_config
-from vllm.model_executor.model_loader import get_model_loader
 
-from engine.harness import (
-    DEEPSEEK,
-    cpu_worker,
-    create,
-    deepseek,
-    engine_config,
-    environment,
-    is_projection,
-    plugin,
-    projections,
-    with_projection,
-    write,
-)
-from engine.kinds import BF16, FP8, exports_of
+from engine.checkpoints import BF16, DEEPSEEK, FP8, checkpoint, deepseek, only_projections, write
+from engine.harness import cpu_worker, create, engine_config, environment, load_model, projections
 from indexproj.indexer.vllm import plugin as vllm_plugin
 
 LAYERS, ROUNDS = 61, 15
-
-
-def whole_load(config, switch):
-    """Seconds from files in the page cache to a model that can serve."""
-    loader = get_model_loader(config.load_config)
-    config.compilation_config.static_forward_context.clear()
-    with plugin(switch), set_current_vllm_config(config):
-        return seconds(lambda: loader.load_model(config, config.model_config))
 
 
 def projections_alone(path, switch, tensors):
@@ -52,15 +30,15 @@ def projections_alone(path, switch, tensors):
         spent += seconds(lambda: original(*args))
 
     with mock.patch.object(vllm_plugin, "swap", swap):
-        model, config, _, _ = create(path, switch)
-    methods = [module.quant_method for module in projections(model).values()]
+        created = create(path, switch)
+    methods = [(module, module.quant_method) for module in projections(created.model).values()]
 
     def load():
-        model.load_weights(tensors.items())
-        for method in methods if switch == "1" else ():  # vLLM's own packs weights here, on a CPU only
-            method.process_weights_after_loading(method.layer)
+        created.model.load_weights(tensors.items())
+        for module, method in methods if switch == "1" else ():  # vLLM's own packs weights here, on a CPU only
+            method.process_weights_after_loading(module)
 
-    with environment(config):
+    with environment(created.config):
         return spent + seconds(load)
 
 
@@ -74,7 +52,7 @@ def seconds(function):
     return spent
 
 
-def in_turn(measure):
+def alternate(measure):
     """Seconds without and with the plugin, of ROUNDS each."""
     times = {"0": [], "1": []}
     for _ in range(2):
@@ -94,25 +72,25 @@ def main():
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory, cpu_worker():
         for name, makers in (("BF16", BF16), ("FP8 128x128", FP8)):
-            tensors = with_projection(deepseek(LAYERS), exports_of(makers, {}))
+            tensors, _ = checkpoint(makers, deepseek(LAYERS))
             path = write(Path(directory, name), tensors, {**DEEPSEEK, "num_hidden_layers": LAYERS})
             config = engine_config(path)
-            ours = {n: tensor for n, tensor in tensors.items() if is_projection(n) and f".layers.{LAYERS}." not in n}
+            ours = {n: tensor for n, tensor in only_projections(tensors).items() if f".layers.{LAYERS}." not in n}
             for what, measure in (
-                ("whole load", lambda switch, config=config: whole_load(config, switch)),
+                ("whole load", lambda switch, config=config: seconds(lambda: load_model(config, switch))),
                 ("projections alone", lambda switch, path=path, ours=ours: projections_alone(path, switch, ours)),
             ):
-                stock, swapped = in_turn(measure)
-                difference = 1000 * (statistics.median(swapped) - statistics.median(stock))
-                print(
-                    f"{name}, {what}: vLLM {quartiles(stock)}, with indexproj {quartiles(swapped)}, {difference:+.1f}"
-                )
+                times = alternate(measure)
+                stock, swapped = map(statistics.median, times)
+                theirs, mine = map(quartiles, times)
+                difference = 1000 * (swapped - stock)
+                print(f"{name}, {what}: vLLM {theirs}, with indexproj {mine}, {difference:+.1f}")
 
 
 if __name__ == "__main__":
     logging.disable(logging.CRITICAL)
     start = time.perf_counter()
-    import indexproj.indexer.vllm.layer  # noqa: F401
+    import indexproj.indexer.vllm.model  # noqa: F401
 
-    print(f"first import, where vLLM is imported already: {1000 * (time.perf_counter() - start):.1f} ms")
+    print(f"first import, after vLLM: {1000 * (time.perf_counter() - start):.1f} ms")
     main()

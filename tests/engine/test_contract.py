@@ -1,4 +1,4 @@
-"""Everything in vLLM that the plugin patches or relies on, read in the source: of the vLLM here, and of 0.33.0."""
+"""What the plugin patches or relies on in vLLM, checked in the source of the installed version and of 0.33.0."""
 
 import ast
 import subprocess
@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import vllm
 
-from indexproj.indexer.vllm.plugin import GLM5NEXT, INDEXERS, MODEL_FILES, one_launch
+from indexproj.indexer.vllm.glm5next import GLM5NEXT, one_launch
+from indexproj.indexer.vllm.plugin import INDEXERS, MODEL_FILES
 
 NEWEST = "0.33.0"
 DOWNLOADS = Path(__file__).parent.parent.parent / "build/vllm"
@@ -50,26 +51,24 @@ def path_of(module):
     return f"{module.replace('.', '/')}.py"
 
 
-def found(source, name):
-    """A class, function or method by its full name."""
+def node_of(source, name):
+    """The syntax tree of a class, function or method, by its full name."""
     parts = name.split(".")
     cut = next(n for n in range(len(parts), 0, -1) if path_of(".".join(parts[:n])) in source)
     node = ast.parse(source[path_of(".".join(parts[:cut]))])
     for part in parts[cut:]:
-        nodes = [
-            child for child in node.body if isinstance(child, ast.ClassDef | ast.FunctionDef) and child.name == part
-        ]
-        assert nodes, f"{name} is not there"
+        nodes = [child for child in node.body if getattr(child, "name", None) == part]
+        assert nodes, f"{name} does not exist"
         node = nodes[0]
     return node
 
 
 def text_of(source, name):
-    return ast.unparse(found(source, name))
+    return ast.unparse(node_of(source, name))
 
 
 @pytest.mark.parametrize("name", INDEXERS)
-def test_indexers(source, name):
+def test_indexer_creates_wk_weights_proj(source, name):
     init = text_of(source, f"{name}.__init__")
     assert (
         "self.wk_weights_proj = MergedColumnParallelLinear(hidden_size, [self.head_dim, self.n_head], bias=False, "
@@ -80,69 +79,69 @@ def test_indexers(source, name):
 
 
 @pytest.mark.parametrize("module", MODEL_FILES)
-def test_model_files(source, module):
+def test_model_file_has_load_weights(source, module):
     tree = ast.parse(source[path_of(module)])
     methods = [node for cls in tree.body if isinstance(cls, ast.ClassDef) for node in cls.body]
     assert "load_weights" in {method.name for method in methods if isinstance(method, ast.FunctionDef)}
 
 
-def test_whose_load_weights_the_multimodal_model_has(source):
-    model = found(source, "vllm.models.glm5next.common.model.Glm5NextForConditionalGeneration")
+def test_multimodal_model_inherits_load_weights(source):
+    model = node_of(source, "vllm.models.glm5next.common.model.Glm5NextForConditionalGeneration")
     assert model.bases[0].id == "Glm4vForConditionalGeneration"
     assert "load_weights" not in {getattr(node, "name", None) for node in model.body}
 
 
-def test_nobody_else_has_such_a_module(source):
+def test_no_other_file_uses_wk_weights_proj(source):
     assert {path for path, text in source.items() if "wk_weights_proj" in text} == set(map(path_of, USERS))
 
 
-def test_where_models_are_created(source):
+def test_create_model_is_called_by_load_model(source):
     loader = "vllm.model_executor.model_loader.base_loader.BaseModelLoader"
-    arguments = found(source, f"{loader}.create_model").args
+    arguments = node_of(source, f"{loader}.create_model").args
     assert [argument.arg for argument in arguments.args] == ["self", "vllm_config", "model_config", "prefix"]
     assert "model = self.create_model(" in text_of(source, f"{loader}.load_model")
 
 
-def test_where_reloads_end(source):
+def test_reload_ends_in_finalize_layerwise_processing(source):
     layerwise = "vllm.model_executor.model_loader.reload.layerwise"
-    arguments = found(source, f"{layerwise}.finalize_layerwise_processing").args
+    arguments = node_of(source, f"{layerwise}.finalize_layerwise_processing").args
     assert [argument.arg for argument in arguments.args] == ["model", "model_config"]
     assert "finalize_layerwise_processing(*args, **kwargs)" in text_of(source, f"{layerwise}.finalize_layerwise_reload")
-    assert [argument.arg for argument in found(source, f"{layerwise}.get_layerwise_info").args.args] == ["layer"]
+    assert [argument.arg for argument in node_of(source, f"{layerwise}.get_layerwise_info").args.args] == ["layer"]
     info = text_of(source, "vllm.model_executor.model_loader.reload.types.LayerReloadingInfo")
     assert "load_numel_total: int | None" in info
     assert "return self.load_numel_total is not None" in info
 
 
-def test_how_weights_are_processed(source):
+def test_process_weights_calls_every_linear_method(source):
     text = text_of(source, "vllm.model_executor.model_loader.utils.process_weights_after_loading")
     assert "quant_method = getattr(module, 'quant_method', None)" in text
     assert "isinstance(quant_method, QuantizeMethodBase)" in text
     assert "quant_method.process_weights_after_loading(module)" in text
 
 
-def test_how_ranks_get_weights_from_elsewhere(source):
+def test_elastic_ep_and_weight_cache(source):
     assert "enable_elastic_ep: bool = False" in source["vllm/config/parallel.py"]
     assert "model.state_dict()" in text_of(source, "vllm.distributed.elastic_ep.elastic_execute.batch_transfer_weights")
     method = text_of(source, "vllm.model_executor.layers.quantization.base_config.QuantizeMethodBase")
     assert "supports_pre_processed_weights: bool = False" in method
 
 
-def test_how_compiled_code_is_told_apart(source):
+def test_compile_cache_key_includes_additional_config(source):
     text = text_of(source, "vllm.config.vllm.VllmConfig.compute_hash")
     assert "json.dumps(additional_config, sort_keys=True)" in text
     assert "VLLM_BATCH_INVARIANT: bool" in source["vllm/envs.py"]
 
 
-def test_how_a_linear_layer_computes(source):
+def test_linear_layer_calls_apply(source):
     linear = "vllm.model_executor.layers.linear"
     assert "self.quant_method.apply(self, input_, bias)" in text_of(source, f"{linear}.ColumnParallelLinear.forward")
     assert "class UnquantizedLinearMethod(LinearMethodBase)" in text_of(source, f"{linear}.UnquantizedLinearMethod")
     assert "base_layer.qweight.device" in text_of(source, "vllm.lora.layers.utils._get_lora_device")
 
 
-def test_the_forward_of_glm5next(source):
-    changed = ast.unparse(one_launch(text_of(source, f"{GLM5NEXT}.forward")))
+def test_glm5next_forward_contains_two_gemms(source):
+    changed = one_launch(text_of(source, f"{GLM5NEXT}.forward"))
     assert "_wp_fp32" not in changed
     assert "torch.mm" not in changed
     assert "k, weights = self.wk_weights_proj.quant_method.k_and_gate(self.wk_weights_proj, hidden_states)" in changed

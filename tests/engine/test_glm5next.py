@@ -1,7 +1,7 @@
-"""GLM-5.3-Flash, whose gate vLLM computes again in fp32.
+"""GLM-5.3-Flash, whose gate vLLM computes a second time in fp32.
 
-Its files import torchvision, for images; and its query is rotated and quantized by a Triton kernel. Here both are
-replaced: the rotation does not pass through the projection.
+Its modules import torchvision, for images; and its query is rotated and quantized by a Triton kernel. Both are replaced
+here: neither affects the projection.
 """
 
 import importlib.machinery
@@ -10,13 +10,14 @@ from unittest import mock
 
 import pytest
 import torch
-from vllm.config import LoRAConfig, set_current_vllm_config
+from vllm.config import LoRAConfig
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.model_manager import LoRAModelManager
-from vllm.model_executor.model_loader import get_model_loader
 
-from engine.harness import (
+from engine import checkpoints, harness
+from engine.checkpoints import (
     DEEPSEEK,
+    ENCODINGS,
     HEADS,
     INDEXER,
     KV_RANK,
@@ -27,37 +28,20 @@ from engine.harness import (
     H,
     K,
     M,
-    Recorder,
-    activations,
-    build,
-    deepseek,
-    engine_config,
-    environment,
-    is_projection,
-    outputs_are_right,
-    per_token_group_quant_fp8,
-    plugin,
-    projections,
+    only_projections,
     value,
-    with_projection,
+    values,
     write,
 )
-from engine.kinds import BF16, FP8, exports_of
+from engine.harness import activations, assert_close, assert_neighbors_equal, bits, build, projections
 
 CONFIG = {
     **{name: setting for name, setting in DEEPSEEK.items() if name != "rope_theta"},
-    "architectures": ["TinyGlm5Next"],
-    "model_type": "glm5_next_text",
-    "qk_rope_head_dim": 0,
-    "index_kpool": 4,
-    "layer_types": ["indexed_attention"] * LAYERS,
-    "mlp_layer_types": ["dense"] * LAYERS,
-    "indexer_types": ["full"] * LAYERS,
-    "indexer_rope_interleave": True,
-    "mhc": False,
-    "mla_use_nope": True,
-    "pad_token_id": 0,
-}
+    "architectures": ["TinyGlm5Next"], "model_type": "glm5_next_text", "qk_rope_head_dim": 0, "index_kpool": 4,
+    "layer_types": ["indexed_attention"] * LAYERS, "mlp_layer_types": ["dense"] * LAYERS,
+    "indexer_types": ["full"] * LAYERS, "indexer_rope_interleave": True,
+    "mhc": False, "mla_use_nope": True, "pad_token_id": 0,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -77,98 +61,79 @@ def glm5next():
             yield attention
 
 
-def checkpoint(makers):
-    """Tensors without RoPE and with what pools keys; and the projection's values by layer."""
-    tensors = deepseek()
+def checkpoint(encoding):
+    """Tensors without RoPE, and with those that pool keys; and the values of the projection by layer."""
+    tensors = checkpoints.deepseek()
     for layer in range(LAYERS + 1):
         stem = f"model.layers.{layer}.self_attn."
-        tensors[f"{stem}q_b_proj.weight"] = value(f"{stem}q_b_proj.weight", HEADS * NOPE, Q_RANK)
-        tensors[f"{stem}kv_a_proj_with_mqa.weight"] = value(f"{stem}kv_a_proj_with_mqa.weight", KV_RANK, K)
+        tensors |= values(stem, q_b_proj=(HEADS * NOPE, Q_RANK), kv_a_proj_with_mqa=(KV_RANK, K))
         tensors[f"{stem}indexer.index_kpool_compress_gate"] = value(f"{stem}gate", D, K)
         tensors[f"{stem}indexer.index_kpool_compress_ape"] = value(f"{stem}ape", 4, D).float()
-    truth = {}
-    return with_projection(tensors, exports_of(makers, truth)), truth
+    return checkpoints.checkpoint(ENCODINGS[encoding], tensors)
 
 
-def indexer_inputs(module, indexer):
-    recorder, (x, qr, positions) = Recorder(), activations()
-    with (
-        mock.patch.object(module, "fwht128_quant_fp8", lambda q: per_token_group_quant_fp8(q, 128)),
-        mock.patch.dict(indexer._modules, {"indexer_op": recorder}),
-        torch.no_grad(),
-    ):
-        indexer(x, qr, positions, None)
-    return recorder.inputs
+def indexer_inputs(indexer):
+    def quantize(q):
+        return harness.per_token_group_quant_fp8(q, 128)
+
+    return harness.indexer_inputs(indexer, None, quantizer=("fwht128_quant_fp8", quantize))
 
 
-def test_it_agrees_with_vllm(tmp_path, glm5next):
-    tensors, _ = checkpoint(BF16)
+def test_bf16_agrees_with_stock(tmp_path):
+    tensors, _ = checkpoint("bf16")
     stock, swapped = (build(write(tmp_path, tensors, CONFIG), switch) for switch in ("0", "1"))
-    for name, parameter in dict(stock.named_parameters()).items():
-        if not is_projection(name):
-            assert torch.equal(parameter, swapped.get_parameter(name)), name
+    assert_neighbors_equal(stock, swapped)
     theirs, ours = (model.model.layers[0].self_attn.indexer for model in (stock, swapped))
-    # vLLM gives the weight away on a CPU, before it makes this copy of it.
+    # vLLM packs the weight away on a CPU, before it makes this copy of it.
     theirs._wp_fp32 = tensors[f"{INDEXER.format(0)}weights_proj.weight"].float().T.contiguous()
-    expected = indexer_inputs(glm5next, theirs)
-    found = indexer_inputs(glm5next, ours)
-    assert torch.equal(expected[0].view(torch.uint8), found[0].view(torch.uint8))
-    assert (found[1].double() - expected[1].double()).abs().max() <= 2**-7 * expected[1].double().abs().max()
+    expected, found = indexer_inputs(theirs), indexer_inputs(ours)
+    assert torch.equal(bits(expected[0]), bits(found[0]))
+    assert_close(found[1], expected[1], 2**-7)
     assert found[2].dtype == expected[2].dtype == torch.float32
-    assert (found[2].double() - expected[2].double()).abs().max() <= 2e-6 * expected[2].double().abs().max()
+    assert_close(found[2], expected[2], 2e-6)
     assert ours._wp_fp32 is None
 
 
-@pytest.mark.parametrize("makers", [BF16, FP8], ids=["bf16", "fp8"])
-def test_the_gate_is_exact_and_never_stale(tmp_path, glm5next, makers):
-    tensors, truth = checkpoint(makers)
+@pytest.mark.parametrize("encoding", ["bf16", "fp8"])
+def test_gate_is_fp32_and_follows_updates(tmp_path, glm5next, encoding):
+    tensors, truth = checkpoint(encoding)
     model = build(write(tmp_path, tensors, CONFIG))
-    indexer = model.model.layers[1].self_attn.indexer
+    assert projections(model).keys() == {0, 1}
     for _ in range(2):
         with mock.patch.object(glm5next, "_fused_indexer_weight_scale", lambda weights, q_scale, scale: weights):
-            gate = indexer_inputs(glm5next, indexer)[2][:, :H]
-        exact = activations()[0].double() @ truth[1][D:].T
-        assert (gate.double() - exact).abs().max() <= 2e-6 * exact.abs().max()
-        tensors, truth = checkpoint(makers)
-        model.load_weights((name, tensor) for name, tensor in tensors.items() if is_projection(name))
-    assert projections(model).keys() == {0, 1}
+            gate = indexer_inputs(model.model.layers[1].self_attn.indexer)[2][:, :H]
+        assert_close(gate, activations()[0].double() @ truth[1][D:].T, 2e-6)
+        tensors, truth = checkpoint(encoding)
+        model.load_weights(only_projections(tensors).items())
 
 
-@pytest.mark.parametrize("makers", [BF16, FP8], ids=["bf16", "fp8"])
-def test_the_mtp_layer(tmp_path, makers):
-    """As a model of its own; what makes a draft of the multimodal model's config is left out."""
-    tensors, truth = checkpoint(makers)
+@pytest.mark.parametrize("encoding", ["bf16", "fp8"])
+def test_mtp_layer(tmp_path, encoding):
+    """As a model of its own: vLLM makes drafts of the multimodal model's config only."""
+    tensors, truth = checkpoint(encoding)
     tensors = {name: tensor for name, tensor in tensors.items() if "shared_head.head" not in name}
-    config = engine_config(write(tmp_path, tensors, {**CONFIG, "architectures": ["TinyGlm5NextMtp"]}))
+    config = harness.engine_config(write(tmp_path, tensors, {**CONFIG, "architectures": ["TinyGlm5NextMtp"]}))
     settings = {"draft_model_config": config.model_config, "enable_adaptive_verification": False}
     config.speculative_config = mock.MagicMock(**settings)
-    models = []
-    for switch in ("0", "1"):
-        config.compilation_config.static_forward_context.clear()
-        with plugin(switch), set_current_vllm_config(config):
-            models.append(get_model_loader(config.load_config).load_model(config, config.model_config))
-    stock, swapped = models
-    for name, parameter in stock.named_parameters():
-        if not is_projection(name):
-            assert torch.equal(parameter, swapped.get_parameter(name)), name
+    stock, swapped = (harness.load_model(config, switch) for switch in ("0", "1"))
+    assert_neighbors_equal(stock, swapped)
     assert list(projections(swapped)) == [LAYERS]
-    outputs_are_right(swapped, truth)
+    harness.assert_outputs(swapped, truth)
 
 
-def test_lora_leaves_the_projection_alone(tmp_path, glm5next):
-    """As in vLLM, which refuses adapters of it; wrapped, it would take them, and the forward would not use them."""
-    tensors, _ = checkpoint(BF16)
-    path = write(tmp_path, tensors, CONFIG)
+def test_lora_leaves_the_projection_alone(tmp_path):
+    """vLLM refuses adapters of it; if it wrapped the module, it would accept them and the forward would ignore them."""
+    path = write(tmp_path, checkpoint("bf16")[0], CONFIG)
     model_class = sys.modules["vllm.models.glm5next"].Glm5NextForCausalLM
     with mock.patch.object(model_class, "packed_modules_mapping", {}, create=True):
         model = build(path)
-    indexer = model.model.layers[0].self_attn.indexer
-    expected, config, module = indexer_inputs(glm5next, indexer), engine_config(path), indexer.wk_weights_proj
-    with environment(config):
+    indexer, config = model.model.layers[0].self_attn.indexer, harness.engine_config(path)
+    expected, module = indexer_inputs(indexer), indexer.wk_weights_proj
+    with harness.environment(config):
         lora = LoRAConfig(max_lora_rank=8, lora_dtype=torch.bfloat16)
         manager = LoRAModelManager(model, 4, 128, 128, lora, torch.device("cpu"), config)
         manager.set_adapter_mapping(LoRAMapping((0,) * M, (0,), is_prefill=True))
     assert "wk_weights_proj" not in manager.packed_modules_mapping
     assert indexer.wk_weights_proj is module
-    for ours, before in zip(indexer_inputs(glm5next, indexer), expected, strict=True):
-        assert torch.equal(ours.view(torch.uint8), before.view(torch.uint8))
+    for ours, before in zip(indexer_inputs(indexer), expected, strict=True):
+        assert torch.equal(bits(ours), bits(before))

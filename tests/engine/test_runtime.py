@@ -1,4 +1,4 @@
-"""What runs around the projection once it is there: torch.compile, LoRA adapters."""
+"""What runs around the projection: torch.compile, LoRA adapters, batch invariance."""
 
 import logging
 from unittest import mock
@@ -11,23 +11,20 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.peft_helper import PEFTHelper
 
-from engine.harness import LAYERS, D, H, K, activations, environment, is_projection, like, projections
-from engine.kinds import BF16, FP8
-from engine.server import Server, checkpoint
-from indexproj.indexer.vllm import layer as vllm_layer
+from engine.checkpoints import ENCODINGS, LAYERS, D, H, K, checkpoint, only_projections
+from engine.harness import Server, activations, assert_close, environment, like, projections
+from indexproj.indexer.vllm import model as vllm_model
 
 RANK = 8
 
 
-@pytest.fixture(params=[BF16, FP8], ids=["bf16", "fp8"])
+@pytest.fixture(params=["bf16", "fp8"])
 def server(request, tmp_path):
-    server = Server(tmp_path, request.param)
-    server.makers = request.param
-    return server
+    return Server(tmp_path, ENCODINGS[request.param])
 
 
-def test_compiled_whole_and_reloaded(server):
-    """Compiled code keeps on to the memory, and sees what a reload writes there; nothing is compiled again."""
+def test_torch_compile_sees_updates_without_recompiling(server):
+    """Nor does an update recompile that is only half there."""
     torch._dynamo.reset()
     module = projections(server.model)[0]
 
@@ -40,66 +37,59 @@ def test_compiled_whole_and_reloaded(server):
     with torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():
         assert all(torch.equal(a, b) for a, b in zip(k_and_gate(x), module(2 * x)[0].split([D, H], 1), strict=True))
         tensors, truth = checkpoint(server.makers)
-        server.model.load_weights((name, tensor) for name, tensor in tensors.items() if is_projection(name))
-        k, gate = k_and_gate(x)
-        exact = 2 * x.double() @ truth[0].T
-        assert (torch.cat([k, gate], 1).double() - exact).abs().max() <= 2**-8 * exact.abs().max()
+        first, *others = only_projections(tensors).items()
+        server.model.load_weights([first])
+        assert_close(torch.cat(k_and_gate(x), 1), 2 * x.double() @ server.truth[0].T, 2**-8)
+        server.model.load_weights(others)
+        assert_close(torch.cat(k_and_gate(x), 1), 2 * x.double() @ truth[0].T, 2**-8)
 
 
 @pytest.mark.parametrize("m", [0, 1, 64, 65])
-def test_any_number_of_rows(server, m):
+def test_shape_and_strides_by_number_of_rows(server, m):
     module = projections(server.model)[0]
     assert like(module(torch.ones(m, K).bfloat16())[0]) == (torch.bfloat16, (m, D + H), (D + H, 1))
 
 
 def test_lora_adapters_of_both_matrices(server):
-    """By vLLM's own manager, from tensors as PEFT names them."""
-    model = server.model
-    adapter = {}
-    for layer in range(LAYERS):
-        for matrix, rows in (("wk", D), ("weights_proj", H)):
+    """By vLLM's own manager, from tensors with PEFT's names; and a reload under them."""
+    model, config = server.model, LoRAConfig(max_lora_rank=RANK, lora_dtype=torch.bfloat16)
+    x, *_ = activations()
+    adapter, expected = {}, {}
+    for layer, module in projections(model).items():
+        expected[layer] = module(x)[0].double()
+        for matrix, rows in (("wk", slice(0, D)), ("weights_proj", slice(D, D + H))):
             stem = f"base_model.model.model.layers.{layer}.self_attn.indexer.{matrix}"
-            adapter[f"{stem}.lora_A.weight"] = torch.randn(RANK, K).bfloat16()
-            adapter[f"{stem}.lora_B.weight"] = torch.randn(rows, RANK).bfloat16()
-    before = {layer: module(activations()[0])[0] for layer, module in projections(model).items()}
-    config = LoRAConfig(max_lora_rank=RANK, lora_dtype=torch.bfloat16)
+            a, b = torch.randn(RANK, K).bfloat16(), torch.randn(rows.stop - rows.start, RANK).bfloat16()
+            adapter |= {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
+            delta = 2 * (x.double() @ a.double().T) @ b.double().T
+            assert delta.abs().max() > 0.1 * expected[layer].abs().max()
+            expected[layer][:, rows] += delta
     with environment(server.config):
         manager = LoRAModelManager(model, 4, 128, 128, config, torch.device("cpu"), server.config)
         helper = PEFTHelper.from_dict({"r": RANK, "lora_alpha": 2 * RANK, "target_modules": ["wk", "weights_proj"]})
-        copies = {name: tensor.clone() for name, tensor in adapter.items()}  # which are scaled in place
-        manager.add_adapter(LoRAModel.from_lora_tensors(1, copies, helper, "cpu", torch.bfloat16))
+        manager.add_adapter(LoRAModel.from_lora_tensors(1, adapter, helper, "cpu", torch.bfloat16))
         manager.activate_adapter(1)
-        x, *_ = activations()
         manager.set_adapter_mapping(LoRAMapping((1,) * len(x), (1,), is_prefill=True))
+        assert len(projections(model)) == LAYERS
         for layer, module in projections(model).items():
             assert type(module) is MergedColumnParallelLinearWithLoRA
-            stem = f"base_model.model.model.layers.{layer}.self_attn.indexer"
-            delta = [
-                2
-                * (x.double() @ adapter[f"{stem}.{matrix}.lora_A.weight"].double().T)
-                @ adapter[f"{stem}.{matrix}.lora_B.weight"].double().T
-                for matrix in ("wk", "weights_proj")
-            ]
-            exact = before[layer].double() + torch.cat(delta, 1)
-            assert torch.cat(delta, 1).abs().max() > 0.1 * before[layer].abs().max()
-            assert (module(x)[0].double() - exact).abs().max() <= 2**-6 * exact.abs().max()
-    tensors, _ = checkpoint(server.makers)
-    server.reload({name: tensor for name, tensor in tensors.items() if is_projection(name)})  # vLLM's own has no names
+            assert_close(module(x)[0], expected[layer], 2**-6)
+    server.reload(only_projections(checkpoint(server.makers)[0]))  # vLLM's own names have no `base_layer`
     assert server.addresses().keys() == {name.replace("proj.", "proj.base_layer.") for name in server.pointers}
     assert list(server.addresses().values()) == list(server.pointers.values())
 
 
-@pytest.mark.parametrize("makers", [BF16, FP8], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("encoding", ["bf16", "fp8"])
 @pytest.mark.usefixtures("poison", "exact_dot")
-def test_batch_invariance(tmp_path, monkeypatch, caplog, makers):
-    """With vLLM's variable, a row has the same bits alone and among others."""
+def test_batch_invariance(tmp_path, monkeypatch, caplog, encoding):
+    """With VLLM_BATCH_INVARIANT=1, a row has the same bits alone and among others."""
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     with caplog.at_level(logging.INFO, "vllm.indexproj"):
-        server = Server(tmp_path, makers)
+        server = Server(tmp_path, ENCODINGS[encoding])
     assert "weights_proj in BF16, batch-invariant" in caplog.text
     module = projections(server.model)[0]
     x = torch.randn(17, K).bfloat16()
-    with mock.patch.object(vllm_layer, "project", wraps=vllm_layer.project) as project:
+    with mock.patch.object(vllm_model, "project", wraps=vllm_model.project) as project:
         both, (k, gate) = module(x)[0], module.quant_method.k_and_gate(module, x)
         assert torch.equal(k, both[:, :D])
         assert torch.equal(gate.bfloat16(), both[:, D:])

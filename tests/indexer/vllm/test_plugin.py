@@ -1,4 +1,4 @@
-"""The plugin beside a vLLM that is made up; tests/engine has the real one."""
+"""The plugin with a fake vLLM; tests/engine runs the real one."""
 
 import ast
 import importlib.machinery
@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from indexproj.indexer.vllm import plugin as vllm_plugin
-from indexproj.indexer.vllm.plugin import UnexpectedError, one_launch, register
+from indexproj.indexer.vllm.glm5next import GLM5NEXT, ONE_LAUNCH, TWO_GEMMS, UnexpectedError, one_launch
+from indexproj.indexer.vllm.plugin import register
 from indexproj.loading import CheckpointError
 from support import bf16_layer, fp8_layer
 
@@ -45,15 +46,15 @@ def indexer_class(name):
 
 
 class Model(nn.Module):
-    """`layers.<n>.self_attn.indexer` for each n, and a load_weights that returns what it was given."""
+    """Has `layers.<n>.self_attn.indexer` for each n; load_weights returns the names that it gets."""
 
-    def __init__(self, layers=(0,), kind=vllm_plugin.INDEXERS[0], layer=MergedColumnParallelLinear):
+    def __init__(self, layers=(0,), kind=vllm_plugin.INDEXERS[0]):
         super().__init__()
         self.prefix = nn.Module()
         self.prefix.layers = nn.ModuleDict()
         for number in layers:
             attention = nn.Module()
-            attention.indexer = indexer_class(kind)(layer())
+            attention.indexer = indexer_class(kind)(MergedColumnParallelLinear())
             self.prefix.layers[str(number)] = nn.ModuleDict({"self_attn": attention})
 
     def load_weights(self, weights):
@@ -67,7 +68,7 @@ class Model(nn.Module):
 
 @pytest.fixture
 def vllm(monkeypatch):
-    """The modules that the plugin imports, with the model that a loader is going to create."""
+    """The modules that the plugin imports; `model` is what its loader creates."""
 
     def module(name, **contents):
         made = ModuleType(name)
@@ -81,48 +82,37 @@ def vllm(monkeypatch):
         def create_model(self, vllm_config, model_config, prefix=""):
             return made.model
 
-    def finalize_layerwise_processing(model, model_config):
-        pass
-
-    def get_layerwise_info(layer):
-        pass
-
     class LayerReloadingInfo:
         def can_load(self):
             pass
 
     made = module("vllm", __version__="9.9")
     made.envs = module("vllm.envs", VLLM_BATCH_INVARIANT=False)
-    for name in ("model_executor", "model_executor.layers", "model_executor.models", "model_executor.model_loader"):
-        module(f"vllm.{name}")
-    for file in vllm_plugin.MODEL_FILES:
-        module(file)
-    made.linear = module(
-        "vllm.model_executor.layers.linear",
-        LinearMethodBase=LinearMethodBase,
-        MergedColumnParallelLinear=MergedColumnParallelLinear,
-        UnquantizedLinearMethod=UnquantizedLinearMethod,
-    )
-    made.loader = module("vllm.model_executor.model_loader.base_loader", BaseModelLoader=BaseModelLoader)
+    stem = "vllm.model_executor"
+    for name in (stem, f"{stem}.layers", f"{stem}.models", f"{stem}.model_loader", *vllm_plugin.MODEL_FILES):
+        module(name)
+    classes = LinearMethodBase, MergedColumnParallelLinear, UnquantizedLinearMethod
+    made.linear = module(f"{stem}.layers.linear", **{cls.__name__: cls for cls in classes})
+    made.loader = module(f"{stem}.model_loader.base_loader", BaseModelLoader=BaseModelLoader)
     made.layerwise = module(
-        "vllm.model_executor.model_loader.reload.layerwise",
-        finalize_layerwise_processing=finalize_layerwise_processing,
-        get_layerwise_info=get_layerwise_info,
+        f"{stem}.model_loader.reload.layerwise",
+        finalize_layerwise_processing=lambda model, model_config: None,
+        get_layerwise_info=lambda layer: None,
     )
-    made.types = module("vllm.model_executor.model_loader.reload.types", LayerReloadingInfo=LayerReloadingInfo)
-    made.reload = module("vllm.model_executor.model_loader.reload", layerwise=made.layerwise)
-    monkeypatch.delitem(sys.modules, "indexproj.indexer.vllm.layer", raising=False)
+    made.types = module(f"{stem}.model_loader.reload.types", LayerReloadingInfo=LayerReloadingInfo)
+    made.reload = module(f"{stem}.model_loader.reload", layerwise=made.layerwise)
+    monkeypatch.delitem(sys.modules, "indexproj.indexer.vllm.model", raising=False)
     monkeypatch.setattr("indexproj.kernels.target.target_of", lambda device: None)
     made.model = Model()
     yield made
-    sys.modules.pop("indexproj.indexer.vllm.layer", None)
+    sys.modules.pop("indexproj.indexer.vllm.model", None)
 
 
-def create(vllm, model=None):
+def create(vllm, model=None, additional_config=None):
     vllm.model = model or vllm.model
     config = SimpleNamespace(hf_text_config=SimpleNamespace(num_hidden_layers=4))
     parallel = SimpleNamespace(enable_elastic_ep=False)
-    vllm.config = SimpleNamespace(additional_config={"other": 1}, parallel_config=parallel)
+    vllm.config = SimpleNamespace(additional_config=additional_config or {"other": 1}, parallel_config=parallel)
     return vllm.loader.BaseModelLoader().create_model(vllm.config, config)
 
 
@@ -130,27 +120,27 @@ def is_swapped(model):
     return type(model.projection(0).quant_method).__name__ == "IndexerMethod"
 
 
-def test_models_are_swapped_as_they_are_created(vllm, caplog):
+def test_created_model_is_swapped(vllm, caplog):
     register()
     assert is_swapped(create(vllm))
     assert not caplog.records
 
 
-def test_registering_twice_changes_nothing(vllm):
+def test_register_twice_patches_once(vllm):
     register()
     patched = vllm.loader.BaseModelLoader.create_model, vllm.layerwise.finalize_layerwise_processing
     register()
     assert patched == (vllm.loader.BaseModelLoader.create_model, vllm.layerwise.finalize_layerwise_processing)
 
 
-def test_switched_off(vllm, monkeypatch):
+def test_switch_0_patches_nothing(vllm, monkeypatch):
     monkeypatch.setenv("INDEXPROJ_VLLM", "0")
     original = vllm.loader.BaseModelLoader.create_model
     register()
     assert vllm.loader.BaseModelLoader.create_model is original
 
 
-def test_a_switch_that_means_nothing(monkeypatch):
+def test_unknown_switch_raises(monkeypatch):
     monkeypatch.setenv("INDEXPROJ_VLLM", "yes")
     with pytest.raises(ValueError, match=r"INDEXPROJ_VLLM: expected 0 .*, got 'yes'"):
         register()
@@ -169,134 +159,136 @@ def moved(vllm):
     del vllm.linear.MergedColumnParallelLinear
 
 
-def told_in_another_way(vllm):
+def without_can_load(vllm):
     del vllm.types.LayerReloadingInfo.can_load
 
 
-@pytest.mark.parametrize("change", [renamed, another_signature, moved, told_in_another_way])
-def test_an_unknown_vllm_is_left_alone(vllm, change, caplog):
+@pytest.mark.parametrize("change", [renamed, another_signature, moved, without_can_load])
+def test_unknown_vllm_is_not_patched(vllm, change, caplog):
     change(vllm)
     before = dict(vllm.loader.BaseModelLoader.__dict__), dict(vllm.layerwise.__dict__)
     register()
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert "indexproj 0.1.0 does not fit vLLM 9.9 and leaves its indexers alone" in record.getMessage()
+    assert "indexproj 0.1.0 does not support vLLM 9.9 and leaves its indexers alone" in record.getMessage()
     assert before == (dict(vllm.loader.BaseModelLoader.__dict__), dict(vllm.layerwise.__dict__))
 
 
-def test_quiet_where_vllm_has_no_such_model(vllm, monkeypatch, caplog):
-    renamed(vllm)
-    for file in vllm_plugin.MODEL_FILES:
-        monkeypatch.delitem(sys.modules, file)
+def test_model_without_indexer_is_not_logged(vllm, caplog):
+    """Nor does it need any of the configs."""
     register()
+    vllm.model = Model(kind="vllm.models.other.Indexer")
+    assert vllm.loader.BaseModelLoader().create_model(SimpleNamespace(), SimpleNamespace()) is vllm.model
+    assert not is_swapped(vllm.model)
     assert not caplog.records
 
 
-def test_quiet_about_models_without_an_indexer(vllm, caplog):
-    register()
-    model = create(vllm, Model(kind="vllm.models.other.Indexer"))
-    assert not is_swapped(model)
-    assert not caplog.records
+def indexer_of(model):
+    return model.prefix.layers["0"]["self_attn"].indexer
 
 
-def quantized():
-    layer = MergedColumnParallelLinear()
-    layer.quant_method = LinearMethodBase()
-    return layer
+def other_class(vllm, model):
+    indexer_of(model).wk_weights_proj = nn.Identity()
 
 
-@pytest.mark.parametrize(
-    "layer", [nn.Identity, quantized, lambda: MergedColumnParallelLinear((H, D))], ids=["type", "quantized", "rows"]
-)
-def test_an_unknown_layer_is_left_alone(vllm, layer, caplog):
-    register()
-    model = Model(layer=layer)
-    before = model.load_weights
-    create(vllm, model)
-    (record,) = caplog.records
-    assert record.levelno == logging.WARNING
-    assert "9.9" in record.getMessage()
-    assert "wk_weights_proj: expected" in record.getMessage()
-    assert model.load_weights == before
+def quantized(vllm, model):
+    model.projection(0).quant_method = LinearMethodBase()
+
+
+def other_rows(vllm, model):
+    indexer_of(model).wk_weights_proj = MergedColumnParallelLinear((H, D))
 
 
 def without_heads(vllm, model):
-    del model.prefix.layers["0"]["self_attn"].indexer.n_head
+    del indexer_of(model).n_head
 
 
-def without_a_method(vllm, model):
+def without_method(vllm, model):
     del model.projection(0).quant_method
 
 
-def without_a_class(vllm, model):
+def without_class(vllm, model):
     del vllm.linear.UnquantizedLinearMethod
 
 
-def with_an_unreadable_forward(vllm, model):
-    indexer = model.prefix.layers["0"]["self_attn"].indexer
-    type(indexer).__module__, type(indexer).__qualname__ = vllm_plugin.GLM5NEXT.rsplit(".", 1)
+def unreadable_forward(vllm, model):
+    indexer = indexer_of(model)
+    type(indexer).__module__, type(indexer).__qualname__ = GLM5NEXT.rsplit(".", 1)
     exec("def forward(self): pass", namespace := {})
     type(indexer).forward = namespace["forward"]
 
 
-@pytest.mark.parametrize("change", [without_heads, without_a_method, without_a_class, with_an_unreadable_forward])
-def test_what_is_renamed_does_not_stop_a_server(vllm, change, caplog):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (other_class, "wk_weights_proj: expected an unquantized MergedColumnParallelLinear"),
+        (quantized, "with LinearMethodBase and"),
+        (other_rows, "wk_weights_proj: expected an unquantized MergedColumnParallelLinear"),
+        (without_heads, "n_head"),
+        (without_method, "with NoneType and"),
+        (without_class, "UnquantizedLinearMethod"),
+        (unreadable_forward, "could not get source code"),
+    ],
+)
+def test_unexpected_model_warns_and_is_not_swapped(vllm, change, message, caplog):
     register()
     model = Model()
     change(vllm, model)
+    before = model.load_weights
     create(vllm, model)
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert "9.9" in record.getMessage()
+    assert "does not support vLLM 9.9" in record.getMessage()
+    assert message in record.getMessage()
+    assert model.load_weights == before
     assert type(getattr(model.projection(0), "quant_method", None)).__name__ != "IndexerMethod"
 
 
-def test_a_model_without_an_indexer_needs_no_config(vllm):
-    register()
-    vllm.model = Model(kind="vllm.models.other.Indexer")
-    assert vllm.loader.BaseModelLoader().create_model(SimpleNamespace(), SimpleNamespace()) is vllm.model
-
-
-def test_a_model_that_loads_in_its_own_way_is_left_alone(vllm, caplog):
+def other_load_weights(monkeypatch):
     class Other(Model):
         def load_weights(self, weights):
             pass
 
-    register()
-    with caplog.at_level(logging.INFO):
-        assert not is_swapped(create(vllm, Other()))
-    assert "left to vLLM: Other loads its weights by" in caplog.text
+    return Other()
 
 
-def test_fp16_is_left_alone(vllm, caplog):
-    model = Model()
-    model.half()
-    register()
-    with caplog.at_level(logging.INFO):
-        assert not is_swapped(create(vllm, model))
-    assert "torch.float16" in caplog.text
+def fp16(monkeypatch):
+    return Model().half()
 
 
-@pytest.mark.parametrize("batch_invariant", [False, True])
-def test_batch_invariance_is_vllms_choice(vllm, batch_invariant):
-    vllm.envs.VLLM_BATCH_INVARIANT = batch_invariant
-    register()
-    assert create(vllm).indexproj.batch_invariant is batch_invariant
-
-
-def test_a_device_without_kernels_is_left_alone(vllm, monkeypatch, caplog):
+def unsupported_device(monkeypatch):
     def target_of(device):
         raise RuntimeError(f"the kernels need a GPU, not a {device}")
 
     monkeypatch.setattr("indexproj.kernels.target.target_of", target_of)
+    return Model()
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (other_load_weights, "the load_weights of Other is from"),
+        (fp16, "the model is in torch.float16"),
+        (unsupported_device, "the kernels need a GPU, not a cpu"),
+    ],
+)
+def test_unsupported_model_is_not_swapped(vllm, monkeypatch, caplog, make, reason):
+    register()
+    model = make(monkeypatch)
+    with caplog.at_level(logging.INFO):
+        assert not is_swapped(create(vllm, model))
+    assert f"leaves the indexer projections to vLLM: {reason}" in caplog.text
+
+
+def test_additional_config_of_unknown_type_is_not_swapped(vllm, caplog):
     register()
     with caplog.at_level(logging.INFO):
-        assert not is_swapped(create(vllm))
-    assert "left to vLLM: the kernels need a GPU, not a cpu" in caplog.text
+        assert not is_swapped(create(vllm, additional_config=object()))
+    assert "additional_config is not a dict" in caplog.text
 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "model.language_model.", "language_model.model."])
-def test_tensors_are_taken_out_by_layer_whatever_the_prefix(vllm, prefix):
+def test_load_weights_takes_projections_with_any_prefix(vllm, prefix):
     register()
     model = create(vllm, Model((1, 3)))
     tensors = {}
@@ -314,20 +306,20 @@ def test_tensors_are_taken_out_by_layer_whatever_the_prefix(vllm, prefix):
 PARAMETERS = ["qweight", "wk_scale", "weights_proj_weight"]
 
 
-def test_mtp_layers_by_their_own_numbers(vllm):
+def test_mtp_layer_and_additional_config(vllm):
     register()
     model = create(vllm, Model((4,)))
     tensors = {name.replace("layers.0", "mtp_layers.0"): tensor for name, tensor in bf16_layer(0).items()}
     model.load_weights(tensors.items())
     model.projection(4).quant_method.process_weights_after_loading(model.projection(4))
     assert model.projection(4).weight.isfinite().all()
-    # By this vLLM tells apart the compiled code that it keeps on disk.
+    # This is part of the key of vLLM's compile cache.
     assert vllm.config.additional_config == {
         "other": 1, "indexproj": {"Model": "0.1.0: wk in BF16, weights_proj in BF16"}
     }  # fmt: skip
 
 
-def test_uninitialised_rows_are_refused(vllm):
+def test_uninitialized_rows_are_refused(vllm):
     register()
     model = create(vllm, Model((0, 1)))
     model.projection(0).weight.data[:D] = 1  # half of it
@@ -341,17 +333,17 @@ def test_uninitialised_rows_are_refused(vllm):
 SOURCE = f"""
 def forward(self, hidden_states):
     q = 1
-{"".join(f"    {line}" + chr(10) for line in vllm_plugin._TWO_GEMMS.strip().splitlines())}
+{"".join(f"    {line}" + chr(10) for line in TWO_GEMMS.strip().splitlines())}
     return k, weights
 """
 
 
-def test_one_launch_replaces_the_statements_and_nothing_else():
-    body = one_launch(SOURCE).body[0].body
-    assert [ast.unparse(statement) for statement in body] == ["q = 1", vllm_plugin._ONE_LAUNCH, "return (k, weights)"]
+def test_one_launch_replaces_two_gemms():
+    body = ast.parse(one_launch(SOURCE)).body[0].body
+    assert [ast.unparse(statement) for statement in body] == ["q = 1", ONE_LAUNCH, "return (k, weights)"]
 
 
 @pytest.mark.parametrize("change", [("torch.mm", "torch.matmul"), (".float()", ".double()"), ("kw, _", "_, kw")])
-def test_one_launch_refuses_other_statements(change):
-    with pytest.raises(UnexpectedError, match="expected the statements kw, _ = "):
+def test_one_launch_requires_two_gemms(change):
+    with pytest.raises(UnexpectedError, match="expected the statements\nkw, _ = "):
         one_launch(SOURCE.replace(*change))

@@ -1,0 +1,52 @@
+"""The changed forward of GLM-5.3-Flash's indexer."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from typing import Any
+
+GLM5NEXT = "vllm.models.glm5next.common.attention.Indexer"
+TWO_GEMMS = """
+kw, _ = self.wk_weights_proj(hidden_states)
+k = kw[:, :self.head_dim]
+if self._wp_fp32 is None:
+    self._wp_fp32 = self.wk_weights_proj.weight.data[self.head_dim:, :].t().contiguous().float()
+weights = torch.mm(hidden_states.float(), self._wp_fp32)
+"""
+ONE_LAUNCH = "k, weights = self.wk_weights_proj.quant_method.k_and_gate(self.wk_weights_proj, hidden_states)"
+
+
+class UnexpectedError(Exception):
+    """Something in vLLM differs from what the patches were written for."""
+
+
+@functools.cache
+def glm5next_forward(indexer_class: Any) -> Any:
+    """Compiles a replacement for `Indexer.forward` of GLM-5.3-Flash.
+
+    What: the same function, with the statements TWO_GEMMS replaced by ONE_LAUNCH.
+    Why: vLLM computes the gate a second time, in fp32, from a copy of its weights in `_wp_fp32` that no reload renews.
+        These kernels return the gate in fp32, but nothing outside a forward can change which statements it runs.
+    Goes when: vLLM's forward takes the gate from the output of wk_weights_proj.
+
+    Raises UnexpectedError if the forward does not contain those statements, OSError if its source is not available.
+    """
+    original = indexer_class.forward
+    if original.__closure__:
+        raise UnexpectedError(f"{GLM5NEXT}.forward: expected a function without a closure")
+    source = one_launch(textwrap.dedent(inspect.getsource(original)))
+    names: dict[str, Any] = {}
+    exec(compile(source, f"<{GLM5NEXT}, changed by indexproj>", "exec"), original.__globals__, names)
+    return names["forward"]
+
+
+def one_launch(source: str) -> str:
+    """Replaces TWO_GEMMS by ONE_LAUNCH in the source of a function. Raises UnexpectedError if it does not have them."""
+    found, wanted = (ast.unparse(ast.parse(text)) + "\n" for text in (source, TWO_GEMMS))
+    statements = textwrap.indent(wanted, "    ")
+    if statements not in found:
+        raise UnexpectedError(f"{GLM5NEXT}.forward: expected the statements\n{wanted}")
+    return found.replace(statements, f"    {ONE_LAUNCH}\n")

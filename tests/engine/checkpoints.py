@@ -1,0 +1,143 @@
+"""Tiny checkpoints of DeepSeek-V3.2 and HY-V4, with real tensor names."""
+
+# ruff: noqa: E402
+import functools
+import json
+import os
+import sys
+import zlib
+from pathlib import Path
+
+# Before vLLM and Triton are imported:
+os.environ["VLLM_PLUGINS"] = ""  # tests switch the plugin on and off
+os.environ["TRITON_INTERPRET"] = "1"
+sys.modules.setdefault("kernels", None)  # see tests/conftest.py, which spawned processes do not read
+
+import torch
+from safetensors.torch import save_file
+
+from exports import EXPORTS, named
+from indexproj.indexer.cli.synthetic import random_weight
+from indexproj.indexer.vllm.plugin import layer_of
+
+M, K, D, H = 5, 256, 128, 16
+HEADS, Q_RANK, KV_RANK, NOPE, ROPE, V, INNER, VOCAB = 2, 128, 64, 32, 64, 32, 128, 128
+LAYERS = 2
+INDEXER = "model.layers.{}.self_attn.indexer."
+ROWS = {"wk": D, "weights_proj": H, "wk_weights_proj": D + H}
+
+DEEPSEEK = {
+    "architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32", "torch_dtype": "bfloat16",
+    "hidden_size": K, "vocab_size": VOCAB, "num_hidden_layers": LAYERS, "num_nextn_predict_layers": 1,
+    "index_head_dim": D, "index_n_heads": H, "index_topk": 64,
+    "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "q_lora_rank": Q_RANK, "kv_lora_rank": KV_RANK,
+    "qk_nope_head_dim": NOPE, "qk_rope_head_dim": ROPE, "v_head_dim": V,
+    "intermediate_size": INNER, "moe_intermediate_size": INNER, "n_routed_experts": 2, "n_shared_experts": 1,
+    "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1000,
+    "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 10000.0,
+    "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+HY_V4 = {
+    **{key: value for key, value in DEEPSEEK.items() if not key.startswith(("rope", "first_k"))},
+    "architectures": ["HYV4ForCausalLM"], "model_type": "hy_v4", "mlp_layer_types": ["dense"] * LAYERS,
+    "layer_types": ["deepseek_sparse_attention"] * LAYERS, "indexer_types": ["full"] * LAYERS,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "enable_ihc": False, "gated_mla": False, "learnable_sink": False, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def pair(wk, gate="bf16"):
+    """Name of a matrix -> function that makes an Export from (n, k), from the names in EXPORTS."""
+    return {"wk": EXPORTS[wk], "weights_proj": EXPORTS[gate]}
+
+
+BF16, FP8, FUSED = pair("bf16"), pair("fp8_block"), {"wk_weights_proj": EXPORTS["bf16"]}
+ENCODINGS = {"bf16": BF16, "fp8": FP8, "nvfp4": pair("nvfp4"), "int4": pair("int4")}
+
+
+@functools.cache
+def value(name, *shape):
+    """bf16 values that depend on the name only; 1-D tensors are around 1."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    if len(shape) == 1:
+        return 1 + 0.1 * torch.randn(shape, generator=generator)
+    return random_weight(*shape, generator).bfloat16()
+
+
+def values(prefix, **shapes):
+    """`prefix` + name + ".weight" -> tensor; "__" in a name stands for a dot."""
+    names = {name: f"{prefix}{name.replace('__', '.')}.weight" for name in shapes}
+    return {names[name]: value(names[name], *shape) for name, shape in shapes.items()}
+
+
+def decoder_layer(prefix, heads=HEADS, kv_rank=KV_RANK):
+    """The tensors of a layer with a dense MLP and an indexer."""
+    attention, indexer = f"{prefix}self_attn.", f"{prefix}self_attn.indexer."
+    queries = {"q_a_proj": (Q_RANK, K), "q_b_proj": (heads * (NOPE + ROPE), Q_RANK), "q_a_layernorm": (Q_RANK,)}
+    keys = {"kv_a_proj_with_mqa": (kv_rank + ROPE, K), "kv_b_proj": (heads * (NOPE + V), kv_rank)}
+    return {
+        **values(attention, **queries, **keys, kv_a_layernorm=(kv_rank,), o_proj=(K, heads * V)),
+        **values(f"{prefix}mlp.", gate_proj=(INNER, K), up_proj=(INNER, K), down_proj=(K, INNER)),
+        **values(prefix, input_layernorm=(K,), post_attention_layernorm=(K,)),
+        **values(indexer, k_norm=(D,), weights_proj=(H, K), wk=(D, K), wq_b=(H * D, Q_RANK)),
+        f"{indexer}k_norm.bias": value(f"{indexer}k_norm.bias", D),
+    }
+
+
+def deepseek(layers=LAYERS, **sizes):
+    """A BF16 checkpoint with one MTP layer."""
+    tensors = values("", model__embed_tokens=(VOCAB, K), model__norm=(K,), lm_head=(VOCAB, K))
+    for layer in range(layers + 1):
+        tensors |= decoder_layer(f"model.layers.{layer}.", **sizes)
+    mtp = {"embed_tokens": (VOCAB, K), "eh_proj": (K, 2 * K), "enorm": (K,), "hnorm": (K,)}
+    mtp |= {"shared_head__head": (VOCAB, K), "shared_head__norm": (K,)}
+    return tensors | values(f"model.layers.{layers}.", **mtp)
+
+
+def hy_v4():
+    """The same for HY-V4, whose MTP layer has another name and other parts."""
+    last, lost = f"model.layers.{LAYERS}.", ("mtp_layers.0.embed_tokens", "mtp_layers.0.shared_head")
+    tensors = {name.replace(last, "model.mtp_layers.0."): tensor for name, tensor in deepseek().items()}
+    tensors = {name: tensor for name, tensor in tensors.items() if not any(part in name for part in lost)}
+    return tensors | values("model.mtp_layers.0.", final_layernorm=(K,))
+
+
+def is_projection(name):
+    return ".indexer.wk" in name or ".indexer.weights_proj" in name
+
+
+def checkpoint(makers, tensors=None, lost=()):
+    """A checkpoint with new tensors for every projection.
+
+    Args:
+        makers: name of a matrix -> function that makes an Export from (n, k).
+        tensors: the checkpoint to change; `deepseek()` by default.
+        lost: suffixes of the names to leave out.
+
+    Returns:
+        Its tensors, and layer index -> [D + H, K] fp64, the values that should be loaded.
+    """
+    tensors = deepseek() if tensors is None else tensors
+    result, truth = {name: tensor for name, tensor in tensors.items() if not is_projection(name)}, {}
+    for stem in dict.fromkeys(name[: name.index("indexer.") + 8] for name in tensors if is_projection(name)):
+        exports = {name: make(ROWS[name], K) for name, make in makers.items()}
+        layer = layer_of(stem) + (LAYERS if "mtp_layers" in stem else 0)
+        truth[layer] = torch.cat([export.loaded for export in exports.values()])
+        for name, export in exports.items():
+            result |= {name: tensor for name, tensor in named(stem, name, export).items() if not name.endswith(lost)}
+    return result, truth
+
+
+def only_projections(tensors):
+    return {name: tensor for name, tensor in tensors.items() if is_projection(name)}
+
+
+def without_projections(tensors):
+    return {name: tensor for name, tensor in tensors.items() if not is_projection(name)}
+
+
+def write(directory: Path, tensors, config=DEEPSEEK) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
