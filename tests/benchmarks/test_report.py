@@ -141,8 +141,9 @@ def test_contenders_that_are_not_installed(name):
     with pytest.raises(UnavailableError, match="not installed"):
         OTHERS[name](x, w)
     if name != "vLLM skinny":
-        with pytest.raises(UnavailableError, match="takes wk in FP8"):
-            OTHERS[name](x, weights("BF16, BF16", (128, 32, 512)))
+        for pair in ("BF16, BF16", "FP8 per row, BF16"):
+            with pytest.raises(UnavailableError, match="takes wk in FP8"):
+                OTHERS[name](x, weights(pair, (128, 32, 512)))
 
 
 class Benchmark:
