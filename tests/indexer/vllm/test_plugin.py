@@ -3,7 +3,9 @@
 import ast
 import importlib.machinery
 import logging
+import re
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -328,6 +330,18 @@ def test_uninitialized_rows_are_refused(vllm):
     assert [problem.subject for problem in caught.value.problems] == [
         f"prefix.layers.{layer}.self_attn.indexer.wk_weights_proj" for layer in (0, 1)
     ]
+
+
+def test_imports_go_one_way():
+    """Each module imports those before it only, lazily too; and before there is a model, neither vLLM nor kernels."""
+    order = ["glm5next", "layer", "model", "plugin", "__init__"]
+    for number, name in enumerate(order):
+        text = (Path(vllm_plugin.__file__).parent / f"{name}.py").read_text()
+        assert set(re.findall(r"^ *from \.(\w+)", text, re.MULTILINE)) <= set(order[:number])
+        if name == "layer":
+            assert not re.search(r"^ *(from|import) vllm", text, re.MULTILINE)
+        elif name != "model":
+            assert not re.search(r"^(from|import) (vllm|\.layer|\.model|\.\.\.)", text, re.MULTILINE)
 
 
 SOURCE = f"""
