@@ -65,7 +65,8 @@ class Matrix(ABC):
                 f"scales, got {start}"
             )
         first, *scales = self.tensors
-        return type(self)(first[start:stop], *(scale[start // height : -(-stop // height)] for scale in scales))
+        parts = [first[start:stop], *(scale[start // height : -(-stop // height)] for scale in scales)]
+        return type(self)(*parts)
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Matrix:
         """The same matrix with fn applied to its tensors."""

@@ -161,7 +161,6 @@ def _project(
     return outs
 
 
-@torch.library.register_fake("indexproj::project")
 def _fake_project(
     x: Tensor, operands: list[Tensor], formats: list[str], fp32: list[bool], *options: Any, **named: Any
 ) -> list[Tensor]:
@@ -184,16 +183,19 @@ def _project_out(
     _check_out(out, x, sum(signature.ns))
     if x.numel() and _share_storage(out, [x, *operands]):
         raise ValueError("project: out shares storage with x or the weights; give it memory of its own")
-    launch(_rows(x), matrices, torch.split(_rows(out), signature.ns, 1), signature)
+    launch(_rows(x), matrices, torch.split(_rows(out), list(signature.ns), 1), signature)
 
 
-@torch.library.register_fake("indexproj::project_out")
 def _fake_project_out(
     x: Tensor, operands: list[Tensor], formats: list[str], out: Tensor, *options: Any, **named: Any
 ) -> None:
     fp32 = [out.dtype == torch.float32] * len(formats)
     signature, _ = _resolve(x, operands, formats, fp32, *options, **named, check=_signature.__wrapped__)
     _check_out(out, x, sum(signature.ns))
+
+
+torch.library.register_fake("indexproj::project", _fake_project)
+torch.library.register_fake("indexproj::project_out", _fake_project_out)
 
 
 def _resolve(
@@ -204,6 +206,7 @@ def _resolve(
     factors: list[float] | None = None,
     activations: list[str] | None = None,
     batch_invariant: bool = False,
+    *,
     check: Callable[..., tuple[Signature, Places]] | None = None,
 ) -> tuple[Signature, tuple[Operands, ...]]:
     """What to launch, and the operands of each matrix.

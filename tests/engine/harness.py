@@ -5,7 +5,6 @@ Replaces only what vLLM lacks there: the choice of a backend for sparse attentio
 """
 
 import contextlib
-import logging
 import os
 import sys
 import tempfile
@@ -18,11 +17,9 @@ from engine.checkpoints import Q_RANK, K, M, checkpoint, is_projection, write  #
 # isort: split
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.config.logging import LoggingConfig
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
 from vllm.distributed.parallel_state import destroy_model_parallel
 from vllm.engine.arg_utils import EngineArgs
-from vllm.logger import configure_logging
 from vllm.model_executor.model_loader import get_model_loader, reload
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.reload.inplace import reload_weights
@@ -47,12 +44,6 @@ def engine_config(path, **arguments):
     }
     arguments = {**defaults, **arguments}
     return EngineArgs(model=str(path), skip_tokenizer_init=True, dtype="bfloat16", **arguments).create_engine_config()
-
-
-def show_log():
-    """Passes vLLM's log on to pytest; configured first, since creating the first config would undo that."""
-    configure_logging(LoggingConfig())
-    logging.getLogger("vllm").propagate = True
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 `python overhead.py` prints the figures of docs/vllm.md: loads with and without the plugin alternate in one process.
 """
 
+import functools
 import gc
 import logging
 import statistics
@@ -20,7 +21,7 @@ from indexproj.indexer.vllm import plugin as vllm_plugin
 LAYERS, ROUNDS = 61, 15
 
 
-def projections_alone(path, switch, tensors):
+def projections_alone(path, tensors, switch):
     """Seconds of the steps in which the two differ: the swap, load_weights of these tensors, the end of the load."""
     spent = 0.0
     original = vllm_plugin.swap
@@ -31,12 +32,12 @@ def projections_alone(path, switch, tensors):
 
     with mock.patch.object(vllm_plugin, "swap", swap):
         created = create(path, switch)
-    methods = [(module, module.quant_method) for module in projections(created.model).values()]
+    modules = projections(created.model).values() if switch == "1" else ()  # vLLM packs weights there, on a CPU only
 
     def load():
         created.model.load_weights(tensors.items())
-        for module, method in methods if switch == "1" else ():  # vLLM's own packs weights here, on a CPU only
-            method.process_weights_after_loading(module)
+        for module in modules:
+            module.quant_method.process_weights_after_loading(module)
 
     with environment(created.config):
         return spent + seconds(load)
@@ -52,19 +53,15 @@ def seconds(function):
     return spent
 
 
-def alternate(measure):
-    """Seconds without and with the plugin, of ROUNDS each."""
+def compare(label, measure):
+    """Prints quartiles of measure("0"), without the plugin, and measure("1"), with it, which alternate."""
     times = {"0": [], "1": []}
-    for _ in range(2):
-        measure("0"), measure("1")  # first imports, allocations and caches
-    for number in range(ROUNDS):
+    for number in range(-2, ROUNDS):  # two rounds for first imports, allocations and caches
         for switch in ("01", "10")[number % 2]:
             times[switch].append(measure(switch))
-    return times.values()
-
-
-def quartiles(times):
-    return " / ".join(f"{1000 * t:.1f}" for t in statistics.quantiles(times))
+    stock, swapped = (statistics.quantiles(1000 * each for each in times[switch][2:]) for switch in "01")
+    without, with_plugin = (" / ".join(f"{quartile:.1f}" for quartile in each) for each in (stock, swapped))
+    print(f"{label}: vLLM {without}, with indexproj {with_plugin}, {swapped[1] - stock[1]:+.1f}")
 
 
 def main():
@@ -74,17 +71,11 @@ def main():
         for name, makers in (("BF16", BF16), ("FP8 128x128", FP8)):
             tensors, _ = checkpoint(makers, deepseek(LAYERS))
             path = write(Path(directory, name), tensors, {**DEEPSEEK, "num_hidden_layers": LAYERS})
-            config = engine_config(path)
+            load = functools.partial(load_model, engine_config(path))
+            compare(f"{name}, whole load", lambda switch, load=load: seconds(lambda: load(switch)))
             ours = {n: tensor for n, tensor in only_projections(tensors).items() if f".layers.{LAYERS}." not in n}
-            for what, measure in (
-                ("whole load", lambda switch, config=config: seconds(lambda: load_model(config, switch))),
-                ("projections alone", lambda switch, path=path, ours=ours: projections_alone(path, switch, ours)),
-            ):
-                times = alternate(measure)
-                stock, swapped = map(statistics.median, times)
-                theirs, mine = map(quartiles, times)
-                difference = 1000 * (swapped - stock)
-                print(f"{name}, {what}: vLLM {theirs}, with indexproj {mine}, {difference:+.1f}")
+            alone = functools.partial(projections_alone, path, ours)
+            compare(f"{name}, projections alone", alone)
 
 
 if __name__ == "__main__":

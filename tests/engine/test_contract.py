@@ -13,6 +13,7 @@ from indexproj.indexer.vllm.glm5next import GLM5NEXT, one_launch
 from indexproj.indexer.vllm.plugin import INDEXERS, MODEL_FILES
 
 NEWEST = "0.33.0"
+LAYERS, LOADER = "vllm.model_executor.layers", "vllm.model_executor.model_loader"
 DOWNLOADS = Path(__file__).parent.parent.parent / "build/vllm"
 USERS = {
     *MODEL_FILES,
@@ -81,8 +82,8 @@ def test_indexer_creates_wk_weights_proj(source, name):
 @pytest.mark.parametrize("module", MODEL_FILES)
 def test_model_file_has_load_weights(source, module):
     tree = ast.parse(source[path_of(module)])
-    methods = [node for cls in tree.body if isinstance(cls, ast.ClassDef) for node in cls.body]
-    assert "load_weights" in {method.name for method in methods if isinstance(method, ast.FunctionDef)}
+    nodes = [node for cls in tree.body if isinstance(cls, ast.ClassDef) for node in cls.body]
+    assert "load_weights" in {getattr(node, "name", None) for node in nodes}
 
 
 def test_multimodal_model_inherits_load_weights(source):
@@ -95,49 +96,45 @@ def test_no_other_file_uses_wk_weights_proj(source):
     assert {path for path, text in source.items() if "wk_weights_proj" in text} == set(map(path_of, USERS))
 
 
-def test_create_model_is_called_by_load_model(source):
-    loader = "vllm.model_executor.model_loader.base_loader.BaseModelLoader"
-    arguments = node_of(source, f"{loader}.create_model").args
-    assert [argument.arg for argument in arguments.args] == ["self", "vllm_config", "model_config", "prefix"]
-    assert "model = self.create_model(" in text_of(source, f"{loader}.load_model")
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        (f"{LOADER}.base_loader.BaseModelLoader.create_model", ["self", "vllm_config", "model_config", "prefix"]),
+        (f"{LOADER}.reload.layerwise.finalize_layerwise_processing", ["model", "model_config"]),
+        (f"{LOADER}.reload.layerwise.get_layerwise_info", ["layer"]),
+    ],
+)
+def test_signature(source, name, arguments):
+    assert [argument.arg for argument in node_of(source, name).args.args] == arguments
 
 
-def test_reload_ends_in_finalize_layerwise_processing(source):
-    layerwise = "vllm.model_executor.model_loader.reload.layerwise"
-    arguments = node_of(source, f"{layerwise}.finalize_layerwise_processing").args
-    assert [argument.arg for argument in arguments.args] == ["model", "model_config"]
-    assert "finalize_layerwise_processing(*args, **kwargs)" in text_of(source, f"{layerwise}.finalize_layerwise_reload")
-    assert [argument.arg for argument in node_of(source, f"{layerwise}.get_layerwise_info").args.args] == ["layer"]
-    info = text_of(source, "vllm.model_executor.model_loader.reload.types.LayerReloadingInfo")
-    assert "load_numel_total: int | None" in info
-    assert "return self.load_numel_total is not None" in info
-
-
-def test_process_weights_calls_every_linear_method(source):
-    text = text_of(source, "vllm.model_executor.model_loader.utils.process_weights_after_loading")
-    assert "quant_method = getattr(module, 'quant_method', None)" in text
-    assert "isinstance(quant_method, QuantizeMethodBase)" in text
-    assert "quant_method.process_weights_after_loading(module)" in text
-
-
-def test_elastic_ep_and_weight_cache(source):
-    assert "enable_elastic_ep: bool = False" in source["vllm/config/parallel.py"]
-    assert "model.state_dict()" in text_of(source, "vllm.distributed.elastic_ep.elastic_execute.batch_transfer_weights")
-    method = text_of(source, "vllm.model_executor.layers.quantization.base_config.QuantizeMethodBase")
-    assert "supports_pre_processed_weights: bool = False" in method
-
-
-def test_compile_cache_key_includes_additional_config(source):
-    text = text_of(source, "vllm.config.vllm.VllmConfig.compute_hash")
-    assert "json.dumps(additional_config, sort_keys=True)" in text
-    assert "VLLM_BATCH_INVARIANT: bool" in source["vllm/envs.py"]
-
-
-def test_linear_layer_calls_apply(source):
-    linear = "vllm.model_executor.layers.linear"
-    assert "self.quant_method.apply(self, input_, bias)" in text_of(source, f"{linear}.ColumnParallelLinear.forward")
-    assert "class UnquantizedLinearMethod(LinearMethodBase)" in text_of(source, f"{linear}.UnquantizedLinearMethod")
-    assert "base_layer.qweight.device" in text_of(source, "vllm.lora.layers.utils._get_lora_device")
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        # create_model and the end of reloads
+        (f"{LOADER}.base_loader.BaseModelLoader.load_model", "model = self.create_model("),
+        (f"{LOADER}.reload.layerwise.finalize_layerwise_reload", "finalize_layerwise_processing(*args, **kwargs)"),
+        (f"{LOADER}.reload.types.LayerReloadingInfo", "load_numel_total: int | None"),
+        (f"{LOADER}.reload.types.LayerReloadingInfo", "return self.load_numel_total is not None"),
+        # every linear method processes its weights
+        (f"{LOADER}.utils.process_weights_after_loading", "quant_method = getattr(module, 'quant_method', None)"),
+        (f"{LOADER}.utils.process_weights_after_loading", "isinstance(quant_method, QuantizeMethodBase)"),
+        (f"{LOADER}.utils.process_weights_after_loading", "quant_method.process_weights_after_loading(module)"),
+        # ranks that get weights from others, and the weight cache
+        ("vllm.config.parallel", "enable_elastic_ep: bool = False"),
+        ("vllm.distributed.elastic_ep.elastic_execute.batch_transfer_weights", "model.state_dict()"),
+        (f"{LAYERS}.quantization.base_config.QuantizeMethodBase", "supports_pre_processed_weights: bool = False"),
+        # the key of the compile cache
+        ("vllm.config.vllm.VllmConfig.compute_hash", "json.dumps(additional_config, sort_keys=True)"),
+        ("vllm.envs", "VLLM_BATCH_INVARIANT: bool"),
+        # how a linear layer computes
+        (f"{LAYERS}.linear.ColumnParallelLinear.forward", "self.quant_method.apply(self, input_, bias)"),
+        (f"{LAYERS}.linear.UnquantizedLinearMethod", "class UnquantizedLinearMethod(LinearMethodBase)"),
+        ("vllm.lora.layers.utils._get_lora_device", "base_layer.qweight.device"),
+    ],
+)
+def test_source_contains(source, name, text):
+    assert text in text_of(source, name)
 
 
 def test_glm5next_forward_contains_two_gemms(source):

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import re
 import weakref
 
 import pytest
@@ -33,12 +34,6 @@ def empty(fp8):
     return create(fp8[0])
 
 
-def problems_of(created):
-    with pytest.raises(CheckpointError) as caught:
-        created.process()
-    return [(problem.subject, problem.found) for problem in caught.value.problems]
-
-
 def input_scales_last(items):
     return sorted(items, key=lambda item: "input_scale" in item[0])
 
@@ -53,38 +48,50 @@ def test_one_tensor_per_call(empty, encoding, order):
     assert_outputs(empty.model, truth)
 
 
-def test_missing_tensors_of_all_layers_are_listed(fp8, empty):
-    tensors = {name: tensor for name, tensor in fp8[1].items() if name not in (FIRST_SCALE, LAST_GATE)}
-    empty.model.load_weights(tensors.items())
-    assert problems_of(empty) == [(FIRST_SCALE, "no such tensor"), (LAST_GATE, "no tensor of it")]
+def missing(tensors):
+    return [item for item in tensors.items() if item[0] not in (FIRST_SCALE, LAST_GATE)]
 
 
-def test_checkpoint_without_indexers_is_refused(fp8, empty):
-    empty.model.load_weights(checkpoints.without_projections(fp8[1]).items())
-    assert [subject for subject, _ in problems_of(empty)] == MODULES
-    with pytest.raises(RuntimeError, match="no weights have been loaded"):
-        projections(empty.model)[0](activations()[0])
+def no_indexers(tensors):
+    return checkpoints.without_projections(tensors).items()
 
 
-def test_bad_values_of_all_layers_are_listed(fp8, empty):
-    _, tensors, _ = fp8
+def bad_scales(tensors):
     for layer in range(LAYERS):
         tensors[f"{INDEXER.format(layer)}wk.weight_scale_inv"][0, 1] = torch.nan
-    empty.model.load_weights(tensors.items())
-    assert len(problems_of(empty)) == LAYERS
+    return tensors.items()
 
 
-def test_shape_unlike_the_model_is_refused(fp8, empty):
-    fp8[1][LAST_GATE] = fp8[1][LAST_GATE][:8]
-    empty.model.load_weights(fp8[1].items())
-    with pytest.raises(CheckpointError, match=r"expected \(D, H, K\) = \(128, 16, 256\), the model's shape"):
+def fewer_heads(tensors):
+    return {**tensors, LAST_GATE: tensors[LAST_GATE][:8]}.items()
+
+
+def duplicate(tensors):
+    return [*tensors.items(), (FIRST_WK, tensors[FIRST_WK])]
+
+
+@pytest.mark.parametrize(
+    ("change", "problems"),
+    [
+        (missing, [f"{FIRST_SCALE}: expected .* found no such", f"{LAST_GATE}: expected .* found no tensor of it"]),
+        (no_indexers, [f"{module}: expected tensors of wk and weights_proj" for module in MODULES]),
+        (bad_scales, [f"{INDEXER.format(layer)}wk.weight_scale_inv: " for layer in range(LAYERS)]),
+        (fewer_heads, [rf"{MODULES[1]}: expected \(D, H, K\) = \(128, 16, 256\), the model's shape"]),
+        (duplicate, [f"{FIRST_WK}: expected no more tensors for a complete layer"]),
+    ],
+)
+def test_wrong_checkpoint_is_refused(fp8, empty, change, problems):
+    """One error lists the problems of all layers."""
+    empty.model.load_weights(change(fp8[1]))
+    with pytest.raises(CheckpointError) as caught:
         empty.process()
+    for found, pattern in zip(caught.value.problems, problems, strict=True):
+        assert re.match(pattern, str(found))
 
 
-def test_duplicate_tensor_is_refused(fp8, empty):
-    empty.model.load_weights([*fp8[1].items(), (FIRST_WK, fp8[1][FIRST_WK])])
-    with pytest.raises(CheckpointError, match="no more tensors for a complete layer"):
-        empty.process()
+def test_empty_model_raises(empty):
+    with pytest.raises(RuntimeError, match="no weights have been loaded"):
+        projections(empty.model)[0](activations()[0])
 
 
 def test_load_after_interrupted_load(fp8, empty):

@@ -1,10 +1,11 @@
 """The plugin with a fake vLLM; tests/engine runs the real one."""
 
 import ast
-import importlib.machinery
 import logging
+import re
 import sys
-from types import ModuleType, SimpleNamespace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from indexproj.indexer.vllm import plugin as vllm_plugin
 from indexproj.indexer.vllm.glm5next import GLM5NEXT, ONE_LAUNCH, TWO_GEMMS, UnexpectedError, one_launch
 from indexproj.indexer.vllm.plugin import register
+from indexproj.kernels import target
 from indexproj.loading import CheckpointError
 from support import bf16_layer, fp8_layer
 
@@ -30,114 +32,104 @@ class UnquantizedLinearMethod(LinearMethodBase):
 class MergedColumnParallelLinear(nn.Module):
     def __init__(self, rows=(D, H)):
         super().__init__()
-        self.input_size, self.output_sizes = K, list(rows)
+        self.output_sizes = list(rows)
         self.bias, self.skip_bias_add, self.return_bias, self.tp_size = None, False, True, 1
         self.quant_method = UnquantizedLinearMethod()
         self.weight = nn.Parameter(torch.zeros(sum(rows), K, dtype=torch.bfloat16), requires_grad=False)
 
 
-def indexer_class(name):
-    def init(self, layer):
-        nn.Module.__init__(self)
-        self.head_dim, self.n_head, self.wk_weights_proj = D, H, layer
-
-    module, _, name = name.rpartition(".")
-    return type(name, (nn.Module,), {"__init__": init, "__module__": module})
-
-
 class Model(nn.Module):
     """Has `layers.<n>.self_attn.indexer` for each n; load_weights returns the names that it gets."""
 
-    def __init__(self, layers=(0,), kind=vllm_plugin.INDEXERS[0]):
+    def __init__(self, layers=(0,), indexer_class=vllm_plugin.INDEXERS[0]):
         super().__init__()
+        module, _, name = indexer_class.rpartition(".")
         self.prefix = nn.Module()
         self.prefix.layers = nn.ModuleDict()
         for number in layers:
-            attention = nn.Module()
-            attention.indexer = indexer_class(kind)(MergedColumnParallelLinear())
-            self.prefix.layers[str(number)] = nn.ModuleDict({"self_attn": attention})
+            indexer = type(name, (nn.Module,), {"__module__": module})()
+            indexer.head_dim, indexer.n_head, indexer.wk_weights_proj = D, H, MergedColumnParallelLinear()
+            self.prefix.layers[str(number)] = nn.ModuleDict({"self_attn": nn.ModuleDict({"indexer": indexer})})
 
     def load_weights(self, weights):
         return {name for name, _ in weights}
 
     load_weights.__module__ = vllm_plugin.MODEL_FILES[0]
 
-    def projection(self, number):
-        return self.prefix.layers[str(number)]["self_attn"].indexer.wk_weights_proj
+    def indexer(self, number=0):
+        return self.prefix.layers[str(number)]["self_attn"]["indexer"]
+
+    def projection(self, number=0):
+        return self.indexer(number).wk_weights_proj
 
 
 @pytest.fixture
 def vllm(monkeypatch):
-    """The modules that the plugin imports; `model` is what its loader creates."""
-
-    def module(name, **contents):
-        made = ModuleType(name)
-        made.__spec__ = importlib.machinery.ModuleSpec(name, None)
-        made.__path__ = []
-        made.__dict__.update(contents)
-        monkeypatch.setitem(sys.modules, name, made)
-        return made
+    """The modules that the plugin imports, and the config of a model."""
 
     class BaseModelLoader:
         def create_model(self, vllm_config, model_config, prefix=""):
-            return made.model
+            return fake.model
 
     class LayerReloadingInfo:
         def can_load(self):
             pass
 
-    made = module("vllm", __version__="9.9")
-    made.envs = module("vllm.envs", VLLM_BATCH_INVARIANT=False)
-    stem = "vllm.model_executor"
-    for name in (stem, f"{stem}.layers", f"{stem}.models", f"{stem}.model_loader", *vllm_plugin.MODEL_FILES):
-        module(name)
+    fake = SimpleNamespace(__version__="9.9", envs=SimpleNamespace(VLLM_BATCH_INVARIANT=False))
     classes = LinearMethodBase, MergedColumnParallelLinear, UnquantizedLinearMethod
-    made.linear = module(f"{stem}.layers.linear", **{cls.__name__: cls for cls in classes})
-    made.loader = module(f"{stem}.model_loader.base_loader", BaseModelLoader=BaseModelLoader)
-    made.layerwise = module(
-        f"{stem}.model_loader.reload.layerwise",
+    fake.linear = SimpleNamespace(**{cls.__name__: cls for cls in classes})
+    fake.loader = BaseModelLoader
+    fake.layerwise = SimpleNamespace(
+        __name__="layerwise",
         finalize_layerwise_processing=lambda model, model_config: None,
         get_layerwise_info=lambda layer: None,
     )
-    made.types = module(f"{stem}.model_loader.reload.types", LayerReloadingInfo=LayerReloadingInfo)
-    made.reload = module(f"{stem}.model_loader.reload", layerwise=made.layerwise)
+    fake.info = LayerReloadingInfo
+    for name, module in {
+        "vllm": fake,
+        "vllm.envs": fake.envs,
+        "vllm.model_executor.layers.linear": fake.linear,
+        "vllm.model_executor.model_loader.base_loader": SimpleNamespace(BaseModelLoader=BaseModelLoader),
+        "vllm.model_executor.model_loader.reload": SimpleNamespace(layerwise=fake.layerwise),
+        "vllm.model_executor.model_loader.reload.types": SimpleNamespace(LayerReloadingInfo=LayerReloadingInfo),
+    }.items():
+        monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.delitem(sys.modules, "indexproj.indexer.vllm.model", raising=False)
-    monkeypatch.setattr("indexproj.kernels.target.target_of", lambda device: None)
-    made.model = Model()
-    yield made
+    monkeypatch.setattr(target, "target_of", lambda device: None)
+    parallel = SimpleNamespace(enable_elastic_ep=False)
+    fake.config = SimpleNamespace(additional_config={"other": 1}, parallel_config=parallel)
+    yield fake
     sys.modules.pop("indexproj.indexer.vllm.model", None)
 
 
-def create(vllm, model=None, additional_config=None):
-    vllm.model = model or vllm.model
+def create(vllm, model):
+    vllm.model = model
     config = SimpleNamespace(hf_text_config=SimpleNamespace(num_hidden_layers=4))
-    parallel = SimpleNamespace(enable_elastic_ep=False)
-    vllm.config = SimpleNamespace(additional_config=additional_config or {"other": 1}, parallel_config=parallel)
-    return vllm.loader.BaseModelLoader().create_model(vllm.config, config)
+    return vllm.loader().create_model(vllm.config, config)
 
 
 def is_swapped(model):
-    return type(model.projection(0).quant_method).__name__ == "IndexerMethod"
+    return type(getattr(model.projection(), "quant_method", None)).__name__ == "IndexerMethod"
 
 
 def test_created_model_is_swapped(vllm, caplog):
     register()
-    assert is_swapped(create(vllm))
+    assert is_swapped(create(vllm, Model()))
     assert not caplog.records
 
 
 def test_register_twice_patches_once(vllm):
     register()
-    patched = vllm.loader.BaseModelLoader.create_model, vllm.layerwise.finalize_layerwise_processing
+    patched = vllm.loader.create_model, vllm.layerwise.finalize_layerwise_processing
     register()
-    assert patched == (vllm.loader.BaseModelLoader.create_model, vllm.layerwise.finalize_layerwise_processing)
+    assert patched == (vllm.loader.create_model, vllm.layerwise.finalize_layerwise_processing)
 
 
 def test_switch_0_patches_nothing(vllm, monkeypatch):
     monkeypatch.setenv("INDEXPROJ_VLLM", "0")
-    original = vllm.loader.BaseModelLoader.create_model
+    original = vllm.loader.create_model
     register()
-    assert vllm.loader.BaseModelLoader.create_model is original
+    assert vllm.loader.create_model is original
 
 
 def test_unknown_switch_raises(monkeypatch):
@@ -146,145 +138,83 @@ def test_unknown_switch_raises(monkeypatch):
         register()
 
 
-def renamed(vllm):
-    vllm.loader.BaseModelLoader.build_model = vllm.loader.BaseModelLoader.create_model
-    del vllm.loader.BaseModelLoader.create_model
+UNKNOWN_VLLM = {
+    "function renamed": lambda vllm: delattr(vllm.loader, "create_model"),
+    "method renamed": lambda vllm: delattr(vllm.info, "can_load"),
+    "class moved": lambda vllm: delattr(vllm.linear, "MergedColumnParallelLinear"),
+    "other arguments": lambda vllm: setattr(vllm.layerwise, "finalize_layerwise_processing", lambda model: None),
+}
 
 
-def another_signature(vllm):
-    vllm.layerwise.finalize_layerwise_processing = lambda model: None
-
-
-def moved(vllm):
-    del vllm.linear.MergedColumnParallelLinear
-
-
-def without_can_load(vllm):
-    del vllm.types.LayerReloadingInfo.can_load
-
-
-@pytest.mark.parametrize("change", [renamed, another_signature, moved, without_can_load])
+@pytest.mark.parametrize("change", UNKNOWN_VLLM)
 def test_unknown_vllm_is_not_patched(vllm, change, caplog):
-    change(vllm)
-    before = dict(vllm.loader.BaseModelLoader.__dict__), dict(vllm.layerwise.__dict__)
+    UNKNOWN_VLLM[change](vllm)
+    before = dict(vllm.loader.__dict__), dict(vllm.layerwise.__dict__)
     register()
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert "indexproj 0.1.0 does not support vLLM 9.9 and leaves its indexers alone" in record.getMessage()
-    assert before == (dict(vllm.loader.BaseModelLoader.__dict__), dict(vllm.layerwise.__dict__))
+    assert before == (dict(vllm.loader.__dict__), dict(vllm.layerwise.__dict__))
 
 
 def test_model_without_indexer_is_not_logged(vllm, caplog):
     """Nor does it need any of the configs."""
     register()
-    vllm.model = Model(kind="vllm.models.other.Indexer")
-    assert vllm.loader.BaseModelLoader().create_model(SimpleNamespace(), SimpleNamespace()) is vllm.model
+    vllm.model = Model(indexer_class="vllm.models.other.Indexer")
+    assert vllm.loader().create_model(SimpleNamespace(), SimpleNamespace()) is vllm.model
     assert not is_swapped(vllm.model)
     assert not caplog.records
 
 
-def indexer_of(model):
-    return model.prefix.layers["0"]["self_attn"].indexer
-
-
-def other_class(vllm, model):
-    indexer_of(model).wk_weights_proj = nn.Identity()
-
-
-def quantized(vllm, model):
-    model.projection(0).quant_method = LinearMethodBase()
-
-
-def other_rows(vllm, model):
-    indexer_of(model).wk_weights_proj = MergedColumnParallelLinear((H, D))
-
-
-def without_heads(vllm, model):
-    del indexer_of(model).n_head
-
-
-def without_method(vllm, model):
-    del model.projection(0).quant_method
-
-
-def without_class(vllm, model):
-    del vllm.linear.UnquantizedLinearMethod
-
-
 def unreadable_forward(vllm, model):
-    indexer = indexer_of(model)
-    type(indexer).__module__, type(indexer).__qualname__ = GLM5NEXT.rsplit(".", 1)
+    cls = type(model.indexer())
+    cls.__module__, cls.__qualname__ = GLM5NEXT.rsplit(".", 1)
     exec("def forward(self): pass", namespace := {})
-    type(indexer).forward = namespace["forward"]
+    cls.forward = namespace["forward"]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (other_class, "wk_weights_proj: expected an unquantized MergedColumnParallelLinear"),
-        (quantized, "with LinearMethodBase and"),
-        (other_rows, "wk_weights_proj: expected an unquantized MergedColumnParallelLinear"),
-        (without_heads, "n_head"),
-        (without_method, "with NoneType and"),
-        (without_class, "UnquantizedLinearMethod"),
-        (unreadable_forward, "could not get source code"),
-    ],
-)
-def test_unexpected_model_warns_and_is_not_swapped(vllm, change, message, caplog):
-    register()
-    model = Model()
-    change(vllm, model)
-    before = model.load_weights
-    create(vllm, model)
-    (record,) = caplog.records
-    assert record.levelno == logging.WARNING
-    assert "does not support vLLM 9.9" in record.getMessage()
-    assert message in record.getMessage()
-    assert model.load_weights == before
-    assert type(getattr(model.projection(0), "quant_method", None)).__name__ != "IndexerMethod"
-
-
-def other_load_weights(monkeypatch):
-    class Other(Model):
-        def load_weights(self, weights):
-            pass
-
-    return Other()
-
-
-def fp16(monkeypatch):
-    return Model().half()
-
-
-def unsupported_device(monkeypatch):
+def unsupported_device(vllm, model):
     def target_of(device):
         raise RuntimeError(f"the kernels need a GPU, not a {device}")
 
-    monkeypatch.setattr("indexproj.kernels.target.target_of", target_of)
-    return Model()
+    target.target_of = target_of
 
 
-@pytest.mark.parametrize(
-    ("make", "reason"),
-    [
-        (other_load_weights, "the load_weights of Other is from"),
-        (fp16, "the model is in torch.float16"),
-        (unsupported_device, "the kernels need a GPU, not a cpu"),
-    ],
-)
-def test_unsupported_model_is_not_swapped(vllm, monkeypatch, caplog, make, reason):
+UNQUANTIZED = "wk_weights_proj: expected an unquantized MergedColumnParallelLinear"
+# What to change, the level of the log line, and a part of it.
+UNSUPPORTED_MODEL = {
+    "class": (lambda _, model: setattr(model.indexer(), "wk_weights_proj", nn.Identity()), "WARNING", UNQUANTIZED),
+    "rows": (lambda _, model: setattr(model.projection(), "output_sizes", [H, D]), "WARNING", UNQUANTIZED),
+    "method": (
+        lambda _, model: setattr(model.projection(), "quant_method", LinearMethodBase()),
+        "WARNING",
+        UNQUANTIZED,
+    ),
+    "no heads": (lambda _, model: delattr(model.indexer(), "n_head"), "WARNING", "n_head"),
+    "no method": (lambda _, model: delattr(model.projection(), "quant_method"), "WARNING", "with NoneType"),
+    "no class": (lambda vllm, _: delattr(vllm.linear, "UnquantizedLinearMethod"), "WARNING", "Unquantized"),
+    "forward": (unreadable_forward, "WARNING", "could not get source code"),
+    "load_weights": (lambda _, model: setattr(model, "load_weights", print), "INFO", "load_weights of Model is from"),
+    "fp16": (lambda _, model: model.half(), "INFO", "the model is in torch.float16"),
+    "device": (unsupported_device, "INFO", "the kernels need a GPU, not a cpu"),
+    "config": (lambda vllm, _: setattr(vllm.config, "additional_config", ""), "INFO", "additional_config is not"),
+}
+
+
+@pytest.mark.parametrize("change", UNSUPPORTED_MODEL)
+def test_unsupported_model_is_not_swapped(vllm, change, caplog):
     register()
-    model = make(monkeypatch)
+    model, (make, level, message) = Model(), UNSUPPORTED_MODEL[change]
+    make(vllm, model)
+    before = model.load_weights
     with caplog.at_level(logging.INFO):
-        assert not is_swapped(create(vllm, model))
-    assert f"leaves the indexer projections to vLLM: {reason}" in caplog.text
-
-
-def test_additional_config_of_unknown_type_is_not_swapped(vllm, caplog):
-    register()
-    with caplog.at_level(logging.INFO):
-        assert not is_swapped(create(vllm, additional_config=object()))
-    assert "additional_config is not a dict" in caplog.text
+        create(vllm, model)
+    (record,) = caplog.records
+    assert record.levelname == level
+    assert message in record.getMessage()
+    assert ("indexproj 0.1.0 does not support vLLM 9.9" in record.getMessage()) == (level == "WARNING")
+    assert model.load_weights == before
+    assert not is_swapped(model)
 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "model.language_model.", "language_model.model."])
@@ -322,12 +252,24 @@ def test_mtp_layer_and_additional_config(vllm):
 def test_uninitialized_rows_are_refused(vllm):
     register()
     model = create(vllm, Model((0, 1)))
-    model.projection(0).weight.data[:D] = 1  # half of it
+    model.projection().weight.data[:D] = 1  # half of it
     with pytest.raises(CheckpointError) as caught:
-        model.projection(0).quant_method.process_weights_after_loading(model.projection(0))
+        model.projection().quant_method.process_weights_after_loading(model.projection())
     assert [problem.subject for problem in caught.value.problems] == [
         f"prefix.layers.{layer}.self_attn.indexer.wk_weights_proj" for layer in (0, 1)
     ]
+
+
+def test_imports_go_one_way():
+    """Each module imports those before it only, lazily too; and before there is a model, neither vLLM nor kernels."""
+    order = ["glm5next", "layer", "model", "plugin", "__init__"]
+    for number, name in enumerate(order):
+        text = (Path(vllm_plugin.__file__).parent / f"{name}.py").read_text()
+        assert set(re.findall(r"^ *from \.(\w+)", text, re.MULTILINE)) <= set(order[:number])
+        if name == "layer":
+            assert not re.search(r"^ *(from|import) vllm", text, re.MULTILINE)
+        elif name != "model":
+            assert not re.search(r"^(from|import) (vllm|\.layer|\.model|\.\.\.)", text, re.MULTILINE)
 
 
 SOURCE = f"""
