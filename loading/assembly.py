@@ -12,7 +12,7 @@ from torch import Tensor
 from ..kernels.weights import ProjectionWeights
 from .headers import DTYPES, Header
 from .layer import DEFAULT_HEAD_DIM, Collector, LayerPlan, check_alike, own
-from .names import GATE, UNUSED, WK, parse
+from .names import GATE, WK, parse
 from .problems import CheckpointError, Problem
 
 
@@ -86,10 +86,11 @@ class Assembly:
         header = Header.of(name, tensor, file)
         # Nothing needs a tensor that comes once its layer is bound; finish() says if it is an error.
         is_bound = number in self._bound
-        is_needed = not is_bound and parsed.role != UNUSED and header.dtype in DTYPES.values()
+        is_needed = not is_bound and header.dtype in DTYPES.values()
         # Copy first: if memory runs out, the load is as it was before the offer.
         copy = own(tensor, self._device) if is_needed else None
-        if collector.add(number, parsed, header) and copy is not None:
+        collector.add(number, parsed, header)
+        if copy is not None:
             self._tensors[number][name] = copy
         if not is_bound and collector.is_complete(number):
             self._bind(collector.plan(number))

@@ -146,31 +146,27 @@ class Collector:
             self.problems[None].append(Problem(tensor.name, "", expected, "none"))
         return number
 
-    def add(self, number: int, tensor: IndexerTensor, header: Header | None) -> bool:
+    def add(self, number: int, tensor: IndexerTensor, header: Header | None) -> None:
         """Takes a tensor of a layer.
 
         Args:
             header: None for a tensor outside the projection, and for one that is absent, which the caller reports.
-
-        Returns:
-            True if loading can use the tensor.
         """
         stem = self._stems.setdefault(number, tensor.stem)
         matrices = self._headers.setdefault(number, defaultdict(dict))
         if tensor.matrix is None:
-            return False
+            return
         if header is None:
             matrices.setdefault(tensor.matrix, {})  # a fused matrix counts even if all of it is absent
             self._absent.add((number, tensor.matrix, tensor.role))
-            return False
+            return
         if tensor.stem != stem:
             expected = f"all tensors of layer {number} under {stem}"
         elif (first := matrices[tensor.matrix].setdefault(tensor.role, header)) is not header:
             expected = f"one tensor in the role of {first.name}"
         else:
-            return True
+            return
         self.problems[number].append(Problem(header.name, header.file, expected, str(header)))
-        return False
 
     def is_complete(self, number: int) -> bool:
         """True if the matrices of a layer are recognized and no tensor can follow. Cheap: called once per tensor."""

@@ -210,8 +210,9 @@ def test_failed_or_abandoned_load_leaves_nothing_behind():
 
 def test_calls_out_of_order():
     assembly = Assembly([0])
-    with pytest.raises(RuntimeError, match="call begin"):
-        assembly.offer(WK, torch.ones(1))
+    for call in (lambda: assembly.offer(WK, torch.ones(1)), assembly.finish):
+        with pytest.raises(RuntimeError, match="call begin"):
+            call()
     assembly.begin()
     with pytest.raises(CheckpointError, match="layer 0: expected wk and weights_proj"):
         assembly.finish()

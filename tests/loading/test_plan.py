@@ -26,12 +26,6 @@ def test_indexer_without_projection(tmp_path):
     assert [problem.subject for problem in problems] == missing
 
 
-def test_missing_gate(tmp_path):
-    tensors = fp8_layer()
-    del tensors[GATE]
-    assert only(problems_of(write_checkpoint(tmp_path, tensors))).subject == GATE
-
-
 @pytest.mark.parametrize(
     ("key", "value", "tensor"), [("index_head_dim", 64, WK), ("hidden_size", 512, WK), ("index_n_heads", 32, GATE)]
 )
@@ -78,7 +72,9 @@ def test_layer_under_two_names(tmp_path, old, new):
 def test_hidden_layers_have_one_prefix(tmp_path):
     """Layer 0 of a draft model, or of MTP layers numbered from 0, is not this model's; MTP layers may differ."""
     layers = fp8_layer(2), fp8_layer(3), {name.replace("model.", "model.mtp."): t for name, t in fp8_layer(4).items()}
-    assert not Plan.of(Checkpoint(write_checkpoint(tmp_path, *layers, config={"num_hidden_layers": 4}))).problems
+    plan = Plan.of(Checkpoint(write_checkpoint(tmp_path, *layers, config={"num_hidden_layers": 4})))
+    assert not plan.problems
+    assert [layer.is_mtp for layer in plan.layers.values()] == [False, False, True]
     strange = {name.replace("model.", "model.mtp."): tensor for name, tensor in fp8_layer(0, k=384).items()}
     problems = problems_of(write_checkpoint(tmp_path, *layers, strange, config={"num_hidden_layers": 4}))
     assert [problem.subject for problem in problems] == ["model.mtp.layers.0.self_attn.indexer.wk.weight"] * 2
@@ -86,16 +82,10 @@ def test_hidden_layers_have_one_prefix(tmp_path):
     assert problems[1].expected == "(D, H, K) = (128, 16, 256), like most layers"
 
 
-def test_mtp_layers_after_hidden_layers(tmp_path):
-    config = {"num_hidden_layers": 9, "text_config": {"num_hidden_layers": 2}}  # text_config takes precedence
-    path = write_checkpoint(tmp_path, fp8_layer(1), fp8_layer(2), config=config)
-    assert [plan.is_mtp for plan in Plan.of(Checkpoint(path)).layers.values()] == [False, True]
-
-
 def test_mtp_layers_by_their_own_name(tmp_path):
     tensors = {name.replace("layers.1.", "mtp_layers.1."): tensor for name, tensor in fp8_layer(1).items()}
-    config = {"num_hidden_layers": 78, "num_nextn_predict_layers": 1}
-    path = write_checkpoint(tmp_path, fp8_layer(1), tensors, config=config)
+    config = {"num_hidden_layers": 9, "text_config": {"num_hidden_layers": 78, "num_nextn_predict_layers": 1}}
+    path = write_checkpoint(tmp_path, fp8_layer(1), tensors, config=config)  # text_config takes precedence
     assert [(plan.layer, plan.is_mtp) for plan in Plan.of(Checkpoint(path)).layers.values()] == [(1, False), (79, True)]
     assert list(load(path)) == [1, 79]
     (path / "config.json").unlink()

@@ -58,7 +58,7 @@ class Format(NamedTuple):
 
 
 def linear(weight):
-    module = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+    module = torch.nn.Linear(*reversed(weight.shape), bias=False, dtype=weight.dtype)
     module.weight.data = weight.clone()
     return module
 
@@ -84,14 +84,10 @@ def calibrate(module):
     low, high = groups.amin(dims).view(shape), groups.amax(dims).view(shape)
     divisor = None
     if args.strategy == "tensor_group":
-        divisor = generate_gparam(*weight.float().aminmax())
-        module.weight_global_scale.data.copy_(divisor)
+        divisor = module.weight_global_scale.data.copy_(generate_gparam(*weight.float().aminmax()))
     scale, zero_point = calculate_qparams(low, high, args, global_scale=divisor)
     module.weight_scale.data.copy_(scale)
     module.weight_zero_point.data.copy_(zero_point)
-    for name, parameter in module.named_parameters():
-        if name in ("input_scale", "input_global_scale"):
-            parameter.data.fill_(0.5)
 
 
 def compressed(weight, preset, **changes):
@@ -102,8 +98,8 @@ def compressed(weight, preset, **changes):
     return module
 
 
-def compress(weight, preset, **changes):
-    return dict(compressed(weight, preset, **changes).state_dict())
+def compress(*args, **keywords):
+    return dict(compressed(*args, **keywords).state_dict())
 
 
 def decode(tensors, preset, **changes):
@@ -159,7 +155,6 @@ def torchao_mx(encoding, dtype):
 
 
 def torchao_file(weight):
-    """What torchao itself saves a tensor as; the layout of its scales stands in the metadata of the file."""
     tensors, _ = flatten_tensor_state_dict({"wk.weight": MXTensor.to_mx(weight, torch.float8_e4m3fn, 32)})
     return {name.removeprefix("wk."): tensor for name, tensor in tensors.items()}
 
@@ -230,9 +225,7 @@ def write(path, wk, gate):
 
 
 def check(plan, matrix, expected, form):
-    assert plan.encoding.name == form.encoding
-    assert plan.encoding.is_native == (form.encoding != "INT4")
-    assert matrix.shape == expected.shape
+    assert (plan.encoding.name, plan.encoding.is_native) == (form.encoding, form.encoding != "INT4")
     assert expected.isfinite().all()
     assert expected.count_nonzero() > expected.numel() / 2
     values = expected if plan.encoding.is_native else expected.bfloat16().double()
@@ -263,7 +256,6 @@ def test_scales_in_the_models_dtype(tmp_path, name, dtype):
 
 @pytest.mark.parametrize("name", COMPRESSED)
 def test_compressed_tensors_decompress(tmp_path, name):
-    """In bf16, to which it decompresses a bf16 model."""
     form = FORMATS[name]
     module = compressed(uneven(192, form.k, form.width), **form.produce.keywords)
     path = write(tmp_path, module.state_dict(), {"weight": uneven(20, form.k, 16)})
@@ -276,7 +268,7 @@ def test_compressed_tensors_decompress(tmp_path, name):
 
 @pytest.mark.parametrize("preset", ["W4A16", "W4A16_ASYM"])
 def test_int4_activation_order(tmp_path, preset):
-    """The library no longer writes `weight_g_idx` itself: here it quantizes and decodes columns sorted by it."""
+    """The library no longer writes `weight_g_idx`: here it quantizes and decodes columns sorted by it."""
     k = 384
     numbers = (torch.arange(k) // 128)[torch.randperm(k)]
     order = numbers.argsort(stable=True)
@@ -304,7 +296,6 @@ REFUSED = {
 
 @pytest.mark.parametrize(("produce", "leaf"), REFUSED.values(), ids=REFUSED)
 def test_unsupported_formats(tmp_path, produce, leaf):
-    """None of them is mistaken for one that loads."""
     path = write(tmp_path, produce(uneven(128, 256, 128)), produce(uneven(32, 256, 128)))
     with pytest.raises(CheckpointError) as caught:
         load(path)
@@ -330,11 +321,11 @@ def check_model(path, form):
     """Compares all layers of a checkpoint with the library's reading of its tensors."""
     stored, plans, layers = load_file(path / "model.safetensors"), Plan.of(Checkpoint(path)).layers, load(path)
     assert list(layers) == [0, 1]
-    for number, weights in layers.items():
-        for matrix, plan, loaded in ((WK, plans[number].wk, weights.wk), (GATE, plans[number].gate, weights.gate)):
-            stem = matrix.replace("layers.0", f"layers.{number}")
+    for number, plan in plans.items():
+        for stem, matrix, loaded in ((WK, plan.wk, layers[number].wk), (GATE, plan.gate, layers[number].gate)):
+            stem = stem.replace("layers.0", f"layers.{number}")
             leaves = {name.removeprefix(stem): tensor for name, tensor in stored.items() if name.startswith(stem)}
-            check(plan, loaded, form.decode(leaves), form)
+            check(matrix, loaded, form.decode(leaves), form)
 
 
 @pytest.mark.parametrize("name", ["NVFP4A16", "W4A16_ASYM"])

@@ -7,7 +7,7 @@ from exports import EXPORTS, named
 from indexproj.indexer import IndexerProjection
 from indexproj.kernels import reference
 from indexproj.loading import Assembly, CheckpointError
-from support import GATE, INDEXER, SCALE, WK, bf16_layer, fp8_layer, same
+from support import GATE, INDEXER, WK, bf16_layer, fp8_layer, same
 
 STEM = INDEXER.format(0)
 
@@ -95,15 +95,16 @@ def test_reload_in_another_encoding():
     assert torch.equal(second.wk.weight, tensors[WK])
 
 
-@pytest.mark.parametrize("make", [bf16_layer, fp8_layer])
-def test_reload_under_fused_names(make):
-    old, new = make(h=128), make(h=128)
-    if make is fp8_layer:
-        for tensors in (old, new):
-            tensors |= {GATE: tensors[WK].clone(), GATE + "_scale_inv": tensors[SCALE].clone()}
-    fused = {f"{STEM}wk_weights_proj.weight": torch.cat((new[WK], new[GATE]))}
-    if make is fp8_layer:
-        fused[f"{STEM}wk_weights_proj.weight_scale_inv"] = torch.cat((new[SCALE], new[GATE + "_scale_inv"]))
+@pytest.mark.parametrize("export", ["bf16", "fp8_block"])
+def test_reload_under_fused_names(export):
+    old, new = (
+        named(STEM, "wk", EXPORTS[export](128, 256)) | named(STEM, "weights_proj", EXPORTS[export](128, 256))
+        for _ in range(2)
+    )
+    fused = {
+        name.replace("wk.", "wk_weights_proj."): torch.cat((new[name], new[name.replace("wk.", "weights_proj.")]))
+        for name in new if "wk." in name
+    }  # fmt: skip
     assembly = Assembly([0])
     live = send(assembly, old)[0]
     before = pointers(live)
