@@ -47,12 +47,6 @@ def test_load_published_shapes(tmp_path, export, shape):
     check(tmp_path, EXPORTS[export](d, k), bf16(h, k))
 
 
-@pytest.mark.parametrize("export", ["fp8_block", "fp8_packed"])
-def test_load_k_not_multiple_of_block(tmp_path, export):
-    """K = 2880, as in vLLM's floor division of K by 128."""
-    check(tmp_path, EXPORTS[export](128, 2880), EXPORTS[export](16, 2880))
-
-
 def test_load_any_pair_of_encodings(tmp_path):
     exports = [make(128, 256) for make in EXPORTS.values()]
     layers = [(wk, gate) for wk in exports for gate in exports]

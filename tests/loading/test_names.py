@@ -2,6 +2,7 @@
 
 import pytest
 
+from indexproj.loading.headers import Header
 from indexproj.loading.names import parse
 
 
@@ -19,6 +20,11 @@ def test_parse_projection(prefix, matrix, leaf, role):
     stem = f"{prefix}layers.61.self_attn.indexer."
     tensor = parse(f"{stem}{matrix}.{leaf}")
     assert (tensor.stem, tensor.layer(61), tensor.matrix, tensor.role) == (stem, 61, matrix, role)
+
+
+def test_headers_compare_by_dtype_and_shape():
+    """So that the layers of a model are recognized once."""
+    assert Header("a", "BF16", (2, 3), "x") == Header("b", "BF16", (2, 3), "y") != Header("a", "BF16", (3, 2), "x")
 
 
 def test_parse_matrix_without_role():

@@ -63,7 +63,6 @@ def streamed_problems(tensors):
         (bf16, ["weight"], {"weight_scale": torch.ones(128, 256)}, "weight", "a weight", "only weight_scale (F32"),
         (bf16, [], {"weight": torch.zeros(9, dtype=torch.bfloat16)}, "weight", "a matrix [N, K]", "BF16 [9]"),
         (bf16, [], {"weight": torch.zeros(0, 256).bfloat16()}, "weight", "a matrix [N, K]", "BF16 [0, 256]"),
-        (bf16, [], {"weight": torch.zeros(300, 256).bfloat16()}, "weight", "at most 256 rows", "BF16 [300, 256]"),
         (nvfp4, ["weight_scale_2"], {}, "weight_scale_2", "weight_global_scale F32 []/[1] (NVFP4 (", "no such tensor"),
         (nvfp4, ["weight_scale"], {}, "weight_scale", "F8_E4M3 [128, 16] (NVFP4)", "no such tensor"),
         (nvfp4, ["weight"], {}, "weight", "a weight", "only input_scale (F32 []), weight_scale"),
