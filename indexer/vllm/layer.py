@@ -88,7 +88,7 @@ class IndexerLayer:
             self.finish()
 
     def finish(self) -> None:
-        """Ends a load: uses the collected tensors, or if there are none checks the values that the layer already holds."""
+        """Ends a load: uses the collected tensors, or checks the values that the layer holds if none came."""
         assembly, self._assembly = self._assembly, None
         try:
             if assembly is not None:
