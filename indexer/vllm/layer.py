@@ -88,7 +88,7 @@ class IndexerLayer:
             self.finish()
 
     def finish(self) -> None:
-        """Ends a load: uses the tensors that have come, or else checks the values that the layer already holds."""
+        """Ends a load: uses the collected tensors, or checks the values that the layer holds if none came."""
         assembly, self._assembly = self._assembly, None
         try:
             if assembly is not None:
@@ -105,7 +105,7 @@ class IndexerLayer:
             self.problems += error.problems
 
     def abandon(self) -> None:
-        """Drops what has come of a load."""
+        """Drops the tensors and problems of the current load."""
         self.problems, self._assembly = [], None
         if self.state is State.COLLECTING:
             self.state = self._idle()

@@ -52,12 +52,12 @@ class IndexerMethod(LinearMethodBase):  # type: ignore[misc]
 
 
 class IndexerModel:
-    """All projections of one model: layers is layer index -> IndexerLayer."""
+    """All projections of one model. `layers` maps a layer index to its IndexerLayer."""
 
     def __init__(
         self, model: Any, names: Mapping[int, str], vllm_config: Any, model_config: Any, to_bf16: bool
     ) -> None:
-        """Replaces the linear methods of the projections and wraps load_weights; reads all configs before.
+        """Replaces the linear methods of the projections and wraps load_weights, after reading all configs.
 
         Args:
             names: layer index -> name of its wk_weights_proj in the model.
