@@ -92,7 +92,7 @@ def test_operation_refuses_too_few_and_too_many_operands(count, message):
         (None, {"factors": [float("inf"), 1.0]}, "finite in fp32"),
         (None, {"factors": [1.0, -1e39]}, "finite in fp32"),
         (None, {"activations": ["fp8"]}, "one of activations per matrix, 2 in all, got 1"),
-        (None, {"activations": ["", "fp8"]}, "needs a matrix in FP8 128x128, got one in BF16"),
+        (None, {"activations": ["none", "fp8"]}, "needs a matrix in FP8 128x128, got one in BF16"),
     ],
 )
 def test_operation_refuses_wrong_formats_and_options(formats, options, message):
