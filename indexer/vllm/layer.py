@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from enum import Enum, auto
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...kernels import DenseMatrix, ProjectionWeights
-from ...loading import Assembly, CheckpointError, Problem
-from ...loading.headers import Header
-from ...loading.names import GATE, WK
+from ...loading import Problem
+from ...loading.headers import DTYPES, Header
+from ...loading.layer import Collector, own
+from ...loading.names import GATE, WK, IndexerTensor
 from ...loading.values import unusable
 
 
 class State(Enum):
-    """The state of a layer, and the state that each call leaves.
+    """The state of a layer.
 
-    | state      | computes with          | offer      | finish  | abandon        | take_updated |
-    |------------|------------------------|------------|---------|----------------|--------------|
-    | EMPTY      | raises                 | COLLECTING | READY   | EMPTY          | EMPTY        |
-    | COLLECTING | old weights, or raises | COLLECTING | UPDATED | READY or EMPTY | COLLECTING   |
-    | UPDATED    | new weights            | a problem  | UPDATED | UPDATED        | READY        |
-    | READY      | its weights            | COLLECTING | READY   | READY          | READY        |
-
-    COLLECTING goes back to READY if the layer has older weights, else to EMPTY. `offer` also finishes once no other
-    tensor can follow. If `finish` finds a problem, it leaves the state that `abandon` leaves.
-    A model is EMPTY until its first load ends, COLLECTING from load_weights to the end of a later load, else READY.
+    Of a model: EMPTY until its first load ends, COLLECTING from load_weights to the end of a later load, else READY.
     """
 
-    EMPTY = auto()
-    COLLECTING = auto()
-    UPDATED = auto()
+    EMPTY = auto()  # raises if it is used
+    COLLECTING = auto()  # some tensors have come; computes with its old weights, if it has any
+    UPDATED = auto()  # computes with new weights, and refuses more tensors until its load ends
     READY = auto()
 
 
@@ -58,9 +51,11 @@ class IndexerLayer:
         self.state = State.EMPTY
         self.layout: str | None = None
         self.weights: ProjectionWeights | None = None
+        self._gate_copy: Tensor | None = None
         self.problems: list[Problem] = []
         self._num_hidden_layers, self._to_bf16 = num_hidden_layers, to_bf16
-        self._assembly: Assembly | None = None
+        self._collector: Collector | None = None
+        self._tensors: dict[str, Tensor] = {}
         self._device = module.weight.device
         self._dense: nn.Parameter = module.weight  # during a reload, vLLM puts another one into the module
         self._dense.data.fill_(torch.nan)
@@ -72,68 +67,99 @@ class IndexerLayer:
             raise RuntimeError(f"{self.name}: no weights have been loaded")
         return self.weights or self._split(self.module.weight.data)  # not cached: offloading moves the parameter
 
-    def offer(self, name: str, tensor: Tensor) -> None:
-        """Takes a tensor of the checkpoint. Finishes if no other can follow."""
+    def offer(self, part: IndexerTensor, tensor: Tensor) -> None:
+        """Takes a tensor of the checkpoint, which may be overwritten afterwards. Finishes if no other can follow."""
+        header = Header.of(part.name, tensor, "")
         if self.state is State.UPDATED:
-            header = Header.of(name, tensor, "")
-            self.problems.append(Problem(name, "", "no more tensors for a complete layer", str(header)))
+            self.problems.append(Problem(part.name, "", "no more tensors for a complete layer", str(header)))
             return
-        if self._assembly is None:
-            d, hidden = self.shape[0], self._num_hidden_layers
-            self._assembly = Assembly([self.number], self._device, index_head_dim=d, num_hidden_layers=hidden)
-            self._assembly.begin()
+        if self._collector is None:
+            self._collector = Collector(self.shape[0], self._num_hidden_layers)
             self.state = State.COLLECTING
-        self._assembly.offer(name, tensor)
-        if self._assembly.is_complete:
+        if header.dtype in DTYPES.values():
+            self._tensors[part.name] = own(tensor, self._device)
+        self._collector.add(self.number, part, header)
+        if self._collector.is_complete(self.number):
             self.finish()
 
     def finish(self) -> None:
         """Ends a load: uses the tensors that have come, or else checks the values that the layer already holds."""
-        assembly, self._assembly = self._assembly, None
-        try:
-            if assembly is not None:
-                self.state = self._idle()
-                self._use(assembly.finish()[self.number])
-                self.state = State.UPDATED
-            elif self.state is not State.UPDATED and not self.problems:
-                held = self.weights or self._split(self._dense.data)
-                if unusable(held.wk) or unusable(held.gate):  # nobody wrote to it, or a sleep discarded it
-                    expected, found = f"tensors of {WK} and {GATE}", "none of them, and uninitialized memory"
-                    raise CheckpointError([Problem(self.name, "", expected, found)])
-                self.layout, self.state = describe(held), State.READY
-        except CheckpointError as error:
-            self.problems += error.problems
+        if self._collector is not None:
+            plan, tensors = self._collector.plan(self.number), self._tensors
+            self._drop()
+            self.problems += plan.problems
+            if not plan.problems and (new := plan.bind(tensors, self.problems)):
+                self._use(new)
+        elif self.state is not State.UPDATED and not self.problems:
+            held = self.weights or self._split(self._dense.data)
+            if unusable(held.wk) or unusable(held.gate):  # nobody wrote to it, or a sleep discarded it
+                self._refuse(f"tensors of {WK} and {GATE}", "none of them, and uninitialized memory")
+            else:
+                self._commit(held, State.READY)
+
+    def settle(self) -> None:
+        """Uses one complete matrix in the layout that the layer holds, if no tensor of the other one has come."""
+        if self._collector is None:
+            return
+        plan = self._collector.plan(self.number)
+        sides = [side for side in ("wk", "gate") if getattr(plan, side).headers]  # fields of ProjectionWeights too
+        matrix_plan, held = getattr(plan, sides[0]), self.operands
+        shape = getattr(held, sides[0]).shape
+        if len(sides) > 1 or not matrix_plan.encoding or matrix_plan.encoding.optional or matrix_plan.shape != shape:
+            return
+        self.problems += self._collector.problems[self.number]
+        matrix = matrix_plan.bind(self._tensors, self.problems)
+        if matrix and held.matches(new := self._stored(replace(held, **{sides[0]: matrix}))):
+            self._drop()
+            self._use(new)
+
+    def copy_gate(self) -> Tensor:
+        """[K, H] fp32 on the weights' device, for an engine that computes the gate itself: every load renews it."""
+        _, h, k = self.shape
+        self._gate_copy = torch.full((k, h), torch.nan, dtype=torch.float32, device=self._device)
+        return self._gate_copy
 
     def abandon(self) -> None:
         """Drops what has come of a load."""
-        self.problems, self._assembly = [], None
+        self.problems = []
         if self.state is State.COLLECTING:
-            self.state = self._idle()
+            self._drop()
 
-    def _idle(self) -> State:
-        return State.EMPTY if self.layout is None else State.READY
+    def _drop(self) -> None:
+        self._collector, self._tensors = None, {}
+        self.state = State.EMPTY if self.layout is None else State.READY
 
     def _split(self, weight: Tensor) -> ProjectionWeights:
         d = self.shape[0]
         return ProjectionWeights(DenseMatrix(weight[:d]), DenseMatrix(weight[d:]))
 
+    def _stored(self, new: ProjectionWeights) -> ProjectionWeights:
+        return new.to_bf16() if self._to_bf16 or (self.layout is not None and self.weights is None) else new
+
     def _use(self, new: ProjectionWeights) -> None:
         if new.shape != self.shape:
-            expected = f"(D, H, K) = {self.shape}, the model's shape"
-            raise CheckpointError([Problem(self.name, "", expected, f"{new.shape}")])
-        if self._to_bf16 or (self.layout is not None and self.weights is None):
-            new = new.to_bf16()
-        if self.weights is not None:
-            if not self.weights.matches(new):
-                expected = f"{self.layout} as in the first load, whose memory CUDA graphs and compiled code use"
-                advice = "send that, or start vLLM with INDEXPROJ_VLLM=bf16 to accept any encoding in reloads"
-                raise CheckpointError([Problem(self.name, "", expected, describe(new), advice)])
-            self.weights.copy_(new)
-        elif new.fused_weight is not None:
+            return self._refuse(f"(D, H, K) = {self.shape}, the model's shape", f"{new.shape}")
+        new = self._stored(new)
+        if self.weights is None and new.fused_weight is not None:
             self._dense.data.copy_(new.fused_weight)
-        else:
+        elif self.weights is None:
             self._replace_parameter(new)
-        self.layout = describe(new)
+        elif self.weights.matches(new):
+            self.weights.copy_(new)
+        else:
+            expected = f"{self.layout} as in the first load, whose memory CUDA graphs and compiled code use"
+            advice = "send that, or start vLLM with INDEXPROJ_VLLM=bf16 to accept any encoding in reloads"
+            return self._refuse(expected, describe(new), advice)
+        return self._commit(new, State.UPDATED)
+
+    def _refuse(self, expected: str, found: str, advice: str = "") -> None:
+        self.problems.append(Problem(self.name, "", expected, found, advice))
+
+    def _commit(self, held: ProjectionWeights, state: State) -> None:
+        self.layout, self.state = describe(held), state
+        if self._gate_copy is not None:
+            with torch.inference_mode():  # may write both inference tensors and others
+                self._gate_copy.copy_(held.gate.dequantize().t())
 
     def _replace_parameter(self, new: ProjectionWeights) -> None:
         self.module._parameters.pop("weight", None)
@@ -144,6 +170,14 @@ class IndexerLayer:
                 # vLLM's LoRA layers read the device of a quantized layer from its `qweight`.
                 is_first = tensor is self.weights.wk.tensors[0]
                 self.module.register_parameter("qweight" if is_first else f"{prefix}_{attribute.name}", tensor)
+        self.module.register_state_dict_post_hook(partial(self._save_dense))  # it sets an attribute: no bound method
+
+    def _save_dense(self, module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
+        """Puts `weight` in bf16 into a state_dict in place of the parameters: what any vLLM loads, with indexproj or not."""
+        assert self.weights is not None
+        for name in module._parameters:
+            state.pop(prefix + name, None)
+        state[f"{prefix}weight"] = self.weights.to_bf16().fused_weight
 
 
 def describe(weights: ProjectionWeights) -> str:

@@ -1,7 +1,4 @@
-"""The projections of one vLLM model: the linear method that computes them and the load_weights that loads them.
-
-Imports vLLM, so it is imported only when a model with an indexer is created.
-"""
+"""The projections of one model in an engine: sorts what load_weights gets. Independent of the engine."""
 
 from __future__ import annotations
 
@@ -12,10 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
-from vllm import envs
-from vllm.model_executor.layers.linear import LinearMethodBase
 
-from ...kernels import project
 from ...loading import CheckpointError
 from ...loading.names import UNUSED, parse
 from ...loading.plan import ranges
@@ -24,70 +18,51 @@ from .layer import IndexerLayer, State
 LOGGER = logging.getLogger("vllm.indexproj")
 
 
-class IndexerMethod(LinearMethodBase):  # type: ignore[misc]
-    """The linear method of one wk_weights_proj."""
-
-    def __init__(self, layer: IndexerLayer, model: IndexerModel) -> None:
-        self._layer, self._model = layer, model
-
-    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
-        """Does nothing: `layer.weight` exists already."""
-
-    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [..., K] bf16 or fp16 -> [..., D + H] in x's dtype: k, then the gate."""
-        d, h, _ = self._layer.shape
-        out = x.new_empty((*x.shape[:-1], d + h))
-        project(x, self._layer.operands, out=out, batch_invariant=self._model.batch_invariant)
-        return out
-
-    def k_and_gate(self, layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [..., K] -> k [..., D] in x's dtype and gate [..., H] fp32, in one launch."""
-        return project(x, self._layer.operands, batch_invariant=self._model.batch_invariant)
-
-    def process_weights_after_loading(self, layer: Any) -> None:
-        """Ends the load of the whole model, see `IndexerModel.finish`. vLLM calls this for every layer."""
-        if self._model.state is not State.READY:
-            self._model.finish()
-            self._model.take_updated()
-
-
 class IndexerModel:
     """All projections of one model: layers is layer index -> IndexerLayer."""
 
     def __init__(
-        self, model: Any, names: Mapping[int, str], vllm_config: Any, model_config: Any, to_bf16: bool
+        self,
+        model: Any,
+        names: Mapping[int, str],
+        num_hidden_layers: int | None,
+        *,
+        to_bf16: bool,
+        batch_invariant: bool,
+        compile_key: dict[str, Any],
     ) -> None:
-        """Replaces the linear methods of the projections and wraps load_weights; reads all configs before.
+        """Wraps load_weights of the model.
 
         Args:
             names: layer index -> name of its wk_weights_proj in the model.
             to_bf16: decode all weights to bf16, so that reloads accept any encoding.
+            compile_key: part of the key of the engine's compile cache; the formats are added to it.
         """
         self.state = State.EMPTY
-        self.batch_invariant: bool = envs.VLLM_BATCH_INVARIANT
-        self.layers: dict[int, IndexerLayer] = {}
-        self._class = type(model).__name__
-        self._additional_config: dict[str, Any] = vllm_config.additional_config  # part of vLLM's compile cache key
-        self._num_hidden_layers = getattr(model_config.hf_text_config, "num_hidden_layers", None)
-        # A rank that joins gets dummy weights, then the tensors of another rank in order: both need the same layout.
-        to_bf16 = to_bf16 or vllm_config.parallel_config.enable_elastic_ep
-        for number, name in sorted(names.items()):
-            module = model.get_submodule(name)
-            layer = self.layers[number] = IndexerLayer(name, number, module, self._num_hidden_layers, to_bf16)
-            module.quant_method = IndexerMethod(layer, self)
+        self.batch_invariant = batch_invariant
+        self.layers = {
+            number: IndexerLayer(name, number, model.get_submodule(name), num_hidden_layers, to_bf16)
+            for number, name in sorted(names.items())
+        }
+        self._class, self._num_hidden_layers, self._compile_key = type(model).__name__, num_hidden_layers, compile_key
+        self._reload: Tensor | None = None  # a meta parameter of the reload in progress
         self._load_weights = model.load_weights
         model.load_weights = self.load_weights
 
     def load_weights(self, weights: Iterable[tuple[Any, ...]], *args: Any, **kwargs: Any) -> Any:
-        """Takes the tensors of the projections, and passes all others to vLLM's own load_weights.
+        """Takes the tensors of the projections, and passes all others to the engine's own load_weights.
 
         Raises CheckpointError for complete layers with wrong tensors if nothing ends this update, else `finish` does.
         """
-        # vLLM ends first loads, and reloads for which it puts the parameters on the meta device.
+        # The engine ends first loads, and reloads for which it puts new parameters on the meta device.
         parameters = (p for layer in self.layers.values() for p in layer.module.parameters(recurse=False))
-        has_end = self.state is State.EMPTY or any(parameter.is_meta for parameter in parameters)
+        reload = next((parameter for parameter in parameters if parameter.is_meta), None)
+        if reload is not None and reload is not self._reload:
+            self._abandon()  # leftovers of an update
+        self._reload = reload
         if self.state is State.READY:
             self.state = State.COLLECTING
+        has_end = self.state is State.EMPTY or reload is not None
         try:
             with self._parameters_hidden():
                 loaded = self._load_weights(self._others(weights), *args, **kwargs)
@@ -95,8 +70,12 @@ class IndexerModel:
             self._abandon()
             self.take_updated()
             raise
+        if not has_end:
+            for layer in self.layers.values():
+                layer.settle()
+        updated = self._in_state(State.UPDATED)
         if loaded is not None:
-            for layer in self._in_state(State.UPDATED):
+            for layer in updated:
                 loaded.update(f"{layer.name}.{name}" for name, _ in layer.module.named_parameters(recurse=False))
         if not has_end:
             self.take_updated()
@@ -114,7 +93,7 @@ class IndexerModel:
             layouts = "; ".join(dict.fromkeys(str(layer.layout) for layer in self.layers.values()))
             layouts += ", batch-invariant" * self.batch_invariant
             version = importlib.metadata.version("indexproj")
-            self._additional_config.setdefault("indexproj", {})[self._class] = f"{version}: {layouts}"
+            self._compile_key.setdefault("indexproj", {})[self._class] = f"{version}: {layouts}"
             what = f"{len(self.layers)} indexer projections of {self._class}"
             LOGGER.info("indexproj %s runs %s: %s", version, what, layouts)
         self.state = State.READY
@@ -132,14 +111,14 @@ class IndexerModel:
     def _others(self, weights: Iterable[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
         for item in weights:
             name, tensor = item[:2]
-            parsed = parse(name) if ".indexer." in name else None
-            if parsed is None or parsed.matrix is None:
+            part = parse(name) if ".indexer." in name else None
+            if part is None or part.matrix is None:
                 yield item
                 continue
             # Passed over: layers of other pipeline ranks or models (MTP), and layers that share another one's choice.
-            number = parsed.layer(self._num_hidden_layers)
-            if number is not None and number in self.layers and parsed.role != UNUSED:
-                self.layers[number].offer(name, tensor)
+            number = part.layer(self._num_hidden_layers)
+            if number is not None and number in self.layers and part.role != UNUSED:
+                self.layers[number].offer(part, tensor)
 
     def _raise_problems(self) -> None:
         if problems := [problem for layer in self.layers.values() for problem in layer.problems]:
@@ -152,7 +131,7 @@ class IndexerModel:
 
     @contextmanager
     def _parameters_hidden(self) -> Iterator[None]:
-        """Hides the parameters from vLLM's load_weights, which would write to them or report them as not loaded."""
+        """Hides the parameters from the engine, which would write to them or report them as not loaded."""
         hidden = {layer.module: layer.module._parameters for layer in self.layers.values()}
         for module in hidden:
             module._parameters = {}

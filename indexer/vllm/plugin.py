@@ -2,7 +2,8 @@
 
 vLLM calls `register` in every process, long before there is a model. Therefore this module imports neither vLLM's
 models nor the kernels; creating a model with an indexer does. vLLM has no hook that replaces a single layer of a model
-(its layer registry replaces a class everywhere), hence the patches. If anything in vLLM is unexpected, nothing changes.
+(its layer registry replaces a class everywhere), hence the patches; docs/upstream.md says when each can go. If anything
+in vLLM is unexpected, nothing changes.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ INDEXERS = (
 MODEL_FILES = (
     "vllm.model_executor.models.deepseek_v2", "vllm.model_executor.models.deepseek_mtp",
     "vllm.models.deepseek_v32.nvidia.mtp", "vllm.models.deepseek_v32.amd.mtp",
+    "vllm.models.dots3_note.nvidia.multimodal",
     "vllm.models.hy_v4.nvidia.model", "vllm.models.hy_v4.amd.model", "vllm.models.hy_v4.nvidia.mtp",
     "vllm.models.glm5next.common.model", "vllm.models.glm5next.common.mtp",
     "vllm.model_executor.models.glm4_1v",  # Glm5NextForConditionalGeneration inherits its load_weights
@@ -50,12 +52,11 @@ def register() -> None:
         return
     try:
         loader, layerwise = find_patched()
+        if not hasattr(loader.create_model, "is_indexproj"):
+            patch_model_creation(loader, to_bf16=switch == "bf16")
+            patch_reload(layerwise)
     except (UnexpectedError, ImportError) as error:
         _warn(error)
-        return
-    if not hasattr(loader.create_model, "is_indexproj"):
-        patch_model_creation(loader, to_bf16=switch == "bf16")
-        patch_reload(layerwise)
 
 
 def find_patched() -> tuple[Any, Any]:
@@ -63,17 +64,16 @@ def find_patched() -> tuple[Any, Any]:
 
     Raises UnexpectedError or ImportError if something that the patches use is missing or takes other arguments.
     """
-    from vllm.envs import VLLM_BATCH_INVARIANT  # noqa: F401
-    from vllm.model_executor.layers.linear import LinearMethodBase, MergedColumnParallelLinear  # noqa: F401
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
     from vllm.model_executor.model_loader.reload import layerwise
     from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
 
-    for name, owner, arguments in (
-        ("create_model", BaseModelLoader, ["self", "vllm_config", "model_config", "prefix"]),
-        ("finalize_layerwise_processing", layerwise, ["model", "model_config"]),
-        ("get_layerwise_info", layerwise, ["layer"]),
-        ("can_load", LayerReloadingInfo, ["self"]),
+    for owner, name, arguments in (
+        (BaseModelLoader, "__init__", ["self", "load_config"]),
+        (BaseModelLoader, "create_model", ["self", "vllm_config", "model_config", "prefix"]),
+        (layerwise, "finalize_layerwise_processing", ["model", "model_config"]),
+        (layerwise, "get_layerwise_info", ["layer"]),
+        (LayerReloadingInfo, "can_load", ["self"]),
     ):
         function = getattr(owner, name, None)
         found = list(inspect.signature(function).parameters) if callable(function) else "no such function"
@@ -83,32 +83,47 @@ def find_patched() -> tuple[Any, Any]:
 
 
 def patch_model_creation(loader: Any, to_bf16: bool) -> None:
-    """Wraps `BaseModelLoader.create_model`.
+    """Wraps `BaseModelLoader.create_model`, to swap the projections of the model that it returns.
 
-    What: swaps the indexer projections of the model that it returns.
-    Why: every model, main or draft, is created there before it is loaded. vLLM has no hook at that point.
-    Goes when: vLLM lets a plugin choose the linear method of a layer by name.
+    Main and draft models are created there before they are loaded, except by loaders that override `load_model`; those
+    warn, which needs `BaseModelLoader.__init__`.
     """
-    original = loader.create_model
+    create, init = loader.create_model, loader.__init__
 
-    @functools.wraps(original)
+    @functools.wraps(create)
     def create_model(self: Any, vllm_config: Any, model_config: Any, prefix: str = "") -> Any:
-        model = original(self, vllm_config, model_config, prefix)
+        model = create(self, vllm_config, model_config, prefix)
         swap(model, vllm_config, model_config, to_bf16)
         return model
 
+    @functools.wraps(init)
+    def __init__(self: Any, load_config: Any) -> None:
+        init(self, load_config)
+        self.load_model = _warn_if_not_created(self.load_model)
+
     create_model.is_indexproj = True  # type: ignore[attr-defined]
-    loader.create_model = create_model
+    loader.create_model, loader.__init__ = create_model, __init__
+
+
+def _warn_if_not_created(load_model: Any) -> Any:
+    @functools.wraps(load_model)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        model = load_model(*args, **kwargs)
+        if not hasattr(model, "indexproj") and _indexers(model):
+            model.indexproj = None  # ModelExpress wraps one loader in another
+            who = type(load_model.__self__).__name__
+            LOGGER.warning("indexproj leaves the indexer projections to vLLM: %s does not call create_model", who)
+        return model
+
+    return wrapper
 
 
 def patch_reload(layerwise: Any) -> None:
     """Wraps `layerwise.finalize_layerwise_processing`, the end of every reload in checkpoint format.
 
-    What: ends the load of the projections and counts those with new weights as loaded. Raises errors after vLLM has put
-        its own weights back.
-    Why: vLLM tracks the load of a layer by the elements written to its parameters, and warns of a layer without any. It
-        has no hook at the end.
-    Goes when: vLLM calls the linear method of every layer at the end of a reload.
+    It ends the load of the projections and counts those with new weights as loaded: vLLM tracks the load of a layer by
+    the elements written to its parameters, and warns of a layer without any. Raises errors after vLLM has put its own
+    weights back.
     """
     original = layerwise.finalize_layerwise_processing
 
@@ -128,41 +143,57 @@ def patch_reload(layerwise: Any) -> None:
     layerwise.finalize_layerwise_processing = finalize_layerwise_processing
 
 
-def patch_packed_modules(model: Any) -> None:
-    """Extends `packed_modules_mapping` of one model.
-
-    What: adds wk_weights_proj, so that LoRA adapters of wk and weights_proj apply.
-    Why: the DeepSeek and GLM classes refuse or ignore such adapters; HY-V4 has the entry. GLM-5.3-Flash stays without:
-        its changed forward does not call the module that an adapter would wrap.
-    Goes when: all of them have the entry.
-    """
-    mapping = getattr(model, "packed_modules_mapping", None)
-    if mapping is not None:
-        model.packed_modules_mapping = {"wk_weights_proj": ["wk", "weights_proj"], **mapping}
-
-
 def swap(model: Any, vllm_config: Any, model_config: Any, to_bf16: bool) -> None:
-    """Swaps all projections of a model, or none and logs why. Does nothing to a model without a known indexer."""
-    indexers: dict[str, Any] = {name: each for name, each in model.named_modules() if indexer_name(each.__class__)}
+    """Swaps all projections of a model, or none and logs why. Does nothing to a model without a projection."""
+    indexers = _indexers(model)
     if not indexers:
         return
+    model.indexproj = None
     try:
         if reason := _unsupported(model, vllm_config, indexers):
             LOGGER.info("indexproj leaves the indexer projections to vLLM: %s", reason)
             return
-        glm5next = [indexer for indexer in indexers.values() if indexer_name(indexer.__class__) == GLM5NEXT]
-        forwards = {indexer: glm5next_forward(indexer.__class__) for indexer in glm5next}
+        glm5next = [name for name, indexer in indexers.items() if indexer_name(indexer.__class__) == GLM5NEXT]
+        forwards = {name: glm5next_forward(indexers[name].__class__) for name in glm5next}
         names: dict[Any, str] = {layer_of(name): f"{name}.wk_weights_proj" for name in indexers}
+        from vllm import envs
+
+        from .method import IndexerMethod
         from .model import IndexerModel
 
-        model.indexproj = IndexerModel(model, names, vllm_config, model_config, to_bf16)
-    except (UnexpectedError, AttributeError, ImportError, OSError) as error:  # OSError: no source to read
+        model.indexproj = IndexerModel(
+            model,
+            names,
+            getattr(model_config.hf_text_config, "num_hidden_layers", None),
+            # A rank that joins gets dummy weights, then the tensors of another rank in order: both need one layout.
+            to_bf16=to_bf16 or vllm_config.parallel_config.enable_elastic_ep,
+            batch_invariant=envs.VLLM_BATCH_INVARIANT,
+            compile_key=vllm_config.additional_config,
+        )
+    except (UnexpectedError, AttributeError, ImportError) as error:
         _warn(error)
         return
-    if not forwards:
-        patch_packed_modules(model)
-    for indexer, forward in forwards.items():
-        indexer.forward = MethodType(forward, indexer)
+    for layer in model.indexproj.layers.values():
+        layer.module.quant_method = IndexerMethod(layer, model.indexproj)
+    for name, forward in forwards.items():
+        indexer, layer = indexers[name], model.indexproj.layers[layer_of(name)]
+        if forward:
+            indexer.forward = MethodType(forward, indexer)
+        else:
+            LOGGER.info("indexproj keeps vLLM's forward of %s, which computes the gate once more, in fp32", name)
+            indexer._wp_fp32 = layer.copy_gate()
+    # LoRA adapters of wk and weights_proj need this entry, which HY-V4 has. GLM-5.3-Flash stays without: its changed
+    # forward does not call the module that an adapter would wrap. Without LoRA, trainers read it as a list of tensors.
+    mapping = getattr(model, "packed_modules_mapping", None)
+    if mapping is not None and vllm_config.lora_config and not forwards:
+        model.packed_modules_mapping = {"wk_weights_proj": ["wk", "weights_proj"], **mapping}
+
+
+def _indexers(model: Any) -> dict[str, Any]:
+    """Name -> module that owns a wk_weights_proj."""
+    end = ".wk_weights_proj"
+    names = (name.removesuffix(end) for name, _ in model.named_modules() if name.endswith(f".indexer{end}"))
+    return {name: model.get_submodule(name) for name in names}
 
 
 @functools.cache
@@ -179,9 +210,10 @@ def layer_of(name: str) -> int | None:
 
 
 def _unsupported(model: Any, vllm_config: Any, indexers: dict[str, Any]) -> str | None:
-    """Why the kernels cannot serve a model, or None. Raises UnexpectedError if vLLM built it in an unknown way."""
+    """Why the kernels should not serve a model, or None. Raises UnexpectedError if vLLM built it in an unknown way."""
     from vllm.model_executor.layers.linear import MergedColumnParallelLinear, UnquantizedLinearMethod
 
+    from ...kernels.dispatch import table_of
     from ...kernels.target import target_of
 
     if not isinstance(vllm_config.additional_config, dict):
@@ -191,6 +223,9 @@ def _unsupported(model: Any, vllm_config: Any, indexers: dict[str, Any]) -> str 
     if len(set(map(layer_of, indexers)) - {None}) < len(indexers):
         raise UnexpectedError(f"expected one indexer per layer, found {', '.join(indexers)}")
     for name, indexer in indexers.items():
+        if indexer_name(indexer.__class__) is None:
+            found = f"{indexer.__class__.__module__}.{indexer.__class__.__qualname__}"
+            raise UnexpectedError(f"{name}: expected one of {', '.join(INDEXERS)}, found {found}")
         layer, rows = indexer.wk_weights_proj, [indexer.head_dim, indexer.n_head]
         method = getattr(layer, "quant_method", None)
         expected = {"output_sizes": rows, "bias": None, "skip_bias_add": False, "return_bias": True, "tp_size": 1}
@@ -203,10 +238,16 @@ def _unsupported(model: Any, vllm_config: Any, indexers: dict[str, Any]) -> str 
             )
         if str(layer.weight.dtype) != "torch.bfloat16":
             return f"the model is in {layer.weight.dtype}, expected torch.bfloat16"
+        device = layer.weight.device
         try:
-            target_of(layer.weight.device)
+            target_of(device)
         except RuntimeError as error:
-            return str(error)
+            return f"{name}.wk_weights_proj is on {device}, maybe because its weights are offloaded: {error}"
+        if type(method) is not UnquantizedLinearMethod:
+            tuned, shape = f"vLLM's {type(method).__name__} for {name}", (*rows, layer.weight.shape[1])
+            if not any(shape == measured for _, measured, _ in getattr(table_of(device), "configs", ())):
+                return f"{tuned} stays: it is made for this GPU, and no table of `indexproj tune` has {shape}"
+            LOGGER.info("indexproj replaces %s: the table of `indexproj tune` has %s", tuned, shape)
     return None
 
 

@@ -80,13 +80,14 @@ def model_parallel(tensor_parallel_size=1, pipeline_parallel_size=1):
 @contextlib.contextmanager
 def plugin(switch):
     """Registers the plugin, which "0" turns off, and removes its patches on exit."""
-    before = BaseModelLoader.create_model, reload.layerwise.finalize_layerwise_processing
+    loader, layerwise = BaseModelLoader, reload.layerwise
+    before = loader.create_model, loader.__init__, layerwise.finalize_layerwise_processing
     with mock.patch.dict(os.environ, {"INDEXPROJ_VLLM": switch}):
         try:
             vllm_plugin.register()
             yield
         finally:
-            BaseModelLoader.create_model, reload.layerwise.finalize_layerwise_processing = before
+            loader.create_model, loader.__init__, layerwise.finalize_layerwise_processing = before
 
 
 @contextlib.contextmanager
