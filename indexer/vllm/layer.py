@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 from enum import Enum, auto
 from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,7 @@ class IndexerLayer:
         self._num_hidden_layers, self._to_bf16 = num_hidden_layers, to_bf16
         self._collector: Collector | None = None
         self._tensors: dict[str, Tensor] = {}
+        self._saved: Any = lambda: None  # weak reference to what the last state_dict has
         self._device = module.weight.device
         self._dense: nn.Parameter = module.weight  # during a reload, vLLM puts another one into the module
         self._dense.data.fill_(torch.nan)
@@ -173,11 +175,15 @@ class IndexerLayer:
         self.module.register_state_dict_post_hook(partial(self._save_dense))  # it sets an attribute: no bound method
 
     def _save_dense(self, module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
-        """Puts `weight` in bf16 into a state_dict in place of the parameters: what any vLLM loads, with indexproj or not."""
-        assert self.weights is not None
+        """Puts `weight` in bf16 into a state_dict in place of the parameters: what vLLM loads, with indexproj or not."""
         for name in module._parameters:
             state.pop(prefix + name, None)
-        state[f"{prefix}weight"] = self.weights.to_bf16().fused_weight
+        dense = self._saved()
+        if dense is None or all(dense is not tensor for tensor in state.values()):  # a module may have two names
+            assert self.weights is not None
+            dense = self.weights.to_bf16().fused_weight
+            self._saved = ref(dense)
+        state[f"{prefix}weight"] = dense
 
 
 def describe(weights: ProjectionWeights) -> str:
