@@ -26,17 +26,13 @@ class UnexpectedError(Exception):
 
 @functools.cache
 def glm5next_forward(indexer_class: Any) -> Any:
-    """Compiles a replacement for `Indexer.forward` of GLM-5.3-Flash: the same with ONE_LAUNCH in place of TWO_GEMMS.
+    """Compiles a replacement for `Indexer.forward`: the same with ONE_LAUNCH in place of TWO_GEMMS.
 
-    vLLM computes the gate a second time, in fp32, from a copy of its weights in `_wp_fp32` that no reload renews. These
-    kernels return the gate in fp32, but nothing outside a forward can change which statements it runs.
+    vLLM computes the gate a second time, in fp32, from a copy of its weights in `_wp_fp32` that no reload renews. The
+    kernels return an fp32 gate, but nothing outside a forward can change which statements it runs.
 
-    Returns:
-        None if the forward has no such statements, or its source is not available, but reads `_wp_fp32`: it computes
-        the right gate if that is filled and renewed.
-
-    Raises:
-        UnexpectedError: the forward does neither.
+    Returns None for a forward that cannot be changed but reads `_wp_fp32`: it is right if that copy is kept up to date.
+    Raises UnexpectedError if it does neither.
     """
     original, file = indexer_class.forward, f"<{GLM5NEXT}, changed by indexproj>"
     try:
@@ -46,7 +42,7 @@ def glm5next_forward(indexer_class: Any) -> Any:
     except (UnexpectedError, OSError) as error:
         if "_wp_fp32" in original.__code__.co_names:
             return None
-        raise UnexpectedError(f"{GLM5NEXT}.forward: expected one that reads _wp_fp32; {error}") from error
+        raise UnexpectedError(f"{GLM5NEXT}.forward: expected one that reads _wp_fp32; {error}") from None
     names: dict[str, Any] = {}
     exec(compile(source, file, "exec"), original.__globals__, names)
     linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file  # for inspect and tracebacks

@@ -20,14 +20,11 @@ from ...loading.values import unusable
 
 
 class State(Enum):
-    """The state of a layer.
-
-    Of a model: EMPTY until its first load ends, COLLECTING from load_weights to the end of a later load, else READY.
-    """
+    """The state of a layer. A model is EMPTY until its first load ends, and COLLECTING during later loads."""
 
     EMPTY = auto()  # raises if it is used
     COLLECTING = auto()  # some tensors have come; computes with its old weights, if it has any
-    UPDATED = auto()  # computes with new weights, and refuses more tensors until its load ends
+    UPDATED = auto()  # computes with new weights, and refuses more tensors until the load ends
     READY = auto()
 
 
@@ -37,12 +34,6 @@ class IndexerLayer:
     Weights come through `offer`. Loaders that do not read checkpoints (dummy, sharded state) write to `module.weight`,
     which is NaN before. Once loaded, two dense matrices are in `module.weight` [D + H, K] bf16; otherwise their tensors
     are parameters in its place. Layout and memory then stay, because CUDA graphs and compiled code hold pointers.
-
-    Attributes:
-        layout: the formats in words, None before the first load. `operands` reads this and not the state, because
-            compiled code guards on what it reads.
-        weights: the matrices, unless they are in `module.weight`.
-        problems: what is wrong with the current load.
     """
 
     def __init__(self, name: str, number: int, module: Any, num_hidden_layers: int | None, to_bf16: bool) -> None:
@@ -50,16 +41,16 @@ class IndexerLayer:
         self.name, self.number, self.module = name, number, module
         self.shape: tuple[int, int, int] = (d, h, module.weight.shape[1])  # (D, H, K)
         self.state = State.EMPTY
-        self.layout: str | None = None
-        self.weights: ProjectionWeights | None = None
-        self._gate_copy: Tensor | None = None
-        self.problems: list[Problem] = []
+        self.layout: str | None = None  # the formats; compiled code guards on this, which changes less than the state
+        self.weights: ProjectionWeights | None = None  # None if they are in module.weight
+        self.problems: list[Problem] = []  # of the current load
         self._num_hidden_layers, self._to_bf16 = num_hidden_layers, to_bf16
         self._collector: Collector | None = None
         self._tensors: dict[str, Tensor] = {}
+        self._gate_copy: Tensor | None = None
         self._saved: Any = lambda: None  # weak reference to what the last state_dict has
         self._device = module.weight.device
-        self._dense: nn.Parameter = module.weight  # during a reload, vLLM puts another one into the module
+        self._dense: nn.Parameter = module.weight  # during a reload, the engine puts another one into the module
         self._dense.data.fill_(torch.nan)
 
     @property
@@ -104,22 +95,20 @@ class IndexerLayer:
         if self._collector is None:
             return
         plan = self._collector.plan(self.number)
-        sides = [side for side in ("wk", "gate") if getattr(plan, side).headers]  # fields of ProjectionWeights too
-        matrix_plan, held = getattr(plan, sides[0]), self.operands
-        shape = getattr(held, sides[0]).shape
-        if len(sides) > 1 or not matrix_plan.encoding or matrix_plan.encoding.optional or matrix_plan.shape != shape:
+        side, other, held = ("wk", plan.gate, self.operands) if plan.wk.headers else ("gate", plan.wk, self.operands)
+        one, shape = getattr(plan, side), getattr(held, side).shape
+        if other.headers or not one.encoding or one.encoding.optional or one.shape != shape:
             return
         self.problems += self._collector.problems[self.number]
-        matrix = matrix_plan.bind(self._tensors, self.problems)
-        if matrix and held.matches(new := self._stored(replace(held, **{sides[0]: matrix}))):
+        matrix = one.bind(self._tensors, self.problems)
+        if matrix and held.matches(new := self._stored(replace(held, **{side: matrix}))):
             self._drop()
             self._use(new)
 
     def copy_gate(self) -> Tensor:
-        """[K, H] fp32 on the weights' device, for an engine that computes the gate itself: every load renews it."""
-        _, h, k = self.shape
-        self._gate_copy = torch.full((k, h), torch.nan, dtype=torch.float32, device=self._device)
-        return self._gate_copy
+        """[K, H] fp32, for an engine that computes the gate itself. Every load renews it."""
+        self._gate_copy = torch.empty(self.shape[2], self.shape[1], dtype=torch.float32, device=self._device)
+        return self._gate_copy.fill_(torch.nan)
 
     def abandon(self) -> None:
         """Drops what has come of a load."""
@@ -169,19 +158,17 @@ class IndexerLayer:
         self.weights = new.map(lambda tensor: nn.Parameter(tensor, requires_grad=False))
         for prefix, matrix in ((WK, self.weights.wk), (GATE, self.weights.gate)):
             for attribute, tensor in zip(fields(matrix), matrix.tensors, strict=False):  # type: ignore[arg-type]
-                # vLLM's LoRA layers read the device of a quantized layer from its `qweight`.
-                is_first = tensor is self.weights.wk.tensors[0]
+                is_first = tensor is self.weights.wk.tensors[0]  # LoRA layers read the device from `qweight`
                 self.module.register_parameter("qweight" if is_first else f"{prefix}_{attribute.name}", tensor)
-        self.module.register_state_dict_post_hook(partial(self._save_dense))  # it sets an attribute: no bound method
+        self.module.register_state_dict_post_hook(partial(self._save_dense))  # not for bound methods
 
     def _save_dense(self, module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
-        """Puts `weight` in bf16 into a state_dict in place of the parameters: what vLLM loads, with indexproj or not."""
+        """Saves `weight` in bf16 in place of the parameters: engines load that with indexproj or without."""
         for name in module._parameters:
             state.pop(prefix + name, None)
         dense = self._saved()
         if dense is None or all(dense is not tensor for tensor in state.values()):  # a module may have two names
-            assert self.weights is not None
-            dense = self.weights.to_bf16().fused_weight
+            dense = self.operands.to_bf16().fused_weight
             self._saved = ref(dense)
         state[f"{prefix}weight"] = dense
 

@@ -23,8 +23,7 @@ class IndexerMethod(LinearMethodBase):  # type: ignore[misc]
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] bf16 or fp16 -> [..., D + H] in x's dtype: k, then the gate."""
-        d, h, _ = self._layer.shape
-        out = x.new_empty((*x.shape[:-1], d + h))
+        out = x.new_empty((*x.shape[:-1], sum(self._layer.shape[:2])))
         project(x, self._layer.operands, out=out, batch_invariant=self._model.batch_invariant)
         return out
 

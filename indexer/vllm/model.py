@@ -36,18 +36,16 @@ class IndexerModel:
         Args:
             names: layer index -> name of its wk_weights_proj in the model.
             to_bf16: decode all weights to bf16, so that reloads accept any encoding.
-            compile_key: part of the key of the engine's compile cache; the formats are added to it.
+            compile_key: what the engine's compile cache depends on; the formats are added.
         """
-        self.state = State.EMPTY
-        self.batch_invariant = batch_invariant
+        self.state, self.batch_invariant, self._class = State.EMPTY, batch_invariant, type(model).__name__
         self.layers = {
             number: IndexerLayer(name, number, model.get_submodule(name), num_hidden_layers, to_bf16)
             for number, name in sorted(names.items())
         }
-        self._class, self._num_hidden_layers, self._compile_key = type(model).__name__, num_hidden_layers, compile_key
-        self._reload: Tensor | None = None  # a meta parameter of the reload in progress
-        self._load_weights = model.load_weights
-        model.load_weights = self.load_weights
+        self._num_hidden_layers, self._compile_key = num_hidden_layers, compile_key
+        self._reload: Tensor | None = None  # a meta parameter of the last reload
+        self._load_weights, model.load_weights = model.load_weights, self.load_weights
 
     def load_weights(self, weights: Iterable[tuple[Any, ...]], *args: Any, **kwargs: Any) -> Any:
         """Takes the tensors of the projections, and passes all others to the engine's own load_weights.
@@ -73,9 +71,8 @@ class IndexerModel:
         if not has_end:
             for layer in self.layers.values():
                 layer.settle()
-        updated = self._in_state(State.UPDATED)
         if loaded is not None:
-            for layer in updated:
+            for layer in self._in_state(State.UPDATED):
                 loaded.update(f"{layer.name}.{name}" for name, _ in layer.module.named_parameters(recurse=False))
         if not has_end:
             self.take_updated()
@@ -92,10 +89,9 @@ class IndexerModel:
         if self.state is State.EMPTY:
             layouts = "; ".join(dict.fromkeys(str(layer.layout) for layer in self.layers.values()))
             layouts += ", batch-invariant" * self.batch_invariant
-            version = importlib.metadata.version("indexproj")
+            version, count = importlib.metadata.version("indexproj"), len(self.layers)
             self._compile_key.setdefault("indexproj", {})[self._class] = f"{version}: {layouts}"
-            what = f"{len(self.layers)} indexer projections of {self._class}"
-            LOGGER.info("indexproj %s runs %s: %s", version, what, layouts)
+            LOGGER.info("indexproj %s runs %s indexer projections of %s: %s", version, count, self._class, layouts)
         self.state = State.READY
 
     def take_updated(self) -> list[Any]:

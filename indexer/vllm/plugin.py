@@ -1,9 +1,8 @@
 """Puts the projection into vLLM, in place of what wk_weights_proj computes.
 
 vLLM calls `register` in every process, long before there is a model. Therefore this module imports neither vLLM's
-models nor the kernels; creating a model with an indexer does. vLLM has no hook that replaces a single layer of a model
-(its layer registry replaces a class everywhere), hence the patches; docs/upstream.md says when each can go. If anything
-in vLLM is unexpected, nothing changes.
+models nor the kernels; creating a model with an indexer does. docs/upstream.md says which hooks of vLLM would replace
+the patches. If anything in vLLM is unexpected, nothing changes.
 """
 
 from __future__ import annotations
@@ -23,11 +22,9 @@ LOGGER = logging.getLogger("vllm.indexproj")  # below "vllm", so that it gets vL
 SWITCH = "INDEXPROJ_VLLM"
 # The classes that own a wk_weights_proj.
 INDEXERS = (
-    "vllm.model_executor.models.deepseek_v2.Indexer",
-    "vllm.models.deepseek_v32.attention.DeepseekV32Indexer",
-    "vllm.models.hy_v4.nvidia.attention.Indexer",
-    GLM5NEXT,
-)
+    "vllm.model_executor.models.deepseek_v2.Indexer", "vllm.models.deepseek_v32.attention.DeepseekV32Indexer",
+    "vllm.models.hy_v4.nvidia.attention.Indexer", GLM5NEXT,
+)  # fmt: skip
 # The modules whose load_weights is known to number layers as the checkpoint does.
 MODEL_FILES = (
     "vllm.model_executor.models.deepseek_v2", "vllm.model_executor.models.deepseek_mtp",
@@ -52,11 +49,12 @@ def register() -> None:
         return
     try:
         loader, layerwise = find_patched()
-        if not hasattr(loader.create_model, "is_indexproj"):
-            patch_model_creation(loader, to_bf16=switch == "bf16")
-            patch_reload(layerwise)
     except (UnexpectedError, ImportError) as error:
         _warn(error)
+    else:
+        if not hasattr(loader.create_model, "is_indexproj"):
+            patch_loaders(loader, to_bf16=switch == "bf16")
+            patch_reload(layerwise)
 
 
 def find_patched() -> tuple[Any, Any]:
@@ -82,11 +80,11 @@ def find_patched() -> tuple[Any, Any]:
     return BaseModelLoader, layerwise
 
 
-def patch_model_creation(loader: Any, to_bf16: bool) -> None:
-    """Wraps `BaseModelLoader.create_model`, to swap the projections of the model that it returns.
+def patch_loaders(loader: Any, to_bf16: bool) -> None:
+    """Wraps `BaseModelLoader.create_model` and `__init__`.
 
-    Main and draft models are created there before they are loaded, except by loaders that override `load_model`; those
-    warn, which needs `BaseModelLoader.__init__`.
+    Main and draft models are created by create_model, before they are loaded: it swaps their projections. Loaders with
+    a load_model that does not call it warn.
     """
     create, init = loader.create_model, loader.__init__
 
@@ -99,31 +97,28 @@ def patch_model_creation(loader: Any, to_bf16: bool) -> None:
     @functools.wraps(init)
     def __init__(self: Any, load_config: Any) -> None:
         init(self, load_config)
-        self.load_model = _warn_if_not_created(self.load_model)
+        load = self.load_model
+
+        @functools.wraps(load)
+        def load_model(*args: Any, **kwargs: Any) -> Any:
+            model = load(*args, **kwargs)
+            if not hasattr(model, "indexproj") and indexers_of(model):
+                model.indexproj = None
+                who = type(self).__name__
+                LOGGER.warning("indexproj leaves the indexer projections to vLLM: %s does not call create_model", who)
+            return model
+
+        self.load_model = load_model
 
     create_model.is_indexproj = True  # type: ignore[attr-defined]
     loader.create_model, loader.__init__ = create_model, __init__
 
 
-def _warn_if_not_created(load_model: Any) -> Any:
-    @functools.wraps(load_model)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        model = load_model(*args, **kwargs)
-        if not hasattr(model, "indexproj") and _indexers(model):
-            model.indexproj = None  # ModelExpress wraps one loader in another
-            who = type(load_model.__self__).__name__
-            LOGGER.warning("indexproj leaves the indexer projections to vLLM: %s does not call create_model", who)
-        return model
-
-    return wrapper
-
-
 def patch_reload(layerwise: Any) -> None:
-    """Wraps `layerwise.finalize_layerwise_processing`, the end of every reload in checkpoint format.
+    """Wraps `layerwise.finalize_layerwise_processing`, which ends every reload in checkpoint format.
 
-    It ends the load of the projections and counts those with new weights as loaded: vLLM tracks the load of a layer by
-    the elements written to its parameters, and warns of a layer without any. Raises errors after vLLM has put its own
-    weights back.
+    It ends the load of the projections, and counts those with new weights as loaded: vLLM counts the elements written
+    to parameters, and warns of a layer without any. Raises errors after vLLM has put its own weights back.
     """
     original = layerwise.finalize_layerwise_processing
 
@@ -145,17 +140,14 @@ def patch_reload(layerwise: Any) -> None:
 
 def swap(model: Any, vllm_config: Any, model_config: Any, to_bf16: bool) -> None:
     """Swaps all projections of a model, or none and logs why. Does nothing to a model without a projection."""
-    indexers = _indexers(model)
-    if not indexers:
+    if not (indexers := indexers_of(model)):
         return
     model.indexproj = None
     try:
         if reason := _unsupported(model, vllm_config, indexers):
             LOGGER.info("indexproj leaves the indexer projections to vLLM: %s", reason)
             return
-        glm5next = [name for name, indexer in indexers.items() if indexer_name(indexer.__class__) == GLM5NEXT]
-        forwards = {name: glm5next_forward(indexers[name].__class__) for name in glm5next}
-        names: dict[Any, str] = {layer_of(name): f"{name}.wk_weights_proj" for name in indexers}
+        forwards = {n: glm5next_forward(type(i)) for n, i in indexers.items() if indexer_name(type(i)) == GLM5NEXT}
         from vllm import envs
 
         from .method import IndexerMethod
@@ -163,7 +155,7 @@ def swap(model: Any, vllm_config: Any, model_config: Any, to_bf16: bool) -> None
 
         model.indexproj = IndexerModel(
             model,
-            names,
+            {layer_of(name): f"{name}.wk_weights_proj" for name in indexers},
             getattr(model_config.hf_text_config, "num_hidden_layers", None),
             # A rank that joins gets dummy weights, then the tensors of another rank in order: both need one layout.
             to_bf16=to_bf16 or vllm_config.parallel_config.enable_elastic_ep,
@@ -176,27 +168,25 @@ def swap(model: Any, vllm_config: Any, model_config: Any, to_bf16: bool) -> None
     for layer in model.indexproj.layers.values():
         layer.module.quant_method = IndexerMethod(layer, model.indexproj)
     for name, forward in forwards.items():
-        indexer, layer = indexers[name], model.indexproj.layers[layer_of(name)]
         if forward:
-            indexer.forward = MethodType(forward, indexer)
+            indexers[name].forward = MethodType(forward, indexers[name])
         else:
             LOGGER.info("indexproj keeps vLLM's forward of %s, which computes the gate once more, in fp32", name)
-            indexer._wp_fp32 = layer.copy_gate()
-    # LoRA adapters of wk and weights_proj need this entry, which HY-V4 has. GLM-5.3-Flash stays without: its changed
-    # forward does not call the module that an adapter would wrap. Without LoRA, trainers read it as a list of tensors.
+            indexers[name]._wp_fp32 = model.indexproj.layers[layer_of(name)].copy_gate()
+    # LoRA adapters of wk and weights_proj need this entry; without LoRA, trainers read it to look for `.weight`. The
+    # changed forward of GLM-5.3-Flash does not call the module that an adapter would wrap.
     mapping = getattr(model, "packed_modules_mapping", None)
     if mapping is not None and vllm_config.lora_config and not forwards:
         model.packed_modules_mapping = {"wk_weights_proj": ["wk", "weights_proj"], **mapping}
 
 
-def _indexers(model: Any) -> dict[str, Any]:
+def indexers_of(model: Any) -> dict[str, Any]:
     """Name -> module that owns a wk_weights_proj."""
-    end = ".wk_weights_proj"
-    names = (name.removesuffix(end) for name, _ in model.named_modules() if name.endswith(f".indexer{end}"))
+    owned = ".indexer.wk_weights_proj"
+    names = (name.rpartition(".")[0] for name, _ in model.named_modules() if name.endswith(owned))
     return {name: model.get_submodule(name) for name in names}
 
 
-@functools.cache
 def indexer_name(module_class: Any) -> str | None:
     """The entry of INDEXERS that a class is or inherits from; None for all other classes."""
     names = (f"{base.__module__}.{base.__qualname__}" for base in module_class.__mro__)
@@ -216,6 +206,10 @@ def _unsupported(model: Any, vllm_config: Any, indexers: dict[str, Any]) -> str 
     from ...kernels.dispatch import table_of
     from ...kernels.target import target_of
 
+    for name, indexer in indexers.items():
+        if not indexer_name(type(indexer)):
+            found = f"{type(indexer).__module__}.{type(indexer).__qualname__}"
+            raise UnexpectedError(f"{name}: expected one of {', '.join(INDEXERS)}, found {found}")
     if not isinstance(vllm_config.additional_config, dict):
         return "additional_config is not a dict, so vLLM's compile cache would mix up code with and without the kernels"
     if (file := model.load_weights.__module__) not in MODEL_FILES:
@@ -223,31 +217,29 @@ def _unsupported(model: Any, vllm_config: Any, indexers: dict[str, Any]) -> str 
     if len(set(map(layer_of, indexers)) - {None}) < len(indexers):
         raise UnexpectedError(f"expected one indexer per layer, found {', '.join(indexers)}")
     for name, indexer in indexers.items():
-        if indexer_name(indexer.__class__) is None:
-            found = f"{indexer.__class__.__module__}.{indexer.__class__.__qualname__}"
-            raise UnexpectedError(f"{name}: expected one of {', '.join(INDEXERS)}, found {found}")
-        layer, rows = indexer.wk_weights_proj, [indexer.head_dim, indexer.n_head]
+        layer, rows, module = indexer.wk_weights_proj, [indexer.head_dim, indexer.n_head], f"{name}.wk_weights_proj"
         method = getattr(layer, "quant_method", None)
         expected = {"output_sizes": rows, "bias": None, "skip_bias_add": False, "return_bias": True, "tp_size": 1}
         found = {attribute: getattr(layer, attribute, "none") for attribute in expected}
         is_known = type(layer) is MergedColumnParallelLinear and isinstance(method, UnquantizedLinearMethod)
         if not is_known or found != expected:
             raise UnexpectedError(
-                f"{name}.wk_weights_proj: expected an unquantized MergedColumnParallelLinear with {expected}, "
+                f"{module}: expected an unquantized MergedColumnParallelLinear with {expected}, "
                 f"found {type(layer).__name__} with {type(method).__name__} and {found}"
             )
         if str(layer.weight.dtype) != "torch.bfloat16":
             return f"the model is in {layer.weight.dtype}, expected torch.bfloat16"
-        device = layer.weight.device
+        device, shape = layer.weight.device, (*rows, layer.weight.shape[1])
         try:
             target_of(device)
         except RuntimeError as error:
-            return f"{name}.wk_weights_proj is on {device}, maybe because its weights are offloaded: {error}"
+            return f"{module} is on {device}, maybe because its weights are offloaded: {error}"
         if type(method) is not UnquantizedLinearMethod:
-            tuned, shape = f"vLLM's {type(method).__name__} for {name}", (*rows, layer.weight.shape[1])
-            if not any(shape == measured for _, measured, _ in getattr(table_of(device), "configs", ())):
-                return f"{tuned} stays: it is made for this GPU, and no table of `indexproj tune` has {shape}"
-            LOGGER.info("indexproj replaces %s: the table of `indexproj tune` has %s", tuned, shape)
+            if shape not in (measured for _, measured, _ in getattr(table_of(device), "configs", ())):
+                return (
+                    f"{module} has {type(method).__name__} for this GPU, and `indexproj tune` has not measured {shape}"
+                )
+            LOGGER.info("indexproj replaces %s of %s: its tuned table has %s", type(method).__name__, module, shape)
     return None
 
 
