@@ -33,7 +33,7 @@ def record(self, hidden_states, q, k, weights):
 def tokens(llm):
     prompts = [{"prompt_token_ids": [3, 5, 7, 11]}, {"prompt_token_ids": [2] * 9}]
     SEEN.clear()
-    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=8, ignore_eos=True), use_tqdm=False)
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=3, ignore_eos=True), use_tqdm=False)
     return [output.outputs[0].token_ids for output in outputs], list(SEEN)
 
 
