@@ -67,8 +67,7 @@ class IndexerLayer:
             self.problems.append(Problem(part.name, "", "no more tensors for a complete layer", str(header)))
             return
         if self._collector is None:
-            self._collector = Collector(self.shape[0], self._num_hidden_layers)
-            self.state = State.COLLECTING
+            self._collector, self.state = Collector(self.shape[0], self._num_hidden_layers), State.COLLECTING
         if header.dtype in DTYPES.values():
             self._tensors[part.name] = own(tensor, self._device)
         self._collector.add(self.number, part, header)
@@ -91,7 +90,7 @@ class IndexerLayer:
                 self._commit(held, State.READY)
 
     def settle(self) -> None:
-        """Uses one complete matrix in the layout that the layer holds, if no tensor of the other one has come."""
+        """Ends a call of an update without an end: uses one complete matrix, if it has the layout of the old one."""
         if self._collector is None:
             return
         plan = self._collector.plan(self.number)
@@ -121,8 +120,7 @@ class IndexerLayer:
         self.state = State.EMPTY if self.layout is None else State.READY
 
     def _split(self, weight: Tensor) -> ProjectionWeights:
-        d = self.shape[0]
-        return ProjectionWeights(DenseMatrix(weight[:d]), DenseMatrix(weight[d:]))
+        return ProjectionWeights(*map(DenseMatrix, torch.split(weight, self.shape[:2])))
 
     def _stored(self, new: ProjectionWeights) -> ProjectionWeights:
         return new.to_bf16() if self._to_bf16 or (self.layout is not None and self.weights is None) else new

@@ -22,28 +22,21 @@ class IndexerModel:
     """All projections of one model: layers is layer index -> IndexerLayer."""
 
     def __init__(
-        self,
-        model: Any,
-        names: Mapping[int, str],
-        num_hidden_layers: int | None,
-        *,
-        to_bf16: bool,
-        batch_invariant: bool,
-        compile_key: dict[str, Any],
+        self, model: Any, names: Mapping[int, str], num_hidden_layers: int | None, to_bf16: bool, batch_invariant: bool
     ) -> None:
         """Wraps load_weights of the model.
 
         Args:
             names: layer index -> name of its wk_weights_proj in the model.
             to_bf16: decode all weights to bf16, so that reloads accept any encoding.
-            compile_key: what the engine's compile cache depends on; the formats are added.
         """
         self.state, self.batch_invariant, self._class = State.EMPTY, batch_invariant, type(model).__name__
-        self.layers = {
-            number: IndexerLayer(name, number, model.get_submodule(name), num_hidden_layers, to_bf16)
-            for number, name in sorted(names.items())
-        }
-        self._num_hidden_layers, self._compile_key = num_hidden_layers, compile_key
+        self.layers: dict[int, IndexerLayer] = {}
+        for number, name in sorted(names.items()):
+            module = model.get_submodule(name)
+            self.layers[number] = IndexerLayer(name, number, module, num_hidden_layers, to_bf16)
+        self.compile_key: dict[str, Any] = {}  # of the engine's cache; gets the formats
+        self._num_hidden_layers = num_hidden_layers
         self._reload: Tensor | None = None  # a meta parameter of the last reload
         self._load_weights, model.load_weights = model.load_weights, self.load_weights
 
@@ -90,7 +83,7 @@ class IndexerModel:
             layouts = "; ".join(dict.fromkeys(str(layer.layout) for layer in self.layers.values()))
             layouts += ", batch-invariant" * self.batch_invariant
             version, count = importlib.metadata.version("indexproj"), len(self.layers)
-            self._compile_key.setdefault("indexproj", {})[self._class] = f"{version}: {layouts}"
+            self.compile_key.setdefault("indexproj", {})[self._class] = f"{version}: {layouts}"
             LOGGER.info("indexproj %s runs %s indexer projections of %s: %s", version, count, self._class, layouts)
         self.state = State.READY
 

@@ -58,10 +58,7 @@ def register() -> None:
 
 
 def find_patched() -> tuple[Any, Any]:
-    """Imports what `register` patches: BaseModelLoader and the module `layerwise`.
-
-    Raises UnexpectedError or ImportError if something that the patches use is missing or takes other arguments.
-    """
+    """Imports what `register` patches. Raises UnexpectedError or ImportError if it is not as the patches expect."""
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
     from vllm.model_executor.model_loader.reload import layerwise
     from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
@@ -81,10 +78,8 @@ def find_patched() -> tuple[Any, Any]:
 
 
 def patch_loaders(loader: Any, to_bf16: bool) -> None:
-    """Wraps `BaseModelLoader.create_model` and `__init__`.
-
-    Main and draft models are created by create_model, before they are loaded: it swaps their projections. Loaders with
-    a load_model that does not call it warn.
+    """Wraps `BaseModelLoader.create_model`, which creates main and draft models before they are loaded, to swap their
+    projections, and `__init__`, so that loaders whose load_model does not call it warn.
     """
     create, init = loader.create_model, loader.__init__
 
@@ -95,7 +90,7 @@ def patch_loaders(loader: Any, to_bf16: bool) -> None:
         return model
 
     @functools.wraps(init)
-    def __init__(self: Any, load_config: Any) -> None:
+    def initialize(self: Any, load_config: Any) -> None:
         init(self, load_config)
         load = self.load_model
 
@@ -103,22 +98,21 @@ def patch_loaders(loader: Any, to_bf16: bool) -> None:
         def load_model(*args: Any, **kwargs: Any) -> Any:
             model = load(*args, **kwargs)
             if not hasattr(model, "indexproj") and indexers_of(model):
-                model.indexproj = None
-                who = type(self).__name__
+                model.indexproj, who = None, type(self).__name__
                 LOGGER.warning("indexproj leaves the indexer projections to vLLM: %s does not call create_model", who)
             return model
 
         self.load_model = load_model
 
     create_model.is_indexproj = True  # type: ignore[attr-defined]
-    loader.create_model, loader.__init__ = create_model, __init__
+    loader.create_model, loader.__init__ = create_model, initialize
 
 
 def patch_reload(layerwise: Any) -> None:
     """Wraps `layerwise.finalize_layerwise_processing`, which ends every reload in checkpoint format.
 
-    It ends the load of the projections, and counts those with new weights as loaded: vLLM counts the elements written
-    to parameters, and warns of a layer without any. Raises errors after vLLM has put its own weights back.
+    It ends the load of the projections, and counts them as loaded: vLLM warns of layers to which nothing was written.
+    Raises errors after vLLM has put its own weights back.
     """
     original = layerwise.finalize_layerwise_processing
 
@@ -147,32 +141,30 @@ def swap(model: Any, vllm_config: Any, model_config: Any, to_bf16: bool) -> None
         if reason := _unsupported(model, vllm_config, indexers):
             LOGGER.info("indexproj leaves the indexer projections to vLLM: %s", reason)
             return
-        forwards = {n: glm5next_forward(type(i)) for n, i in indexers.items() if indexer_name(type(i)) == GLM5NEXT}
+        glm5next = [name for name, indexer in indexers.items() if indexer_name(type(indexer)) == GLM5NEXT]
+        forwards: dict[str, Any] = {name: glm5next_forward(indexers[name].__class__) for name in glm5next}
         from vllm import envs
 
         from .method import IndexerMethod
         from .model import IndexerModel
 
-        model.indexproj = IndexerModel(
-            model,
-            {layer_of(name): f"{name}.wk_weights_proj" for name in indexers},
-            getattr(model_config.hf_text_config, "num_hidden_layers", None),
-            # A rank that joins gets dummy weights, then the tensors of another rank in order: both need one layout.
-            to_bf16=to_bf16 or vllm_config.parallel_config.enable_elastic_ep,
-            batch_invariant=envs.VLLM_BATCH_INVARIANT,
-            compile_key=vllm_config.additional_config,
-        )
+        names: dict[Any, str] = {layer_of(name): f"{name}.wk_weights_proj" for name in indexers}
+        hidden = getattr(model_config.hf_text_config, "num_hidden_layers", None)
+        # A rank that joins gets dummy weights, then the tensors of another rank in order: both need one layout.
+        to_bf16 = to_bf16 or vllm_config.parallel_config.enable_elastic_ep
+        swapped = IndexerModel(model, names, hidden, to_bf16, envs.VLLM_BATCH_INVARIANT)
     except (UnexpectedError, AttributeError, ImportError) as error:
         _warn(error)
         return
-    for layer in model.indexproj.layers.values():
-        layer.module.quant_method = IndexerMethod(layer, model.indexproj)
+    model.indexproj, swapped.compile_key = swapped, vllm_config.additional_config
+    for layer in swapped.layers.values():
+        layer.module.quant_method = IndexerMethod(layer, swapped)
     for name, forward in forwards.items():
         if forward:
             indexers[name].forward = MethodType(forward, indexers[name])
         else:
             LOGGER.info("indexproj keeps vLLM's forward of %s, which computes the gate once more, in fp32", name)
-            indexers[name]._wp_fp32 = model.indexproj.layers[layer_of(name)].copy_gate()
+            indexers[name]._wp_fp32 = swapped.layers[layer_of(name)].copy_gate()  # type: ignore[index]
     # LoRA adapters of wk and weights_proj need this entry; without LoRA, trainers read it to look for `.weight`. The
     # changed forward of GLM-5.3-Flash does not call the module that an adapter would wrap.
     mapping = getattr(model, "packed_modules_mapping", None)
@@ -208,8 +200,8 @@ def _unsupported(model: Any, vllm_config: Any, indexers: dict[str, Any]) -> str 
 
     for name, indexer in indexers.items():
         if not indexer_name(type(indexer)):
-            found = f"{type(indexer).__module__}.{type(indexer).__qualname__}"
-            raise UnexpectedError(f"{name}: expected one of {', '.join(INDEXERS)}, found {found}")
+            other = f"{type(indexer).__module__}.{type(indexer).__qualname__}"
+            raise UnexpectedError(f"{name}: expected one of {', '.join(INDEXERS)}, found {other}")
     if not isinstance(vllm_config.additional_config, dict):
         return "additional_config is not a dict, so vLLM's compile cache would mix up code with and without the kernels"
     if (file := model.load_weights.__module__) not in MODEL_FILES:
@@ -217,8 +209,8 @@ def _unsupported(model: Any, vllm_config: Any, indexers: dict[str, Any]) -> str 
     if len(set(map(layer_of, indexers)) - {None}) < len(indexers):
         raise UnexpectedError(f"expected one indexer per layer, found {', '.join(indexers)}")
     for name, indexer in indexers.items():
-        layer, rows, module = indexer.wk_weights_proj, [indexer.head_dim, indexer.n_head], f"{name}.wk_weights_proj"
-        method = getattr(layer, "quant_method", None)
+        layer, rows = indexer.wk_weights_proj, [indexer.head_dim, indexer.n_head]
+        method, module = getattr(layer, "quant_method", None), f"{name}.wk_weights_proj"
         expected = {"output_sizes": rows, "bias": None, "skip_bias_add": False, "return_bias": True, "tp_size": 1}
         found = {attribute: getattr(layer, attribute, "none") for attribute in expected}
         is_known = type(layer) is MergedColumnParallelLinear and isinstance(method, UnquantizedLinearMethod)
@@ -235,11 +227,10 @@ def _unsupported(model: Any, vllm_config: Any, indexers: dict[str, Any]) -> str 
         except RuntimeError as error:
             return f"{module} is on {device}, maybe because its weights are offloaded: {error}"
         if type(method) is not UnquantizedLinearMethod:
+            tuned = type(method).__name__
             if shape not in (measured for _, measured, _ in getattr(table_of(device), "configs", ())):
-                return (
-                    f"{module} has {type(method).__name__} for this GPU, and `indexproj tune` has not measured {shape}"
-                )
-            LOGGER.info("indexproj replaces %s of %s: its tuned table has %s", type(method).__name__, module, shape)
+                return f"{module} has {tuned} for this GPU, and `indexproj tune` has not measured {shape}"
+            LOGGER.info("indexproj replaces %s of %s: its tuned table has %s", tuned, module, shape)
     return None
 
 

@@ -1,15 +1,14 @@
 """Boots `LLM` on a CPU, with the plugin from its entry point, and reloads it. Run as a script by test_generate.py.
 
-Stubs, for what a CPU lacks: the choice of a backend for sparse attention (the CPU's MLA backend attends to all tokens, and
-gets a method that waits for the top-k), `indexer_op` (a hash of its inputs), the indexer's KV cache (none), the quantization of the query (a Triton kernel), and
-the block-scaled FP8 GEMM (AMX).
+Stubs, for what a CPU lacks: the choice of a backend for sparse attention (the CPU's MLA backend attends to all
+tokens, and gets a method that waits for the top-k), `indexer_op` (records sums of its inputs), the indexer's KV cache
+(none), the quantization of the query (a Triton kernel), and the block-scaled FP8 GEMM (which needs AMX).
 """
 
-import os
 import sys
 from unittest import mock
 
-from engine import checkpoints, harness  # before vLLM: sets the environment
+from engine import harness  # before vLLM: sets the environment
 
 # isort: split
 import torch
@@ -42,9 +41,9 @@ def main(path, draft):
     speculative = {"speculative_config": harness.MTP} if draft else {}
     with (
         harness.sparse_attention(),
-        mock.patch.object(CPUMLAImpl, "record_logical_topk_ready", lambda self: None, create=True),
+        mock.patch.object(CPUMLAImpl, "record_logical_topk_ready", create=True),
         mock.patch.object(SparseAttnIndexer, "forward_cpu", record),
-        mock.patch.object(deepseek_v2.DeepseekV32IndexerCache, "get_kv_cache_spec", lambda self, config: None),
+        mock.patch.object(deepseek_v2.DeepseekV32IndexerCache, "get_kv_cache_spec", return_value=None),
         mock.patch.object(deepseek_v2, "per_token_group_quant_fp8", harness.per_token_group_quant_fp8),
         mock.patch.dict(linear._POSSIBLE_FP8_BLOCK_KERNELS, {PlatformEnum.CPU: [TorchKernel]}),
     ):

@@ -162,4 +162,3 @@ def test_sm107_table_has_the_projection_of_glm52():
     text = text_of(downloaded("0.33.0"), f"{V32}.glm52_low_latency_gemm")
     assert "_SM107_WK_WEIGHTS_PROJECTION = GLM52ProjectionSpec(n=160, k=6144" in text
     assert "is_device_capability((10, 7)):\n        return GLM52_PROJECTIONS_SM107" in text
-
