@@ -8,8 +8,7 @@ from torch import Tensor
 from vllm.model_executor.layers.linear import LinearMethodBase
 
 from ...kernels import project
-from .layer import IndexerLayer, State
-from .model import IndexerModel
+from .model import IndexerLayer, IndexerModel, State
 
 
 class IndexerMethod(LinearMethodBase):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""The projections of one model in an engine: sorts what load_weights gets. Independent of the engine."""
+"""The projections of a model in an engine, through loads and reloads. Independent of the engine."""
 
 from __future__ import annotations
 
@@ -6,16 +6,176 @@ import importlib.metadata
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, replace
+from enum import Enum, auto
+from functools import partial
 from typing import Any
+from weakref import ref
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from ...loading import CheckpointError
-from ...loading.names import UNUSED, parse
+from ...kernels import DenseMatrix, ProjectionWeights
+from ...loading import CheckpointError, Problem
+from ...loading.headers import DTYPES, Header
+from ...loading.layer import Collector, own
+from ...loading.names import GATE, UNUSED, WK, IndexerTensor, parse
 from ...loading.plan import ranges
-from .layer import IndexerLayer, State
+from ...loading.values import unusable
 
 LOGGER = logging.getLogger("vllm.indexproj")
+
+
+class State(Enum):
+    """The state of a layer. A model is EMPTY until its first load ends, and COLLECTING during later loads."""
+
+    EMPTY = auto()  # raises if it is used
+    COLLECTING = auto()  # some tensors have come; computes with its old weights, if it has any
+    UPDATED = auto()  # computes with new weights, and refuses more tensors until the load ends
+    READY = auto()
+
+
+class IndexerLayer:
+    """The weights of one wk_weights_proj, whose module stays the engine's own.
+
+    Weights come through `offer`. Loaders that do not read checkpoints (dummy, sharded state) write to `module.weight`,
+    which is NaN before. Once loaded, two dense matrices are in `module.weight` [D + H, K] bf16; otherwise their tensors
+    are parameters in its place. Layout and memory then stay, because CUDA graphs and compiled code hold pointers.
+    """
+
+    def __init__(self, name: str, number: int, module: Any, num_hidden_layers: int | None, to_bf16: bool) -> None:
+        d, h = module.output_sizes
+        self.name, self.number, self.module = name, number, module
+        self.shape: tuple[int, int, int] = (d, h, module.weight.shape[1])  # (D, H, K)
+        self.state = State.EMPTY
+        self.layout: str | None = None  # the formats; compiled code guards on this, which changes less than the state
+        self.weights: ProjectionWeights | None = None  # None if they are in module.weight
+        self.problems: list[Problem] = []  # of the current load
+        self._num_hidden_layers, self._to_bf16 = num_hidden_layers, to_bf16
+        self._collector: Collector | None = None
+        self._tensors: dict[str, Tensor] = {}
+        self._gate_copy: Tensor | None = None
+        self._saved: Any = lambda: None  # weak reference to what the last state_dict has
+        self._device = module.weight.device
+        self._dense: nn.Parameter = module.weight  # during a reload, the engine puts another one into the module
+        self._dense.data.fill_(torch.nan)
+
+    @property
+    def operands(self) -> ProjectionWeights:
+        """The two matrices. Raises RuntimeError if nothing has been loaded."""
+        if self.layout is None:
+            raise RuntimeError(f"{self.name}: no weights have been loaded")
+        return self.weights or self._split(self.module.weight.data)  # not cached: offloading moves the parameter
+
+    def offer(self, part: IndexerTensor, tensor: Tensor) -> None:
+        """Takes a tensor of the checkpoint, which may be overwritten afterwards. Finishes if no other can follow."""
+        header = Header.of(part.name, tensor, "")
+        if self.state is State.UPDATED:
+            self.problems.append(Problem(part.name, "", "no more tensors for a complete layer", str(header)))
+            return
+        if self._collector is None:
+            self._collector, self.state = Collector(self.shape[0], self._num_hidden_layers), State.COLLECTING
+        if header.dtype in DTYPES.values():
+            self._tensors[part.name] = own(tensor, self._device)
+        self._collector.add(self.number, part, header)
+        if self._collector.is_complete(self.number):
+            self.finish()
+
+    def finish(self) -> None:
+        """Ends a load: uses the tensors that have come, or else checks the values that the layer already holds."""
+        if self._collector is not None:
+            plan, tensors = self._collector.plan(self.number), self._tensors
+            self._drop()
+            self.problems += plan.problems
+            if not plan.problems and (new := plan.bind(tensors, self.problems)):
+                self._use(new)
+        elif self.state is not State.UPDATED and not self.problems:
+            held = self.weights or self._split(self._dense.data)
+            if unusable(held.wk) or unusable(held.gate):  # nobody wrote to it, or a sleep discarded it
+                self._refuse(f"tensors of {WK} and {GATE}", "none of them, and uninitialized memory")
+            else:
+                self._commit(held, State.READY)
+
+    def settle(self) -> None:
+        """Ends a call of an update without an end: uses one complete matrix, if it has the layout of the old one."""
+        if self._collector is None:
+            return
+        plan = self._collector.plan(self.number)
+        side, other, held = ("wk", plan.gate, self.operands) if plan.wk.headers else ("gate", plan.wk, self.operands)
+        one, shape = getattr(plan, side), getattr(held, side).shape
+        if other.headers or not one.encoding or one.encoding.optional or one.shape != shape:
+            return
+        self.problems += self._collector.problems[self.number]
+        matrix = one.bind(self._tensors, self.problems)
+        if matrix and held.matches(new := self._stored(replace(held, **{side: matrix}))):
+            self._drop()
+            self._use(new)
+
+    def copy_gate(self) -> Tensor:
+        """[K, H] fp32, for an engine that computes the gate itself. Every load renews it."""
+        self._gate_copy = torch.empty(self.shape[2], self.shape[1], dtype=torch.float32, device=self._device)
+        return self._gate_copy.fill_(torch.nan)
+
+    def abandon(self) -> None:
+        """Drops what has come of a load."""
+        self.problems = []
+        if self.state is State.COLLECTING:
+            self._drop()
+
+    def _drop(self) -> None:
+        self._collector, self._tensors = None, {}
+        self.state = State.EMPTY if self.layout is None else State.READY
+
+    def _split(self, weight: Tensor) -> ProjectionWeights:
+        return ProjectionWeights(*map(DenseMatrix, torch.split(weight, list(self.shape[:2]))))
+
+    def _stored(self, new: ProjectionWeights) -> ProjectionWeights:
+        return new.to_bf16() if self._to_bf16 or (self.layout is not None and self.weights is None) else new
+
+    def _use(self, new: ProjectionWeights) -> None:
+        if new.shape != self.shape:
+            return self._refuse(f"(D, H, K) = {self.shape}, the model's shape", f"{new.shape}")
+        new = self._stored(new)
+        if self.weights is None and new.fused_weight is not None:
+            self._dense.data.copy_(new.fused_weight)
+        elif self.weights is None:
+            self._replace_parameter(new)
+        elif self.weights.matches(new):
+            self.weights.copy_(new)
+        else:
+            expected = f"{self.layout} as in the first load, whose memory CUDA graphs and compiled code use"
+            advice = "send that, or start vLLM with INDEXPROJ_VLLM=bf16 to accept any encoding in reloads"
+            return self._refuse(expected, describe(new), advice)
+        return self._commit(new, State.UPDATED)
+
+    def _refuse(self, expected: str, found: str, advice: str = "") -> None:
+        self.problems.append(Problem(self.name, "", expected, found, advice))
+
+    def _commit(self, held: ProjectionWeights, state: State) -> None:
+        self.layout, self.state = describe(held), state
+        if self._gate_copy is not None:
+            with torch.inference_mode():  # may write both inference tensors and others
+                self._gate_copy.copy_(held.gate.dequantize().t())
+
+    def _replace_parameter(self, new: ProjectionWeights) -> None:
+        self.module._parameters.pop("weight", None)
+        del self._dense  # frees its memory
+        self.weights = new.map(lambda tensor: nn.Parameter(tensor, requires_grad=False))
+        for prefix, matrix in ((WK, self.weights.wk), (GATE, self.weights.gate)):
+            for attribute, tensor in zip(fields(matrix), matrix.tensors, strict=False):  # type: ignore[arg-type]
+                is_first = tensor is self.weights.wk.tensors[0]  # LoRA layers read the device from `qweight`
+                self.module.register_parameter("qweight" if is_first else f"{prefix}_{attribute.name}", tensor)
+        self.module.register_state_dict_post_hook(partial(self._save_dense))  # not for bound methods
+
+    def _save_dense(self, module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
+        """Saves `weight` in bf16 in place of the parameters: engines load that with indexproj or without."""
+        for name in module._parameters:
+            state.pop(prefix + name, None)
+        dense = self._saved()
+        if dense is None or all(dense is not tensor for tensor in state.values()):  # a module may have two names
+            dense = self.operands.to_bf16().fused_weight
+            self._saved = ref(dense)
+        state[f"{prefix}weight"] = dense
 
 
 class IndexerModel:
@@ -131,3 +291,8 @@ class IndexerModel:
                 if module._parameters:  # registered meanwhile, to replace `weight`
                     parameters.pop("weight")
                 module._parameters = {**parameters, **module._parameters}
+
+
+def describe(weights: ProjectionWeights) -> str:
+    """The formats of the two matrices, for messages."""
+    return f"wk in {weights.wk.format}, weights_proj in {weights.gate.format}"

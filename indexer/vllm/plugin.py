@@ -174,9 +174,8 @@ def swap(model: Any, vllm_config: Any, model_config: Any, to_bf16: bool) -> None
 
 def indexers_of(model: Any) -> dict[str, Any]:
     """Name -> module that owns a wk_weights_proj."""
-    owned = ".indexer.wk_weights_proj"
-    names = (name.rpartition(".")[0] for name, _ in model.named_modules() if name.endswith(owned))
-    return {name: model.get_submodule(name) for name in names}
+    owned = [name for name, _ in model.named_modules() if name.endswith(".indexer.wk_weights_proj")]
+    return {name.rpartition(".")[0]: model.get_submodule(name.rpartition(".")[0]) for name in owned}
 
 
 def indexer_name(module_class: Any) -> str | None:
@@ -198,10 +197,8 @@ def _unsupported(model: Any, vllm_config: Any, indexers: dict[str, Any]) -> str 
     from ...kernels.dispatch import table_of
     from ...kernels.target import target_of
 
-    for name, indexer in indexers.items():
-        if not indexer_name(type(indexer)):
-            other = f"{type(indexer).__module__}.{type(indexer).__qualname__}"
-            raise UnexpectedError(f"{name}: expected one of {', '.join(INDEXERS)}, found {other}")
+    if unknown := [f"{name} is a {type(i).__module__}" for name, i in indexers.items() if not indexer_name(type(i))]:
+        raise UnexpectedError(f"{unknown[0]}, expected one of {', '.join(INDEXERS)}")
     if not isinstance(vllm_config.additional_config, dict):
         return "additional_config is not a dict, so vLLM's compile cache would mix up code with and without the kernels"
     if (file := model.load_weights.__module__) not in MODEL_FILES:
