@@ -28,11 +28,9 @@ class UnexpectedError(Exception):
 def glm5next_forward(indexer_class: Any) -> Any:
     """Compiles a replacement for `Indexer.forward`: the same with ONE_LAUNCH in place of TWO_GEMMS.
 
-    vLLM computes the gate a second time, in fp32, from a copy of its weights in `_wp_fp32` that no reload renews. The
-    kernels return an fp32 gate, but nothing outside a forward can change which statements it runs.
-
-    Returns None for a forward that cannot be changed but reads `_wp_fp32`: it is right if that copy is kept up to date.
-    Raises UnexpectedError if it does neither.
+    vLLM computes the gate a second time, in fp32, from a copy of its weights in `_wp_fp32` that no reload renews.
+    Returns None for other forwards that read `_wp_fp32`: they are right if that copy is kept up to date.
+    Raises UnexpectedError for any other forward.
     """
     original, file = indexer_class.forward, f"<{GLM5NEXT}, changed by indexproj>"
     try:

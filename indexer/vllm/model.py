@@ -24,6 +24,7 @@ from ...loading.plan import ranges
 from ...loading.values import unusable
 
 LOGGER = logging.getLogger("vllm.indexproj")
+LAYOUT = "wk in {}, weights_proj in {}"
 
 
 class State(Enum):
@@ -43,20 +44,17 @@ class IndexerLayer:
     are parameters in its place. Layout and memory then stay, because CUDA graphs and compiled code hold pointers.
     """
 
-    def __init__(self, name: str, number: int, module: Any, num_hidden_layers: int | None, to_bf16: bool) -> None:
-        d, h = module.output_sizes
-        self.name, self.number, self.module = name, number, module
-        self.shape: tuple[int, int, int] = (d, h, module.weight.shape[1])  # (D, H, K)
-        self.state = State.EMPTY
-        self.layout: str | None = None  # the formats; compiled code guards on this, which changes less than the state
+    def __init__(self, name: str, number: int, module: Any, to_bf16: bool) -> None:
+        self.name, self.number, self.module, self.state = name, number, module, State.EMPTY
+        self.shape: tuple[int, int, int] = (*module.output_sizes, module.weight.shape[1])  # (D, H, K)
+        self.layout: str | None = None  # compiled code guards on this, which changes less than the state
         self.weights: ProjectionWeights | None = None  # None if they are in module.weight
         self.problems: list[Problem] = []  # of the current load
-        self._num_hidden_layers, self._to_bf16 = num_hidden_layers, to_bf16
+        self._to_bf16, self._device = to_bf16, module.weight.device
         self._collector: Collector | None = None
         self._tensors: dict[str, Tensor] = {}
         self._gate_copy: Tensor | None = None
         self._saved: Any = lambda: None  # weak reference to what the last state_dict has
-        self._device = module.weight.device
         self._dense: nn.Parameter = module.weight  # during a reload, the engine puts another one into the module
         self._dense.data.fill_(torch.nan)
 
@@ -74,7 +72,7 @@ class IndexerLayer:
             self.problems.append(Problem(part.name, "", "no more tensors for a complete layer", str(header)))
             return
         if self._collector is None:
-            self._collector, self.state = Collector(self.shape[0], self._num_hidden_layers), State.COLLECTING
+            self._collector, self.state = Collector(self.shape[0], None), State.COLLECTING
         if header.dtype in DTYPES.values():
             self._tensors[part.name] = own(tensor, self._device)
         self._collector.add(self.number, part, header)
@@ -145,14 +143,14 @@ class IndexerLayer:
         else:
             expected = f"{self.layout} as in the first load, whose memory CUDA graphs and compiled code use"
             advice = "send that, or start vLLM with INDEXPROJ_VLLM=bf16 to accept any encoding in reloads"
-            return self._refuse(expected, describe(new), advice)
+            return self._refuse(expected, LAYOUT.format(*new.formats), advice)
         return self._commit(new, State.UPDATED)
 
     def _refuse(self, expected: str, found: str, advice: str = "") -> None:
         self.problems.append(Problem(self.name, "", expected, found, advice))
 
     def _commit(self, held: ProjectionWeights, state: State) -> None:
-        self.layout, self.state = describe(held), state
+        self.layout, self.state = LAYOUT.format(*held.formats), state
         if self._gate_copy is not None:
             with torch.inference_mode():  # may write both inference tensors and others
                 self._gate_copy.copy_(held.gate.dequantize().t())
@@ -184,27 +182,18 @@ class IndexerModel:
     def __init__(
         self, model: Any, names: Mapping[int, str], num_hidden_layers: int | None, to_bf16: bool, batch_invariant: bool
     ) -> None:
-        """Wraps load_weights of the model.
-
-        Args:
-            names: layer index -> name of its wk_weights_proj in the model.
-            to_bf16: decode all weights to bf16, so that reloads accept any encoding.
-        """
+        """Wraps load_weights of the model. names is layer index -> name of its wk_weights_proj."""
         self.state, self.batch_invariant, self._class = State.EMPTY, batch_invariant, type(model).__name__
         self.layers: dict[int, IndexerLayer] = {}
         for number, name in sorted(names.items()):
-            module = model.get_submodule(name)
-            self.layers[number] = IndexerLayer(name, number, module, num_hidden_layers, to_bf16)
+            self.layers[number] = IndexerLayer(name, number, model.get_submodule(name), to_bf16)
         self.compile_key: dict[str, Any] = {}  # of the engine's cache; gets the formats
         self._num_hidden_layers = num_hidden_layers
         self._reload: Tensor | None = None  # a meta parameter of the last reload
         self._load_weights, model.load_weights = model.load_weights, self.load_weights
 
     def load_weights(self, weights: Iterable[tuple[Any, ...]], *args: Any, **kwargs: Any) -> Any:
-        """Takes the tensors of the projections, and passes all others to the engine's own load_weights.
-
-        Raises CheckpointError for complete layers with wrong tensors if nothing ends this update, else `finish` does.
-        """
+        """Takes the tensors of the projections. Raises CheckpointError if nothing ends this update, else finish does."""
         # The engine ends first loads, and reloads for which it puts new parameters on the meta device.
         parameters = (p for layer in self.layers.values() for p in layer.module.parameters(recurse=False))
         reload = next((parameter for parameter in parameters if parameter.is_meta), None)
@@ -221,16 +210,15 @@ class IndexerModel:
             self._abandon()
             self.take_updated()
             raise
-        if not has_end:
-            for layer in self.layers.values():
+        for layer in self.layers.values():
+            if not has_end:
                 layer.settle()
-        if loaded is not None:
-            for layer in self._in_state(State.UPDATED):
+            if loaded is not None and layer.state is State.UPDATED:
                 loaded.update(f"{layer.name}.{name}" for name, _ in layer.module.named_parameters(recurse=False))
         if not has_end:
             self.take_updated()
             self._raise_problems()
-            if waiting := [layer.number for layer in self._in_state(State.COLLECTING)]:
+            if waiting := [number for number, layer in self.layers.items() if layer.state is State.COLLECTING]:
                 LOGGER.warning("indexer layers %s keep their old weights until all tensors arrive", ranges(waiting))
         return loaded
 
@@ -249,13 +237,10 @@ class IndexerModel:
 
     def take_updated(self) -> list[Any]:
         """Makes all UPDATED layers READY, and returns their modules."""
-        updated = self._in_state(State.UPDATED)
+        updated = [layer for layer in self.layers.values() if layer.state is State.UPDATED]
         for layer in updated:
             layer.state = State.READY
         return [layer.module for layer in updated]
-
-    def _in_state(self, state: State) -> list[IndexerLayer]:
-        return [layer for layer in self.layers.values() if layer.state is state]
 
     def _others(self, weights: Iterable[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
         for item in weights:
@@ -265,8 +250,8 @@ class IndexerModel:
                 yield item
                 continue
             # Passed over: layers of other pipeline ranks or models (MTP), and layers that share another one's choice.
-            number = part.layer(self._num_hidden_layers)
-            if number is not None and number in self.layers and part.role != UNUSED:
+            number: Any = part.layer(self._num_hidden_layers)
+            if number in self.layers and part.role != UNUSED:
                 self.layers[number].offer(part, tensor)
 
     def _raise_problems(self) -> None:
@@ -291,8 +276,3 @@ class IndexerModel:
                 if module._parameters:  # registered meanwhile, to replace `weight`
                     parameters.pop("weight")
                 module._parameters = {**parameters, **module._parameters}
-
-
-def describe(weights: ProjectionWeights) -> str:
-    """The formats of the two matrices, for messages."""
-    return f"wk in {weights.wk.format}, weights_proj in {weights.gate.format}"

@@ -1,8 +1,7 @@
 """Puts the projection into vLLM, in place of what wk_weights_proj computes.
 
-vLLM calls `register` in every process, long before there is a model. Therefore this module imports neither vLLM's
-models nor the kernels; creating a model with an indexer does. docs/upstream.md says which hooks of vLLM would replace
-the patches. If anything in vLLM is unexpected, nothing changes.
+vLLM calls `register` in every process, before there is a model. So this module imports neither vLLM's models nor the
+kernels; swapping does. If anything in vLLM is unexpected, nothing changes. See docs/upstream.md.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from typing import Any
 from .glm5next import GLM5NEXT, UnexpectedError, glm5next_forward
 
 LOGGER = logging.getLogger("vllm.indexproj")  # below "vllm", so that it gets vLLM's handlers
-SWITCH = "INDEXPROJ_VLLM"
 # The classes that own a wk_weights_proj.
 INDEXERS = (
     "vllm.model_executor.models.deepseek_v2.Indexer", "vllm.models.deepseek_v32.attention.DeepseekV32Indexer",
@@ -28,23 +26,18 @@ INDEXERS = (
 # The modules whose load_weights is known to number layers as the checkpoint does.
 MODEL_FILES = (
     "vllm.model_executor.models.deepseek_v2", "vllm.model_executor.models.deepseek_mtp",
-    "vllm.models.deepseek_v32.nvidia.mtp", "vllm.models.deepseek_v32.amd.mtp",
-    "vllm.models.dots3_note.nvidia.multimodal",
-    "vllm.models.hy_v4.nvidia.model", "vllm.models.hy_v4.amd.model", "vllm.models.hy_v4.nvidia.mtp",
+    "vllm.models.deepseek_v32.nvidia.mtp", "vllm.models.deepseek_v32.amd.mtp", "vllm.models.hy_v4.nvidia.mtp",
+    "vllm.models.hy_v4.nvidia.model", "vllm.models.hy_v4.amd.model", "vllm.models.dots3_note.nvidia.multimodal",
     "vllm.models.glm5next.common.model", "vllm.models.glm5next.common.mtp",
     "vllm.model_executor.models.glm4_1v",  # Glm5NextForConditionalGeneration inherits its load_weights
 )  # fmt: skip
-_LAYER = re.compile(r"(?:^|\.)(?:mtp_)?layers\.(\d+)\.")
 
 
 def register() -> None:
-    """Entry point of `vllm.general_plugins`. May be called any number of times.
-
-    Raises ValueError if INDEXPROJ_VLLM has an unknown value.
-    """
-    switch = os.environ.get(SWITCH, "1")
+    """Entry point of `vllm.general_plugins`, called any number of times. Raises ValueError for an unknown switch."""
+    switch = os.environ.get("INDEXPROJ_VLLM", "1")
     if switch not in ("0", "1", "bf16"):
-        raise ValueError(f"{SWITCH}: expected 0 (off), 1 (on) or bf16 (on, weights decoded to bf16), got {switch!r}")
+        raise ValueError(f"INDEXPROJ_VLLM: expected 0 (off), 1 (on) or bf16 (on, decodes to bf16), got {switch!r}")
     if switch == "0":
         return
     try:
@@ -78,9 +71,7 @@ def find_patched() -> tuple[Any, Any]:
 
 
 def patch_loaders(loader: Any, to_bf16: bool) -> None:
-    """Wraps `BaseModelLoader.create_model`, which creates main and draft models before they are loaded, to swap their
-    projections, and `__init__`, so that loaders whose load_model does not call it warn.
-    """
+    """Wraps `BaseModelLoader.create_model`, to swap projections, and `__init__`, to warn of other load_models."""
     create, init = loader.create_model, loader.__init__
 
     @functools.wraps(create)
@@ -109,11 +100,7 @@ def patch_loaders(loader: Any, to_bf16: bool) -> None:
 
 
 def patch_reload(layerwise: Any) -> None:
-    """Wraps `layerwise.finalize_layerwise_processing`, which ends every reload in checkpoint format.
-
-    It ends the load of the projections, and counts them as loaded: vLLM warns of layers to which nothing was written.
-    Raises errors after vLLM has put its own weights back.
-    """
+    """Wraps `layerwise.finalize_layerwise_processing`, the end of a reload. Raises after vLLM has ended it."""
     original = layerwise.finalize_layerwise_processing
 
     @functools.wraps(original)
@@ -126,7 +113,7 @@ def patch_reload(layerwise: Any) -> None:
             for module in swapped.take_updated() if swapped else ():
                 info = layerwise.get_layerwise_info(module)
                 if info.can_load():
-                    info.load_numel_total = 0  # nothing is left for vLLM to load
+                    info.load_numel_total = 0  # or vLLM warns that nothing was written to the layer
             original(model, model_config)
 
     layerwise.finalize_layerwise_processing = finalize_layerwise_processing
@@ -148,7 +135,7 @@ def swap(model: Any, vllm_config: Any, model_config: Any, to_bf16: bool) -> None
         from .method import IndexerMethod
         from .model import IndexerModel
 
-        names: dict[Any, str] = {layer_of(name): f"{name}.wk_weights_proj" for name in indexers}
+        names = {layer_of(name): f"{name}.wk_weights_proj" for name in indexers}
         hidden = getattr(model_config.hf_text_config, "num_hidden_layers", None)
         # A rank that joins gets dummy weights, then the tensors of another rank in order: both need one layout.
         to_bf16 = to_bf16 or vllm_config.parallel_config.enable_elastic_ep
@@ -164,9 +151,8 @@ def swap(model: Any, vllm_config: Any, model_config: Any, to_bf16: bool) -> None
             indexers[name].forward = MethodType(forward, indexers[name])
         else:
             LOGGER.info("indexproj keeps vLLM's forward of %s, which computes the gate once more, in fp32", name)
-            indexers[name]._wp_fp32 = swapped.layers[layer_of(name)].copy_gate()  # type: ignore[index]
-    # LoRA adapters of wk and weights_proj need this entry; without LoRA, trainers read it to look for `.weight`. The
-    # changed forward of GLM-5.3-Flash does not call the module that an adapter would wrap.
+            indexers[name]._wp_fp32 = swapped.layers[layer_of(name)].copy_gate()
+    # For LoRA only: trainers read the mapping to find `.weight`. GLM-5.3-Flash's forward would bypass an adapter.
     mapping = getattr(model, "packed_modules_mapping", None)
     if mapping is not None and vllm_config.lora_config and not forwards:
         model.packed_modules_mapping = {"wk_weights_proj": ["wk", "weights_proj"], **mapping}
@@ -184,9 +170,9 @@ def indexer_name(module_class: Any) -> str | None:
     return next((name for name in names if name in INDEXERS), None)
 
 
-def layer_of(name: str) -> int | None:
+def layer_of(name: str) -> Any:
     """The layer index in the name of a module or tensor; None if it has none."""
-    found = _LAYER.findall(name)
+    found = re.findall(r"(?:^|\.)(?:mtp_)?layers\.(\d+)\.", name)
     return int(found[-1]) if found else None
 
 
@@ -210,8 +196,8 @@ def _unsupported(model: Any, vllm_config: Any, indexers: dict[str, Any]) -> str 
         method, module = getattr(layer, "quant_method", None), f"{name}.wk_weights_proj"
         expected = {"output_sizes": rows, "bias": None, "skip_bias_add": False, "return_bias": True, "tp_size": 1}
         found = {attribute: getattr(layer, attribute, "none") for attribute in expected}
-        is_known = type(layer) is MergedColumnParallelLinear and isinstance(method, UnquantizedLinearMethod)
-        if not is_known or found != expected:
+        is_linear = type(layer) is MergedColumnParallelLinear and isinstance(method, UnquantizedLinearMethod)
+        if not is_linear or found != expected:
             raise UnexpectedError(
                 f"{module}: expected an unquantized MergedColumnParallelLinear with {expected}, "
                 f"found {type(layer).__name__} with {type(method).__name__} and {found}"
