@@ -193,7 +193,7 @@ class IndexerModel:
         self._load_weights, model.load_weights = model.load_weights, self.load_weights
 
     def load_weights(self, weights: Iterable[tuple[Any, ...]], *args: Any, **kwargs: Any) -> Any:
-        """Takes the tensors of the projections. Raises CheckpointError if nothing ends this update, else finish does."""
+        """Takes the tensors of the projections. Raises CheckpointError if nothing ends the update, or finish does."""
         # The engine ends first loads, and reloads for which it puts new parameters on the meta device.
         parameters = (p for layer in self.layers.values() for p in layer.module.parameters(recurse=False))
         reload = next((parameter for parameter in parameters if parameter.is_meta), None)
