@@ -1,1 +1,1 @@
-"""pytest-benchmark suites; `indexproj bench` runs them and shows what they find."""
+"""Measurements: tuning, compile reports and checks, and the pytest-benchmark suites of `indexproj bench`."""

@@ -1,4 +1,4 @@
-"""The lab's commands: compile, tune and bench."""
+"""The commands compile, tune and bench."""
 
 from __future__ import annotations
 

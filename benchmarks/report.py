@@ -29,7 +29,7 @@ def run(quick: bool) -> dict[str, Any]:
         RuntimeError: pytest-benchmark is not installed, or there are no results.
     """
     if find_spec("pytest_benchmark") is None:
-        raise RuntimeError("the suites need pytest-benchmark; install indexproj[bench]")
+        raise RuntimeError("the suites need pytest-benchmark; run `pip install '.[bench]'` in a clone")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "results.json"
         command = [sys.executable, "-m", "pytest", "-q", "-rs", "-c", "/dev/null", "-p", "no:cacheprovider"]
@@ -92,7 +92,7 @@ def _quartiles(benchmark: Benchmark) -> list[float]:
 def check_plotting(folder: Path) -> None:
     """Creates the folder for plots. Raises RuntimeError without matplotlib, OSError if there can be no folder."""
     if find_spec("matplotlib") is None:
-        raise RuntimeError("--plot needs matplotlib; install indexproj[bench]")
+        raise RuntimeError("--plot needs matplotlib; run `pip install '.[bench]'` in a clone")
     folder.mkdir(parents=True, exist_ok=True)
 
 

@@ -1,4 +1,4 @@
-"""Second floor: the projection as an nn.Module, the vLLM plugin and the command line.
+"""The projection as an nn.Module, the vLLM plugin and the command line.
 
 IndexerProjection is imported on first use: `verify` must choose between GPU and interpreter before Triton is imported.
 """

@@ -1,4 +1,4 @@
-"""Ground floor: weight layouts, the Triton kernels, their dispatch, and the fp64 reference."""
+"""Weight layouts, the Triton kernels, their dispatch, and the fp64 reference."""
 
 from .dispatch import KernelConfig, choose
 from .formats import Format

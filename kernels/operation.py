@@ -112,7 +112,7 @@ def project_all(
     formats = [matrix.format.value for matrix in matrices]
     options = (
         None if factors is None else list(map(float, factors)),
-        None if activations is None else [activation or "" for activation in activations],
+        None if activations is None else ["none" if name is None else name for name in activations],
         batch_invariant,
     )
     if out is not None:
@@ -120,7 +120,7 @@ def project_all(
             raise ValueError("project: dtypes must not be given with out=, whose dtype all outputs have")
         torch.ops.indexproj.project_out.default(x, operands, formats, out, *options)
         return tuple(torch.split(out, [matrix.shape[0] for matrix in matrices], -1))
-    dtypes = dtypes or [x.dtype] * len(formats)
+    dtypes = [x.dtype] * len(formats) if dtypes is None else dtypes
     for dtype in dtypes:
         _check_dtype("an output", dtype, x.dtype)
     fp32 = [dtype == torch.float32 for dtype in dtypes]
@@ -128,7 +128,7 @@ def project_all(
 
 
 # operands: the operands of all matrices in a row, without the None ones. formats: per matrix, as `Format` spells them.
-# fp32: per output, False for x.dtype. activations: per matrix, "" for None.
+# fp32: per output, False for x.dtype. activations: per matrix, "none" for None.
 # "CUDA" is also ROCm's dispatch key. On the CPU the kernels run in Triton's interpreter or not at all.
 _INPUTS, _OPTIONS = "Tensor x, Tensor[] operands, str[] formats", "float[]? factors=None, str[]? activations=None"
 torch.library.define(
@@ -269,7 +269,9 @@ def _signature(
     formats = tuple([known[label] for label in labels])
     # -0.0 becomes 0.0: they are equal as keys and would share a compiled kernel.
     factors = (1.0,) * count if factors is None else tuple([factor + 0.0 for factor in factors])
-    takes: tuple[Any, ...] = (None,) * count if activations is None else tuple([name or None for name in activations])
+    takes: tuple[Any, ...] = (
+        (None,) * count if activations is None else tuple([None if name == "none" else name for name in activations])
+    )
     for name, values in (("dtypes", fp32), ("factors", factors), ("activations", takes)):
         if len(values) != count:
             raise ValueError(f"project: expected one of {name} per matrix, {count} in all, got {len(values)}")

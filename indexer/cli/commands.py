@@ -54,7 +54,7 @@ def fixture(
         bool, typer.Option("--power-of-two-scales", help='Round FP8 scales up to powers of two ("scale_fmt": "ue8m0").')
     ] = False,
 ) -> None:
-    """Write a checkpoint with random values in the layout of a published one."""
+    """Write a checkpoint with random values in a published layout."""
     from .fixture import write_fixture
 
     try:

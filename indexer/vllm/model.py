@@ -80,7 +80,7 @@ class IndexerLayer:
             self.finish()
 
     def finish(self) -> None:
-        """Ends a load: uses the tensors that have come, or else checks the values that the layer already holds."""
+        """Ends a load: uses the collected tensors, or checks the values that the layer holds if none came."""
         if self._collector is not None:
             plan, tensors = self._collector.plan(self.number), self._tensors
             self._drop()
@@ -115,7 +115,7 @@ class IndexerLayer:
         return self._gate_copy.fill_(torch.nan)
 
     def abandon(self) -> None:
-        """Drops what has come of a load."""
+        """Drops the tensors and problems of the current load."""
         self.problems = []
         if self.state is State.COLLECTING:
             self._drop()
@@ -177,7 +177,7 @@ class IndexerLayer:
 
 
 class IndexerModel:
-    """All projections of one model: layers is layer index -> IndexerLayer."""
+    """All projections of one model. `layers` maps a layer index to its IndexerLayer."""
 
     def __init__(
         self, model: Any, names: Mapping[int, str], num_hidden_layers: int | None, to_bf16: bool, batch_invariant: bool

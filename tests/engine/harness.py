@@ -166,6 +166,9 @@ class Server:
         """It computes with these values, at the addresses that CUDA graphs would hold."""
         assert_outputs(self.model, truth)
         assert self.addresses() == self.pointers
+        for layer in self.model.indexproj.layers.values():
+            used = (*layer.operands.wk.tensors, *layer.operands.gate.tensors)
+            assert set(map(storage, used)) == set(map(storage, layer.module.parameters()))
 
 
 def projections(model):
@@ -237,6 +240,10 @@ def assert_neighbors_equal(stock, swapped):
     for name in names:
         assert like(theirs[name]) == like(ours[name]), name
         assert torch.equal(bits(theirs[name]), bits(ours[name])), name
+
+
+def storage(tensor):
+    return tensor.untyped_storage().data_ptr()
 
 
 def bits(tensor):

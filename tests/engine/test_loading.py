@@ -114,6 +114,15 @@ def test_load_after_interrupted_load(fp8, empty):
     assert_outputs(empty.model, truth)
 
 
+def test_second_load_is_processed_again(fp8, empty):
+    """By load_weights and the processing of weights alone, without vLLM's reload."""
+    empty.model.load_weights(fp8[1].items())
+    empty.process()
+    empty.model.load_weights([(FIRST_WK, fp8[1][FIRST_WK])])
+    with pytest.raises(CheckpointError, match="no such tensor"):
+        empty.process()
+
+
 @pytest.mark.parametrize("architecture", ["DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"])
 def test_layers_that_share_a_top_k_have_no_indexer(fp8, architecture):
     """vLLM builds none there, but the checkpoint has their tensors."""

@@ -15,7 +15,7 @@ from engine.checkpoints import (
     pair,
     without_projections,
 )
-from engine.harness import Server, assert_outputs, projections
+from engine.harness import Server, activations, assert_close, assert_outputs, projections
 from indexproj.loading import CheckpointError
 
 LAST_WK, LAST_SCALE, LAST_GATE = (
@@ -184,8 +184,11 @@ def test_reload_after_sleep(server, byte):
 
 
 def test_offloaded_weights(tmp_path):
-    """The parameter moves to other memory, which the projection reads."""
+    """The parameter moves to other memory, or vLLM replaces it during a call: the projection reads it there."""
     server = Server(tmp_path, BF16)
+    module, (x, *_) = projections(server.model)[0], activations()
+    found, _ = torch.func.functional_call(module, {"weight": 4 * module.weight}, (x,))
+    assert_close(found, 4 * x.double() @ server.truth[0].T, 2**-8)
     for module in projections(server.model).values():
         module.weight.data = 2 * module.weight.data  # the old memory keeps the old values
     assert_outputs(server.model, {layer: 2 * values for layer, values in server.truth.items()})

@@ -290,7 +290,7 @@ def test_opcheck():
     x = torch.randn(4, 512, dtype=torch.bfloat16)[:, :256]
     operands = [operand for matrix in (w.wk, w.gate) for operand in matrix.operands if operand is not None]
     tests, formats = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"), [str(f) for f in w.formats]
-    for options in ((), ([1.0, 0.5], ["fp8", ""], True)):
+    for options in ((), ([1.0, 0.5], ["fp8", "none"], True)):
         inputs = x, operands, formats, [False, True], *options
         torch.library.opcheck(torch.ops.indexproj.project, inputs, test_utils=tests)
         inputs = x, operands, formats, torch.empty(4, 144, dtype=torch.bfloat16), *options

@@ -38,17 +38,14 @@ def out_of(*shape, dtype=torch.bfloat16):
         (x_of(4, 256), {"out": torch.zeros(4, 144, device="meta").bfloat16()}, ValueError, "out is on meta"),
         (x_of(4, 256), {"out": x_of(144, 4).T}, ValueError, "out must be contiguous"),
         (x_of(4, 256), {"out": x_of(1, 144).expand(4, 144)}, ValueError, "rows that do not overlap"),
+        (x_of(4, 256), {"out": x_of(600).as_strided((4, 144), (143, 1))}, ValueError, "rows that do not overlap"),
         (x_of(2, 4, 256), {"out": x_of(2, 4, 150)[..., :144]}, ValueError, "out must be contiguous"),
         (x_of(4, 256), {**out_of(4, 144), "gate_dtype": torch.bfloat16}, ValueError, "must not be given with out="),
         (x_of(4, 256), {**out_of(4, 144), "gate_dtype": torch.float32}, ValueError, "must not be given with out="),
         (BUFFER[:, :256], {"out": BUFFER[:, 256:400]}, ValueError, "out shares storage with x or the weights"),
         (x_of(4, 256), {"gate_scale": float("nan")}, ValueError, "finite in fp32"),
-        (
-            x_of(4, 256),
-            {"activation": "int8"},
-            ValueError,
-            "None, 'fp8' or 'fp8_ue8m0', got 'int8'",
-        ),
+        (x_of(4, 256), {"activation": "int8"}, ValueError, "None, 'fp8' or 'fp8_ue8m0', got 'int8'"),
+        (x_of(4, 256), {"activation": ""}, ValueError, "None, 'fp8' or 'fp8_ue8m0', got ''"),
         (x_of(4, 256), {}, RuntimeError, "TRITON_INTERPRET=1 before Python starts"),
     ],
 )
@@ -95,7 +92,7 @@ def test_operation_refuses_too_few_and_too_many_operands(count, message):
         (None, {"factors": [float("inf"), 1.0]}, "finite in fp32"),
         (None, {"factors": [1.0, -1e39]}, "finite in fp32"),
         (None, {"activations": ["fp8"]}, "one of activations per matrix, 2 in all, got 1"),
-        (None, {"activations": ["", "fp8"]}, "needs a matrix in FP8 128x128, got one in BF16"),
+        (None, {"activations": ["none", "fp8"]}, "needs a matrix in FP8 128x128, got one in BF16"),
     ],
 )
 def test_operation_refuses_wrong_formats_and_options(formats, options, message):

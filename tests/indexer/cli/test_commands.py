@@ -3,6 +3,7 @@
 import importlib.metadata
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -36,9 +37,13 @@ def test_help_imports_neither_torch_nor_triton():
         assert f"\n  {command} " in result.stdout
 
 
-@pytest.mark.parametrize("command", ["indexproj", "python -m indexproj"])
+@pytest.mark.parametrize(
+    "command",
+    [[Path(sys.executable).with_name("indexproj")], [sys.executable, "-m", "indexproj"]],
+    ids=["script", "-m"],
+)
 def test_version(command):
-    output = subprocess.run(f"{command} --version", shell=True, capture_output=True, text=True, check=True).stdout
+    output = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
     assert output == f"indexproj {importlib.metadata.version('indexproj')}\n"
     import indexproj
 

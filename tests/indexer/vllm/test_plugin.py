@@ -13,10 +13,12 @@ from torch import nn
 
 from indexproj.indexer.vllm import plugin as vllm_plugin
 from indexproj.indexer.vllm.glm5next import GLM5NEXT, ONE_LAUNCH, TWO_GEMMS, UnexpectedError, one_launch
+from indexproj.indexer.vllm.model import IndexerLayer, State
 from indexproj.indexer.vllm.plugin import register
 from indexproj.kernels import dispatch, target
 from indexproj.kernels.dispatch import TunedTable
 from indexproj.loading import CheckpointError
+from indexproj.loading.names import parse
 from support import bf16_layer, fp8_layer
 
 D, H, K = 128, 16, 256
@@ -36,7 +38,7 @@ class MergedColumnParallelLinear(nn.Module):
         self.output_sizes = list(rows)
         self.bias, self.skip_bias_add, self.return_bias, self.tp_size = None, False, True, 1
         self.quant_method = UnquantizedLinearMethod()
-        self.weight = nn.Parameter(torch.zeros(sum(rows), K, dtype=torch.bfloat16), requires_grad=False)
+        self.weight = nn.Parameter(torch.ones(sum(rows), K, dtype=torch.bfloat16), requires_grad=False)
 
 
 class Model(nn.Module):
@@ -254,16 +256,12 @@ def unsupported_device(vllm, model):
     target.target_of = target_of
 
 
-UNQUANTIZED = "wk_weights_proj: expected an unquantized MergedColumnParallelLinear"
+UNKNOWN = "wk_weights_proj: expected an unquantized MergedColumnParallelLinear"
 # What to change, the level of the log line, and a part of it.
 UNSUPPORTED_MODEL = {
-    "class": (lambda _, model: setattr(model.indexer(), "wk_weights_proj", nn.Identity()), "WARNING", UNQUANTIZED),
-    "rows": (lambda _, model: setattr(model.projection(), "output_sizes", [H, D]), "WARNING", UNQUANTIZED),
-    "method": (
-        lambda _, model: setattr(model.projection(), "quant_method", LinearMethodBase()),
-        "WARNING",
-        UNQUANTIZED,
-    ),
+    "class": (lambda _, model: setattr(model.indexer(), "wk_weights_proj", nn.Identity()), "WARNING", UNKNOWN),
+    "rows": (lambda _, model: setattr(model.projection(), "output_sizes", [H, D]), "WARNING", UNKNOWN),
+    "method": (lambda _, model: setattr(model.projection(), "quant_method", LinearMethodBase()), "WARNING", UNKNOWN),
     "no heads": (lambda _, model: delattr(model.indexer(), "n_head"), "WARNING", "n_head"),
     "no method": (lambda _, model: delattr(model.projection(), "quant_method"), "WARNING", "with NoneType"),
     "no class": (lambda vllm, _: delattr(vllm.linear, "UnquantizedLinearMethod"), "WARNING", "Unquantized"),
@@ -323,15 +321,44 @@ def test_mtp_layer_and_additional_config(vllm):
     }  # fmt: skip
 
 
-def test_uninitialized_rows_are_refused(vllm):
+@pytest.mark.parametrize("rows", [slice(0), slice(D), slice(D, None)], ids=["none", "wk", "weights_proj"])
+def test_uninitialized_rows_are_refused(vllm, rows):
     register()
     model = create(vllm, Model((0, 1)))
-    model.projection().weight.data[:D] = 1  # half of it
+    model.projection().weight.data[rows] = 1  # the others are NaN
     with pytest.raises(CheckpointError) as caught:
         model.projection().quant_method.process_weights_after_loading(model.projection())
     assert [problem.subject for problem in caught.value.problems] == [
         f"prefix.layers.{layer}.self_attn.indexer.wk_weights_proj" for layer in (0, 1)
     ]
+
+
+def test_layer_states():
+    """What each call leaves."""
+    layer = IndexerLayer("layer", 0, MergedColumnParallelLinear(), to_bf16=False)
+    _, gate, wk, scale, _ = [(parse(name), tensor) for name, tensor in fp8_layer().items()]
+
+    def after(call, *arguments):
+        call(*arguments)
+        return layer.state.name, len(layer.problems)
+
+    assert after(layer.finish) == ("EMPTY", 1)  # there are no weights
+    assert after(layer.abandon) == ("EMPTY", 0)
+    assert after(layer.offer, *wk) == ("COLLECTING", 0)
+    assert after(layer.finish) == ("EMPTY", 2)  # tensors are missing
+    assert after(layer.abandon) == ("EMPTY", 0)
+    assert after(layer.offer, *wk) == ("COLLECTING", 0)
+    assert after(layer.abandon) == ("EMPTY", 0)
+    assert [after(layer.offer, *item)[0] for item in (wk, gate, scale)] == ["COLLECTING", "COLLECTING", "UPDATED"]
+    assert after(layer.finish) == ("UPDATED", 0)
+    assert after(layer.offer, *wk) == ("UPDATED", 1)  # one too many
+    layer.state, layer.problems = State.READY, []  # as IndexerModel does after a load
+    assert after(layer.finish) == ("READY", 0)
+    assert after(layer.offer, *wk) == ("COLLECTING", 0)
+    assert after(layer.settle) == ("COLLECTING", 0)  # without its scale
+    assert after(layer.abandon) == ("READY", 0)
+    assert after(layer.offer, *gate) == ("COLLECTING", 0)
+    assert after(layer.settle) == ("UPDATED", 0)
 
 
 def test_imports_go_one_way():
