@@ -98,15 +98,23 @@ def test_load_weights_returns_only_loaded_names(server):
     assert loaded == {name for name in server.pointers if ".layers.1." in name}
 
 
-@pytest.mark.parametrize(("first", "name"), [("fp8", LAST_WK), ("fp8", LAST_SCALE), ("nvfp4", LAST_GATE)])
-def test_incomplete_matrix_warns_and_changes_nothing(tmp_path, caplog, first, name):
+@pytest.mark.parametrize(("sent", "name"), [("fp8", LAST_WK), ("fp8", LAST_SCALE), ("bf16", LAST_WK)])
+def test_incomplete_matrix_warns_and_changes_nothing(tmp_path, caplog, sent, name):
     """A matrix in part, or in another layout. The next complete reload drops it."""
-    server = Server(tmp_path, ENCODINGS[first])
-    tensors = checkpoint(pair("fp8_block", "f16" if first == "fp8" else "fp8_block"))[0]
-    server.model.load_weights([(name, tensors[name])])
+    server = Server(tmp_path, FP8)
+    server.model.load_weights([(name, checkpoint(ENCODINGS[sent])[0][name])])
     assert "layers 1 keep their old weights" in caplog.text
     server.check(server.truth)
     reload_and_check(server)
+
+
+def test_call_with_parts_of_both_matrices_waits(tmp_path):
+    server = Server(tmp_path, pair("fp8_block", "fp8_block"))
+    tensors, truth = checkpoint(server.makers)
+    server.model.load_weights([item for item in only_projections(tensors).items() if item[0] != LAST_GATE])
+    server.check({0: truth[0], 1: server.truth[1]})
+    server.model.load_weights([(LAST_GATE, tensors[LAST_GATE])])
+    server.check(truth)
 
 
 @pytest.mark.parametrize("rows", [slice(0, D), slice(D, None)], ids=["wk", "weights_proj"])
