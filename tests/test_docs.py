@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from indexproj.indexer.vllm.plugin import INDEXERS, SWITCH
+from indexproj.indexer.vllm.plugin import INDEXERS
 from indexproj.loading.encodings import ENCODINGS
 from support import fp8_layer, invoke, write_checkpoint
 
@@ -71,7 +71,7 @@ def test_make_targets_exist():
 
 
 def test_vllm_page_names_what_is_replaced():
-    for name in (*INDEXERS, SWITCH):
+    for name in (*INDEXERS, "INDEXPROJ_VLLM"):
         assert name in VLLM + README
 
 

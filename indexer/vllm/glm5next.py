@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import linecache
 import textwrap
 from typing import Any
 
@@ -25,21 +26,24 @@ class UnexpectedError(Exception):
 
 @functools.cache
 def glm5next_forward(indexer_class: Any) -> Any:
-    """Compiles a replacement for `Indexer.forward` of GLM-5.3-Flash.
+    """Compiles a replacement for `Indexer.forward`: the same with ONE_LAUNCH in place of TWO_GEMMS.
 
-    What: the same function, with the statements TWO_GEMMS replaced by ONE_LAUNCH.
-    Why: vLLM computes the gate a second time, in fp32, from a copy of its weights in `_wp_fp32` that no reload renews.
-        These kernels return the gate in fp32, but nothing outside a forward can change which statements it runs.
-    Goes when: vLLM's forward takes the gate from the output of wk_weights_proj.
-
-    Raises UnexpectedError if the forward does not contain those statements, OSError if its source is not available.
+    vLLM computes the gate a second time, in fp32, from a copy of its weights in `_wp_fp32` that no reload renews.
+    Returns None for other forwards that read `_wp_fp32`: they are right if that copy is kept up to date.
+    Raises UnexpectedError for any other forward.
     """
-    original = indexer_class.forward
-    if original.__closure__:
-        raise UnexpectedError(f"{GLM5NEXT}.forward: expected a function without a closure")
-    source = one_launch(textwrap.dedent(inspect.getsource(original)))
+    original, file = indexer_class.forward, f"<{GLM5NEXT}, changed by indexproj>"
+    try:
+        source = one_launch(textwrap.dedent(inspect.getsource(original)))
+        if original.__closure__:
+            raise UnexpectedError(f"{GLM5NEXT}.forward: expected a function without a closure")
+    except (UnexpectedError, OSError) as error:
+        if "_wp_fp32" in original.__code__.co_names:
+            return None
+        raise UnexpectedError(f"{GLM5NEXT}.forward: expected one that reads _wp_fp32; {error}") from None
     names: dict[str, Any] = {}
-    exec(compile(source, f"<{GLM5NEXT}, changed by indexproj>", "exec"), original.__globals__, names)
+    exec(compile(source, file, "exec"), original.__globals__, names)
+    linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file  # for inspect and tracebacks
     return names["forward"]
 
 

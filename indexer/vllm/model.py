@@ -1,7 +1,4 @@
-"""The projections of one vLLM model: the linear method that computes them and the load_weights that loads them.
-
-Imports vLLM, so it is imported only when a model with an indexer is created.
-"""
+"""The projections of a model in an engine, through loads and reloads. Independent of the engine."""
 
 from __future__ import annotations
 
@@ -9,86 +6,207 @@ import importlib.metadata
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, replace
+from enum import Enum, auto
+from functools import partial
 from typing import Any
+from weakref import ref
 
-from torch import Tensor
-from vllm import envs
-from vllm.model_executor.layers.linear import LinearMethodBase
+import torch
+from torch import Tensor, nn
 
-from ...kernels import project
-from ...loading import CheckpointError
-from ...loading.names import UNUSED, parse
+from ...kernels import DenseMatrix, ProjectionWeights
+from ...loading import CheckpointError, Problem
+from ...loading.config import Config
+from ...loading.headers import DTYPES, Header
+from ...loading.layer import Collector, own
+from ...loading.names import GATE, UNUSED, WK, IndexerTensor, parse
 from ...loading.problems import ranges, summarize
-from .layer import IndexerLayer, State
+from ...loading.values import judge
 
 LOGGER = logging.getLogger("vllm.indexproj")
+LAYOUT = "wk in {}, weights_proj in {}"
 
 
-class IndexerMethod(LinearMethodBase):  # type: ignore[misc]
-    """The linear method of one wk_weights_proj."""
+class State(Enum):
+    """The state of a layer. A model is EMPTY until its first load ends, and COLLECTING during later loads."""
 
-    def __init__(self, layer: IndexerLayer, model: IndexerModel) -> None:
-        self._layer, self._model = layer, model
+    EMPTY = auto()  # raises if it is used
+    COLLECTING = auto()  # some tensors have come; computes with its old weights, if it has any
+    UPDATED = auto()  # computes with new weights, and refuses more tensors until the load ends
+    READY = auto()
 
-    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
-        """Does nothing: `layer.weight` exists already."""
 
-    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [..., K] bf16 or fp16 -> [..., D + H] in x's dtype: k, then the gate."""
-        d, h, _ = self._layer.shape
-        out = x.new_empty((*x.shape[:-1], d + h))
-        project(x, self._layer.operands, out=out, batch_invariant=self._model.batch_invariant)
-        return out
+class IndexerLayer:
+    """The weights of one wk_weights_proj, whose module stays the engine's own.
 
-    def k_and_gate(self, layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [..., K] -> k [..., D] in x's dtype and gate [..., H] fp32, in one launch."""
-        return project(x, self._layer.operands, batch_invariant=self._model.batch_invariant)
+    Weights come through `offer`. Loaders that do not read checkpoints (dummy, sharded state) write to `module.weight`,
+    which is NaN before. Once loaded, two dense matrices are in `module.weight` [D + H, K] bf16; otherwise their tensors
+    are parameters in its place. Layout and memory then stay, because CUDA graphs and compiled code hold pointers.
+    """
 
-    def process_weights_after_loading(self, layer: Any) -> None:
-        """Ends the load of the whole model, see `IndexerModel.finish`. vLLM calls this for every layer."""
-        if self._model.state is not State.READY:
-            self._model.finish()
-            self._model.take_updated()
+    def __init__(self, name: str, number: int, module: Any, config: Config, to_bf16: bool) -> None:
+        self.name, self.number, self.module, self.state = name, number, module, State.EMPTY
+        self.shape: tuple[int, int, int] = (*module.output_sizes, module.weight.shape[1])  # (D, H, K)
+        self.layout: str | None = None  # compiled code guards on this, which changes less than the state
+        self.weights: ProjectionWeights | None = None  # None if they are in module.weight
+        self.problems: list[Problem] = []  # of the current load
+        self.warnings: list[Problem] = []  # odd or rounded values of the last load
+        self._config = replace(config, index_head_dim=self.shape[0])
+        self._to_bf16, self._device = to_bf16, module.weight.device
+        self._collector: Collector | None = None
+        self._tensors: dict[str, Tensor] = {}
+        self._gate_copy: Tensor | None = None
+        self._saved: Any = lambda: None  # weak reference to what the last state_dict has
+        self._dense: nn.Parameter = module.weight  # during a reload, the engine puts another one into the module
+        self._dense.data.fill_(torch.nan)
+
+    @property
+    def operands(self) -> ProjectionWeights:
+        """The two matrices. Raises RuntimeError if nothing has been loaded."""
+        if self.layout is None:
+            raise RuntimeError(f"{self.name}: no weights have been loaded")
+        return self.weights or self._split(self.module.weight.data)  # not cached: offloading moves the parameter
+
+    def offer(self, part: IndexerTensor, tensor: Tensor) -> None:
+        """Takes a tensor of the checkpoint, which may be overwritten afterwards. Finishes if no other can follow."""
+        header = Header.of(part.name, tensor, "")
+        if self.state is State.UPDATED:
+            self.problems.append(Problem(part.name, "", "no more tensors for a complete layer", str(header)))
+            return
+        if self._collector is None:
+            self._collector, self.state = Collector(self._config), State.COLLECTING
+        if header.dtype in DTYPES.values():
+            self._tensors[part.name] = own(tensor, self._device)
+        self._collector.add(self.number, part, header)
+        if self._collector.is_complete(self.number):
+            self.finish()
+
+    def finish(self) -> None:
+        """Ends a load: uses the collected tensors, or checks the values that the layer holds if none came."""
+        if self._collector is not None:
+            plan, tensors = self._collector.plan(self.number), self._tensors
+            self._drop()
+            self.problems += plan.problems
+            self.warnings = []
+            if not plan.problems and (new := plan.bind(tensors, self.problems, self.warnings)):
+                self._use(new)
+        elif self.state is not State.UPDATED and not self.problems:
+            held = self.weights or self._split(self._dense.data)
+            if judge(held.wk)[0] or judge(held.gate)[0]:  # nobody wrote to it, or a sleep discarded it
+                self._refuse(f"tensors of {WK} and {GATE}", "none of them, and uninitialized memory")
+            else:
+                self._commit(held, State.READY)
+
+    def settle(self) -> None:
+        """Ends a call of an update without an end: uses one complete matrix, if it has the layout of the old one."""
+        if self._collector is None:
+            return
+        plan = self._collector.plan(self.number)
+        side, other, held = ("wk", plan.gate, self.operands) if plan.wk.headers else ("gate", plan.wk, self.operands)
+        one, shape = getattr(plan, side), getattr(held, side).shape
+        if other.headers or not one.encoding or one.encoding.optional or one.shape != shape:
+            return
+        self.problems += [problem for problem in plan.problems if problem.subject.startswith(one.name)]
+        matrix = None if self.problems else one.bind(self._tensors, self.problems, self.warnings)
+        if matrix and held.matches(new := self._stored(replace(held, **{side: matrix}))):
+            self._drop()
+            self._use(new)
+
+    def copy_gate(self) -> Tensor:
+        """[K, H] fp32, for an engine that computes the gate itself. Every load renews it."""
+        self._gate_copy = torch.empty(self.shape[2], self.shape[1], dtype=torch.float32, device=self._device)
+        return self._gate_copy.fill_(torch.nan)
+
+    def abandon(self) -> None:
+        """Drops the tensors and problems of the current load."""
+        self.problems = []
+        if self.state is State.COLLECTING:
+            self._drop()
+
+    def _drop(self) -> None:
+        self._collector, self._tensors = None, {}
+        self.state = State.EMPTY if self.layout is None else State.READY
+
+    def _split(self, weight: Tensor) -> ProjectionWeights:
+        return ProjectionWeights(*map(DenseMatrix, torch.split(weight, list(self.shape[:2]))))
+
+    def _stored(self, new: ProjectionWeights) -> ProjectionWeights:
+        return new.to_bf16() if self._to_bf16 or (self.layout is not None and self.weights is None) else new
+
+    def _use(self, new: ProjectionWeights) -> None:
+        if new.shape != self.shape:
+            return self._refuse(f"(D, H, K) = {self.shape}, the model's shape", f"{new.shape}")
+        new = self._stored(new)
+        if self.weights is None and new.fused_weight is not None:
+            self._dense.data.copy_(new.fused_weight)
+        elif self.weights is None:
+            self._replace_parameter(new)
+        elif self.weights.matches(new):
+            self.weights.copy_(new)
+        else:
+            expected = f"{self.layout} as in the first load, whose memory CUDA graphs and compiled code use"
+            advice = "send that, or start vLLM with INDEXPROJ_VLLM=bf16 to accept any encoding in reloads"
+            return self._refuse(expected, LAYOUT.format(*new.formats), advice)
+        return self._commit(new, State.UPDATED)
+
+    def _refuse(self, expected: str, found: str, advice: str = "") -> None:
+        self.problems.append(Problem(self.name, "", expected, found, advice))
+
+    def _commit(self, held: ProjectionWeights, state: State) -> None:
+        self.layout, self.state = LAYOUT.format(*held.formats), state
+        if self._gate_copy is not None:
+            with torch.inference_mode():  # may write both inference tensors and others
+                self._gate_copy.copy_(held.gate.dequantize().t())
+
+    def _replace_parameter(self, new: ProjectionWeights) -> None:
+        self.module._parameters.pop("weight", None)
+        del self._dense  # frees its memory
+        self.weights = new.map(lambda tensor: nn.Parameter(tensor, requires_grad=False))
+        for prefix, matrix in ((WK, self.weights.wk), (GATE, self.weights.gate)):
+            for attribute, tensor in zip(fields(matrix), matrix.tensors, strict=False):  # type: ignore[arg-type]
+                is_first = tensor is self.weights.wk.tensors[0]  # LoRA layers read the device from `qweight`
+                self.module.register_parameter("qweight" if is_first else f"{prefix}_{attribute.name}", tensor)
+        self.module.register_state_dict_post_hook(partial(self._save_dense))  # not for bound methods
+
+    def _save_dense(self, module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
+        """Saves `weight` in bf16 in place of the parameters: engines load that with indexproj or without."""
+        for name in module._parameters:
+            state.pop(prefix + name, None)
+        dense = self._saved()
+        if dense is None or all(dense is not tensor for tensor in state.values()):  # a module may have two names
+            dense = self.operands.to_bf16().fused_weight
+            self._saved = ref(dense)
+        state[f"{prefix}weight"] = dense
 
 
 class IndexerModel:
     """All projections of one model. `layers` maps a layer index to its IndexerLayer."""
 
     def __init__(
-        self, model: Any, names: Mapping[int, str], vllm_config: Any, model_config: Any, to_bf16: bool
+        self, model: Any, names: Mapping[int, str], config: Mapping[str, Any], to_bf16: bool, batch_invariant: bool
     ) -> None:
-        """Replaces the linear methods of the projections and wraps load_weights, after reading all configs.
-
-        Args:
-            names: layer index -> name of its wk_weights_proj in the model.
-            to_bf16: decode all weights to bf16, so that reloads accept any encoding.
-        """
-        self.state = State.EMPTY
-        self.batch_invariant: bool = envs.VLLM_BATCH_INVARIANT
+        """Wraps load_weights of the model. names: layer index -> name of its wk_weights_proj. config: config.json."""
+        self.state, self.batch_invariant, self._class = State.EMPTY, batch_invariant, type(model).__name__
         self.layers: dict[int, IndexerLayer] = {}
-        self._class = type(model).__name__
-        self._additional_config: dict[str, Any] = vllm_config.additional_config  # part of vLLM's compile cache key
-        self._num_hidden_layers = getattr(model_config.hf_text_config, "num_hidden_layers", None)
-        config = {"num_hidden_layers": self._num_hidden_layers, **_quantization(model_config)}
-        # A rank that joins gets dummy weights, then the tensors of another rank in order: both need the same layout.
-        to_bf16 = to_bf16 or vllm_config.parallel_config.enable_elastic_ep
         for number, name in sorted(names.items()):
-            module = model.get_submodule(name)
-            layer = self.layers[number] = IndexerLayer(name, number, module, config, to_bf16)
-            module.quant_method = IndexerMethod(layer, self)
-        self._load_weights = model.load_weights
-        model.load_weights = self.load_weights
+            self.layers[number] = IndexerLayer(name, number, model.get_submodule(name), Config.of(config), to_bf16)
+        self.compile_key: dict[str, Any] = {}  # of the engine's cache; gets the formats
+        self._num_hidden_layers = config.get("num_hidden_layers")
+        self._reload: Tensor | None = None  # a meta parameter of the last reload
+        self._load_weights, model.load_weights = model.load_weights, self.load_weights
 
     def load_weights(self, weights: Iterable[tuple[Any, ...]], *args: Any, **kwargs: Any) -> Any:
-        """Takes the tensors of the projections, and passes all others to vLLM's own load_weights.
-
-        Raises CheckpointError for complete layers with wrong tensors if nothing ends this update, else `finish` does.
-        """
-        # vLLM ends first loads, and reloads for which it puts the parameters on the meta device.
+        """Takes the tensors of the projections. Raises CheckpointError if nothing ends the update, or finish does."""
+        # The engine ends first loads, and reloads for which it puts new parameters on the meta device.
         parameters = (p for layer in self.layers.values() for p in layer.module.parameters(recurse=False))
-        has_end = self.state is State.EMPTY or any(parameter.is_meta for parameter in parameters)
+        reload = next((parameter for parameter in parameters if parameter.is_meta), None)
+        if reload is not None and reload is not self._reload:
+            self._abandon()  # leftovers of an update
+        self._reload = reload
         if self.state is State.READY:
             self.state = State.COLLECTING
+        has_end = self.state is State.EMPTY or reload is not None
         try:
             with self._parameters_hidden():
                 loaded = self._load_weights(self._others(weights), *args, **kwargs)
@@ -96,13 +214,15 @@ class IndexerModel:
             self._abandon()
             self.take_updated()
             raise
-        if loaded is not None:
-            for layer in self._in_state(State.UPDATED):
+        for layer in self.layers.values():
+            if not has_end:
+                layer.settle()
+            if loaded is not None and layer.state is State.UPDATED:
                 loaded.update(f"{layer.name}.{name}" for name, _ in layer.module.named_parameters(recurse=False))
         if not has_end:
             self.take_updated()
             self._raise_problems()
-            if waiting := [layer.number for layer in self._in_state(State.COLLECTING)]:
+            if waiting := [number for number, layer in self.layers.items() if layer.state is State.COLLECTING]:
                 LOGGER.warning("indexer layers %s keep their old weights until all tensors arrive", ranges(waiting))
         return loaded
 
@@ -114,35 +234,31 @@ class IndexerModel:
         if self.state is State.EMPTY:
             layouts = "; ".join(dict.fromkeys(str(layer.layout) for layer in self.layers.values()))
             layouts += ", batch-invariant" * self.batch_invariant
-            version = importlib.metadata.version("indexproj")
-            self._additional_config.setdefault("indexproj", {})[self._class] = f"{version}: {layouts}"
-            what = f"{len(self.layers)} indexer projections of {self._class}"
-            LOGGER.info("indexproj %s runs %s: %s", version, what, layouts)
+            version, count = importlib.metadata.version("indexproj"), len(self.layers)
+            self.compile_key.setdefault("indexproj", {})[self._class] = f"{version}: {layouts}"
+            LOGGER.info("indexproj %s runs %s indexer projections of %s: %s", version, count, self._class, layouts)
             if lines := summarize(warning for layer in self.layers.values() for warning in layer.warnings):
                 LOGGER.warning("%s", "\n".join(lines))
         self.state = State.READY
 
     def take_updated(self) -> list[Any]:
         """Makes all UPDATED layers READY, and returns their modules."""
-        updated = self._in_state(State.UPDATED)
+        updated = [layer for layer in self.layers.values() if layer.state is State.UPDATED]
         for layer in updated:
             layer.state = State.READY
         return [layer.module for layer in updated]
 
-    def _in_state(self, state: State) -> list[IndexerLayer]:
-        return [layer for layer in self.layers.values() if layer.state is state]
-
     def _others(self, weights: Iterable[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
         for item in weights:
             name, tensor = item[:2]
-            parsed = parse(name) if ".indexer." in name else None
-            if parsed is None or parsed.matrix is None:
+            part = parse(name) if ".indexer." in name else None
+            if part is None or part.matrix is None:
                 yield item
                 continue
             # Passed over: layers of other pipeline ranks or models (MTP), and layers that share another one's choice.
-            number = parsed.layer(self._num_hidden_layers)
-            if number is not None and number in self.layers and parsed.role not in UNUSED:
-                self.layers[number].offer(name, tensor)
+            number: Any = part.layer(self._num_hidden_layers)
+            if number in self.layers and part.role not in UNUSED:
+                self.layers[number].offer(part, tensor)
 
     def _raise_problems(self) -> None:
         if problems := [problem for layer in self.layers.values() for problem in layer.problems]:
@@ -155,7 +271,7 @@ class IndexerModel:
 
     @contextmanager
     def _parameters_hidden(self) -> Iterator[None]:
-        """Hides the parameters from vLLM's load_weights, which would write to them or report them as not loaded."""
+        """Hides the parameters from the engine, which would write to them or report them as not loaded."""
         hidden = {layer.module: layer.module._parameters for layer in self.layers.values()}
         for module in hidden:
             module._parameters = {}
@@ -166,12 +282,3 @@ class IndexerModel:
                 if module._parameters:  # registered meanwhile, to replace `weight`
                     parameters.pop("weight")
                 module._parameters = {**parameters, **module._parameters}
-
-
-def _quantization(model_config: Any) -> dict[str, Any]:
-    """The quantization_config of a model, from config.json or its text_config."""
-    for name in ("hf_config", "hf_text_config"):
-        value = getattr(getattr(model_config, name, None), "quantization_config", None)
-        if value is not None:
-            return {"quantization_config": value.to_dict() if hasattr(value, "to_dict") else value}
-    return {}

@@ -9,7 +9,7 @@ import zlib
 from pathlib import Path
 
 # Before vLLM and Triton are imported:
-os.environ["VLLM_PLUGINS"] = ""  # tests switch the plugin on and off
+os.environ.setdefault("VLLM_PLUGINS", "")  # tests switch the plugin on and off
 os.environ["TRITON_INTERPRET"] = "1"
 sys.modules.setdefault("kernels", None)  # see tests/conftest.py, which spawned processes do not read
 

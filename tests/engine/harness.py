@@ -47,8 +47,8 @@ def engine_config(path, **arguments):
 
 
 @contextlib.contextmanager
-def cpu_worker(rank=0, world_size=1, file=None):
-    """What vLLM's CPU worker does before it loads a model, with the sparse backend that is missing there."""
+def sparse_attention():
+    """Has the CPU's MLA backend serve as the one for sparse attention, which is missing there."""
     original = CpuPlatform.get_attn_backend_cls.__func__
 
     def choose(cls, selected_backend, attn_selector_config, num_heads=None):
@@ -56,11 +56,15 @@ def cpu_worker(rank=0, world_size=1, file=None):
             return AttentionBackendEnum.CPU_MLA.get_path()
         return original(cls, selected_backend, attn_selector_config, num_heads)
 
+    with mock.patch.object(CpuPlatform, "get_attn_backend_cls", classmethod(choose)):
+        yield
+
+
+@contextlib.contextmanager
+def cpu_worker(rank=0, world_size=1, file=None):
+    """What vLLM's CPU worker does before it loads a model."""
     _set_torch_accelerator_to_noop()
-    with (
-        mock.patch.object(CpuPlatform, "get_attn_backend_cls", classmethod(choose)),
-        tempfile.TemporaryDirectory() as directory,
-    ):
+    with sparse_attention(), tempfile.TemporaryDirectory() as directory:
         file = file or f"{directory}/rendezvous"
         os.environ["VLLM_DIST_IDENT"] = file.replace("/", "-")
         init_distributed_environment(world_size, rank, f"file://{file}", rank, "gloo")
@@ -80,13 +84,14 @@ def model_parallel(tensor_parallel_size=1, pipeline_parallel_size=1):
 @contextlib.contextmanager
 def plugin(switch):
     """Registers the plugin, which "0" turns off, and removes its patches on exit."""
-    before = BaseModelLoader.create_model, reload.layerwise.finalize_layerwise_processing
+    loader, layerwise = BaseModelLoader, reload.layerwise
+    before = loader.create_model, loader.__init__, layerwise.finalize_layerwise_processing
     with mock.patch.dict(os.environ, {"INDEXPROJ_VLLM": switch}):
         try:
             vllm_plugin.register()
             yield
         finally:
-            BaseModelLoader.create_model, reload.layerwise.finalize_layerwise_processing = before
+            loader.create_model, loader.__init__, layerwise.finalize_layerwise_processing = before
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What the plugin patches or relies on in vLLM, checked in the source of the installed version and of 0.33.0."""
+"""What the plugin patches or relies on in vLLM, checked in the source of 0.31, 0.32 (which is installed) and 0.33."""
 
 import ast
 import subprocess
@@ -12,8 +12,9 @@ import vllm
 from indexproj.indexer.vllm.glm5next import GLM5NEXT, one_launch
 from indexproj.indexer.vllm.plugin import INDEXERS, MODEL_FILES
 
-NEWEST = "0.33.0"
+VERSIONS = ["0.31.0", "0.32.0", "0.33.0"]
 LAYERS, LOADER = "vllm.model_executor.layers", "vllm.model_executor.model_loader"
+V32 = "vllm.models.deepseek_v32.nvidia"
 DOWNLOADS = Path(__file__).parent.parent.parent / "build/vllm"
 USERS = {
     *MODEL_FILES,
@@ -23,7 +24,7 @@ USERS = {
     "vllm.models.deepseek_v32.amd.rocm",  # calls the module
     "vllm._aiter_ops",  # in a comment
     "vllm.compilation.passes.fusion.allreduce_rms_fusion",
-} - {"vllm.model_executor.models.glm4_1v"}
+} - {"vllm.model_executor.models.glm4_1v", "vllm.models.dots3_note.nvidia.multimodal"}
 
 
 def installed():
@@ -31,21 +32,21 @@ def installed():
     return {path.relative_to(root).as_posix(): path.read_text() for path in (root / "vllm").rglob("*.py")}
 
 
-def newest():
-    if not list(DOWNLOADS.glob(f"vllm-{NEWEST}-*.whl")):
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", DOWNLOADS, f"vllm=={NEWEST}"]
+def downloaded(version):
+    if not list(DOWNLOADS.glob(f"vllm-{version}-*.whl")):
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", DOWNLOADS, f"vllm=={version}"]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
-            pytest.skip(f"vLLM {NEWEST} cannot be downloaded: {result.stderr.strip().splitlines()[-1]}")
-    (wheel,) = DOWNLOADS.glob(f"vllm-{NEWEST}-*.whl")
+            pytest.skip(f"vLLM {version} cannot be downloaded: {result.stderr.strip().splitlines()[-1]}")
+    (wheel,) = DOWNLOADS.glob(f"vllm-{version}-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         return {name: archive.read(name).decode() for name in archive.namelist() if name.endswith(".py")}
 
 
-@pytest.fixture(scope="module", params=[installed, newest], ids=lambda source: source.__name__)
+@pytest.fixture(scope="module", params=VERSIONS)
 def source(request):
     """Path -> text of vLLM's modules."""
-    return request.param()
+    return installed() if vllm.__version__.startswith(request.param) else downloaded(request.param)
 
 
 def path_of(module):
@@ -99,6 +100,7 @@ def test_no_other_file_uses_wk_weights_proj(source):
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
+        (f"{LOADER}.base_loader.BaseModelLoader.__init__", ["self", "load_config"]),
         (f"{LOADER}.base_loader.BaseModelLoader.create_model", ["self", "vllm_config", "model_config", "prefix"]),
         (f"{LOADER}.reload.layerwise.finalize_layerwise_processing", ["model", "model_config"]),
         (f"{LOADER}.reload.layerwise.get_layerwise_info", ["layer"]),
@@ -116,6 +118,17 @@ def test_signature(source, name, arguments):
         (f"{LOADER}.reload.layerwise.finalize_layerwise_reload", "finalize_layerwise_processing(*args, **kwargs)"),
         (f"{LOADER}.reload.types.LayerReloadingInfo", "load_numel_total: int | None"),
         (f"{LOADER}.reload.types.LayerReloadingInfo", "return self.load_numel_total is not None"),
+        # a reload makes new parameters on the meta device
+        (f"{LOADER}.reload.layerwise.initialize_layerwise_reload", "restore_layer_on_meta(layer, info)"),
+        # loaders that do not call create_model, which BaseModelLoader.__init__ finds
+        (f"{LOADER}.tensorizer_loader.TensorizerLoader.__init__", "super().__init__(load_config)"),
+        (f"{LOADER}.weight_cache.ipc_loader.IpcModelLoader.__init__", "super().__init__(load_config)"),
+        (f"{LOADER}.modelexpress_loader.ModelExpressModelLoader.__init__", "super().__init__(load_config)"),
+        # dots3-note: Indexer of deepseek_v2 in layers that are numbered as in the checkpoint
+        ("vllm.models.dots3_note.nvidia.model", "class Dots3NoteFullAttention(DeepseekV2MLAAttention)"),
+        ("vllm.models.dots3_note.nvidia.multimodal.Dots3NoteForCausalLM", "'model.': 'language_model.model.'"),
+        # linear methods made for a GPU are subclasses
+        (f"{V32}.glm52_low_latency_gemm", "class GLM52LowLatencyLinearMethod(UnquantizedLinearMethod)"),
         # every linear method processes its weights
         (f"{LOADER}.utils.process_weights_after_loading", "quant_method = getattr(module, 'quant_method', None)"),
         (f"{LOADER}.utils.process_weights_after_loading", "isinstance(quant_method, QuantizeMethodBase)"),
@@ -142,3 +155,10 @@ def test_glm5next_forward_contains_two_gemms(source):
     assert "_wp_fp32" not in changed
     assert "torch.mm" not in changed
     assert "k, weights = self.wk_weights_proj.quant_method.k_and_gate(self.wk_weights_proj, hidden_states)" in changed
+
+
+def test_sm107_table_has_the_projection_of_glm52():
+    """The one linear method that vLLM has tuned for this projection, see docs/vllm.md."""
+    text = text_of(downloaded("0.33.0"), f"{V32}.glm52_low_latency_gemm")
+    assert "_SM107_WK_WEIGHTS_PROJECTION = GLM52ProjectionSpec(n=160, k=6144" in text
+    assert "is_device_capability((10, 7)):\n        return GLM52_PROJECTIONS_SM107" in text

@@ -37,11 +37,10 @@ class TorchKernel(Fp8BlockScaledMMLinearKernel):
         return A.float() @ (B.float() * spread(Bs, (128, 128), B.shape)).T
 
 
-@pytest.fixture(scope="module", params=["deepseek-v3.2", "glm-5.2-fp8"])
-def checkpoint(request, tmp_path_factory):
+def fp8_checkpoint(directory, model="deepseek-v3.2", heads=HEADS, kv_rank=KV_RANK):
     """Path, and layer -> [D + H, K] fp64, the values of its projection."""
     tensors, truth = {}, {}
-    for name, tensor in deepseek(heads=HEADS, kv_rank=KV_RANK).items():
+    for name, tensor in deepseek(heads=heads, kv_rank=kv_rank).items():
         if tensor.ndim == 2 and not any(part in name for part in WIDE):
             tensors[name], tensors[f"{name}_scale_inv"] = quantize_blocks(tensor.float())
         else:
@@ -51,10 +50,15 @@ def checkpoint(request, tmp_path_factory):
         codes, scale = (tensors[f"{stem}wk.weight{suffix}"].double() for suffix in ("", "_scale_inv"))
         wk = codes * spread(scale, (128, 128), codes.shape)
         truth[layer] = torch.cat([wk, tensors[f"{stem}weights_proj.weight"].double()])
-    heads = {"num_attention_heads": HEADS, "num_key_value_heads": HEADS, "kv_lora_rank": KV_RANK}
-    config = {**DEEPSEEK, **heads, "quantization_config": MODELS[request.param].config["quantization_config"]}
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": heads, "kv_lora_rank": kv_rank}
+    config = {**DEEPSEEK, **sizes, "quantization_config": MODELS[model].config["quantization_config"]}
+    return write(directory, tensors, config), truth
+
+
+@pytest.fixture(scope="module", params=["deepseek-v3.2", "glm-5.2-fp8"])
+def checkpoint(request, tmp_path_factory):
     with mock.patch.dict(linear._POSSIBLE_FP8_BLOCK_KERNELS, {PlatformEnum.CPU: [TorchKernel]}):
-        yield write(tmp_path_factory.mktemp("fp8"), tensors, config), truth
+        yield fp8_checkpoint(tmp_path_factory.mktemp("fp8"), request.param)
 
 
 @pytest.mark.parametrize("draft", [False, True], ids=["main", "mtp"])

@@ -5,6 +5,8 @@ here: neither affects the projection.
 """
 
 import importlib.machinery
+import inspect
+import logging
 import sys
 from unittest import mock
 
@@ -34,6 +36,8 @@ from engine.checkpoints import (
     write,
 )
 from engine.harness import activations, assert_close, assert_neighbors_equal, bits, build, projections
+from indexproj.indexer.vllm import glm5next as vllm_glm5next
+from indexproj.indexer.vllm import plugin as vllm_plugin
 
 CONFIG = {
     **{name: setting for name, setting in DEEPSEEK.items() if name != "rope_theta"},
@@ -107,6 +111,45 @@ def test_gate_is_fp32_and_follows_updates(tmp_path, glm5next, encoding):
         model.load_weights(only_projections(tensors).items())
 
 
+def test_source_of_changed_forward(tmp_path):
+    """For tracebacks and debuggers."""
+    model = build(write(tmp_path, checkpoint("bf16")[0], CONFIG))
+    assert "k_and_gate" in inspect.getsource(model.model.layers[0].self_attn.indexer.forward)
+
+
+@pytest.mark.parametrize("encoding", ["bf16", "fp8"])
+def test_unknown_statements_keep_the_forward(tmp_path, glm5next, encoding, caplog):
+    """The fp32 copy of the gate that it reads is ours, renewed in place by updates and reloads."""
+    tensors, truth = checkpoint(encoding)
+    with (
+        mock.patch.object(vllm_glm5next, "TWO_GEMMS", "other = statements"),
+        mock.patch.object(vllm_plugin, "glm5next_forward", vllm_glm5next.glm5next_forward.__wrapped__),
+        caplog.at_level(logging.INFO, "vllm.indexproj"),
+    ):
+        model = build(write(tmp_path, tensors, CONFIG))
+    assert "keeps vLLM's forward of model.layers.1.self_attn.indexer" in caplog.text
+    indexer = model.model.layers[1].self_attn.indexer
+    assert "forward" not in vars(indexer)
+    pointer, config = indexer._wp_fp32.data_ptr(), harness.engine_config(tmp_path)
+    for update in ("gate", "both", "reload", None):
+        with mock.patch.object(glm5next, "_fused_indexer_weight_scale", lambda weights, q_scale, scale: weights):
+            gate = indexer_inputs(indexer)[2]
+        assert_close(gate[:, :H], activations()[0].double() @ truth[1][D:].T, 2e-6)
+        harness.assert_outputs(model, truth)
+        tensors, new = checkpoint(encoding)
+        if update == "gate":
+            model.load_weights([item for item in tensors.items() if "weights_proj" in item[0]])
+            truth = {layer: torch.cat([truth[layer][:D], new[layer][D:]]) for layer in truth}
+            continue
+        truth = new
+        if update == "both":
+            model.load_weights(only_projections(tensors).items())
+        elif update == "reload":
+            with harness.plugin("1"), harness.environment(config):
+                harness.reload_weights(config, model, tensors.items(), None, True)
+    assert indexer._wp_fp32.data_ptr() == pointer
+
+
 @pytest.mark.parametrize("encoding", ["bf16", "fp8"])
 def test_mtp_layer(tmp_path, encoding):
     """As a model of its own: vLLM makes drafts of the multimodal model's config only."""
@@ -126,7 +169,7 @@ def test_lora_leaves_the_projection_alone(tmp_path):
     path = write(tmp_path, checkpoint("bf16")[0], CONFIG)
     model_class = sys.modules["vllm.models.glm5next"].Glm5NextForCausalLM
     with mock.patch.object(model_class, "packed_modules_mapping", {}, create=True):
-        model = build(path)
+        model = build(path, enable_lora=True)
     indexer, config = model.model.layers[0].self_attn.indexer, harness.engine_config(path)
     expected, module = indexer_inputs(indexer), indexer.wk_weights_proj
     with harness.environment(config):

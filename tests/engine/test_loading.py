@@ -8,7 +8,12 @@ import weakref
 import pytest
 import torch
 from safetensors.torch import save_file
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.sharded_state_loader import ShardedStateLoader
+from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
 from vllm.model_executor.model_loader.weight_cache.protocol import UnsupportedQuantForIPCError, check_ipc_quant_support
 
 from engine import checkpoints, harness
@@ -144,6 +149,43 @@ def test_sharded_state(tmp_path):
     state = ShardedStateLoader._filter_subtensors(stock.model.state_dict())
     save_file(state, tmp_path / "model-rank-0-part-0.safetensors")
     assert_outputs(build(tmp_path, load_format="sharded_state"), truth)
+
+
+@pytest.mark.parametrize("saver", ["1", "bf16"])
+def test_save_sharded_state_loads_again(fp8, tmp_path, saver):
+    """With the plugin and without, as bf16."""
+    path, _, truth = fp8
+    (saved := tmp_path / "saved").mkdir()
+    server = create(path, saver)
+    server.load()  # other weights, once processed for a CPU, are not contiguous, which vLLM does not save
+    ShardedStateLoader.save_model(server.model, str(saved))
+    (saved / "config.json").write_text((path / "config.json").read_text())
+    rounded = {layer: values.bfloat16().double() for layer, values in truth.items()}
+    for switch in ("0", "1", "bf16"):
+        assert_outputs(build(saved, switch, load_format="sharded_state"), rounded)
+
+
+def test_loader_that_bypasses_create_model_warns(fp8, caplog):
+    """And serves vLLM's own projection."""
+
+    @register_model_loader("bypass")
+    class Bypass(DefaultModelLoader):
+        def __init__(self, load_config):
+            BaseModelLoader.__init__(self, load_config)
+
+        def load_model(self, vllm_config, model_config):
+            with harness.environment(vllm_config):
+                model = initialize_model(vllm_config)
+                model.load_weights(tensors.items())
+                process_weights_after_loading(model, model_config, torch.device("cpu"))
+            return model
+
+    path, tensors, truth = fp8
+    model = build(path, load_format="bypass")
+    assert "leaves the indexer projections to vLLM: Bypass does not call create_model" in caplog.text
+    assert isinstance(projections(model)[0].quant_method, UnquantizedLinearMethod)
+    x = activations()[0]
+    harness.assert_close(projections(model)[0](x)[0], x.double() @ truth[0].T, 2**-7)
 
 
 def test_inner_load_weights_writes_to_weight(tmp_path):

@@ -3,7 +3,18 @@
 import pytest
 import torch
 
-from engine.checkpoints import BF16, ENCODINGS, FP8, FUSED, INDEXER, checkpoint, only_projections, without_projections
+from engine.checkpoints import (
+    BF16,
+    ENCODINGS,
+    FP8,
+    FUSED,
+    INDEXER,
+    D,
+    checkpoint,
+    only_projections,
+    pair,
+    without_projections,
+)
 from engine.harness import Server, activations, assert_close, assert_outputs, projections
 from indexproj.loading import CheckpointError
 
@@ -87,10 +98,46 @@ def test_load_weights_returns_only_loaded_names(server):
     assert loaded == {name for name in server.pointers if ".layers.1." in name}
 
 
-def test_incomplete_update_warns_and_changes_nothing(server, caplog):
-    server.model.load_weights([(LAST_WK, checkpoint(server.makers)[0][LAST_WK])])
+@pytest.mark.parametrize(("sent", "name"), [("fp8", LAST_WK), ("fp8", LAST_SCALE), ("bf16", LAST_WK)])
+def test_incomplete_matrix_warns_and_changes_nothing(tmp_path, caplog, sent, name):
+    """A matrix in part, or in another layout. The next complete reload drops it."""
+    server = Server(tmp_path, FP8)
+    server.model.load_weights([(name, checkpoint(ENCODINGS[sent])[0][name])])
     assert "layers 1 keep their old weights" in caplog.text
     server.check(server.truth)
+    reload_and_check(server)
+
+
+def test_call_with_parts_of_both_matrices_waits(tmp_path):
+    server = Server(tmp_path, pair("fp8_block", "fp8_block"))
+    tensors, truth = checkpoint(server.makers)
+    server.model.load_weights([item for item in only_projections(tensors).items() if item[0] != LAST_GATE])
+    server.check({0: truth[0], 1: server.truth[1]})
+    server.model.load_weights([(LAST_GATE, tensors[LAST_GATE])])
+    server.check(truth)
+
+
+@pytest.mark.parametrize("rows", [slice(0, D), slice(D, None)], ids=["wk", "weights_proj"])
+def test_single_matrix_takes_effect_when_its_call_ends(server, caplog, rows):
+    """In place, and nothing of it is left over."""
+    tensors, truth = checkpoint(server.makers)
+    stem = LAST_WK.removesuffix("weight") if rows.start == 0 else LAST_GATE.removesuffix("weight")
+    server.model.load_weights([item for item in tensors.items() if item[0].startswith(stem)])
+    server.truth[1][rows] = truth[1][rows]
+    server.check(server.truth)
+    assert "keep their old weights" not in caplog.text
+    reload_and_check(server)
+
+
+def test_sparse_update_is_refused(tmp_path):
+    """It marks unchanged elements NaN."""
+    server = Server(tmp_path, BF16)
+    patch = checkpoint(BF16)[0][LAST_WK]
+    patch[0] = torch.nan
+    with pytest.raises(CheckpointError, match=r"layers\.1.*wk\.weight: expected magnitudes"):
+        server.model.load_weights([(LAST_WK, patch)])
+    server.check(server.truth)
+    reload_and_check(server)
 
 
 @pytest.mark.parametrize("makers", [BF16, FP8], ids=["bf16", "fp8"])

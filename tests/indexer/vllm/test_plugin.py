@@ -13,10 +13,12 @@ from torch import nn
 
 from indexproj.indexer.vllm import plugin as vllm_plugin
 from indexproj.indexer.vllm.glm5next import GLM5NEXT, ONE_LAUNCH, TWO_GEMMS, UnexpectedError, one_launch
-from indexproj.indexer.vllm.layer import IndexerLayer, State
+from indexproj.indexer.vllm.model import IndexerLayer, State
 from indexproj.indexer.vllm.plugin import register
-from indexproj.kernels import target
+from indexproj.kernels import dispatch, target
+from indexproj.kernels.dispatch import TunedTable
 from indexproj.loading import CheckpointError
+from indexproj.loading.names import parse
 from support import bf16_layer, fp8_layer
 
 D, H, K = 128, 16, 256
@@ -69,6 +71,12 @@ def vllm(monkeypatch):
     """The modules that the plugin imports, and the config of a model."""
 
     class BaseModelLoader:
+        def __init__(self, load_config):
+            pass
+
+        def load_model(self):
+            return fake.model
+
         def create_model(self, vllm_config, model_config, prefix=""):
             return fake.model
 
@@ -95,18 +103,19 @@ def vllm(monkeypatch):
         "vllm.model_executor.model_loader.reload.types": SimpleNamespace(LayerReloadingInfo=LayerReloadingInfo),
     }.items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "indexproj.indexer.vllm.model", raising=False)
+    for name in ("method", "model"):
+        monkeypatch.delitem(sys.modules, f"indexproj.indexer.vllm.{name}", raising=False)
     monkeypatch.setattr(target, "target_of", lambda device: None)
     parallel = SimpleNamespace(enable_elastic_ep=False)
-    fake.config = SimpleNamespace(additional_config={"other": 1}, parallel_config=parallel)
+    fake.config = SimpleNamespace(additional_config={"other": 1}, parallel_config=parallel, lora_config=None)
     yield fake
-    sys.modules.pop("indexproj.indexer.vllm.model", None)
+    sys.modules.pop("indexproj.indexer.vllm.method", None)
 
 
 def create(vllm, model):
     vllm.model = model
     config = SimpleNamespace(hf_text_config=SimpleNamespace(num_hidden_layers=4))
-    return vllm.loader().create_model(vllm.config, config)
+    return vllm.loader(None).create_model(vllm.config, config)
 
 
 def is_swapped(model):
@@ -142,7 +151,7 @@ def test_unknown_switch_raises(monkeypatch):
 UNKNOWN_VLLM = {
     "function renamed": lambda vllm: delattr(vllm.loader, "create_model"),
     "method renamed": lambda vllm: delattr(vllm.info, "can_load"),
-    "class moved": lambda vllm: delattr(vllm.linear, "MergedColumnParallelLinear"),
+    "loader takes more": lambda vllm: setattr(vllm.loader, "__init__", lambda self, load_config, device: None),
     "other arguments": lambda vllm: setattr(vllm.layerwise, "finalize_layerwise_processing", lambda model: None),
 }
 
@@ -161,15 +170,81 @@ def test_unknown_vllm_is_not_patched(vllm, change, caplog):
 def test_model_without_indexer_is_not_logged(vllm, caplog):
     """Nor does it need any of the configs."""
     register()
-    vllm.model = Model(indexer_class="vllm.models.other.Indexer")
-    assert vllm.loader().create_model(SimpleNamespace(), SimpleNamespace()) is vllm.model
-    assert not is_swapped(vllm.model)
+    vllm.model = Model(layers=())
+    assert vllm.loader(None).create_model(SimpleNamespace(), SimpleNamespace()) is vllm.model
+    assert not hasattr(vllm.model, "indexproj")
     assert not caplog.records
+
+
+def test_unknown_indexer_class_is_logged(vllm, caplog):
+    """GLM-5.3-Flash's in vLLM 0.30; one that is unknown leaves all to vLLM."""
+    register()
+    model, other = Model((0, 1)), Model((1,), "vllm.models.glm5next.nvidia.attention.Indexer")
+    model.prefix.layers["1"] = other.prefix.layers["1"]
+    assert not is_swapped(create(vllm, model))
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "layers.1.self_attn.indexer is a vllm.models.glm5next.nvidia.attention, expected" in record.getMessage()
+
+
+@pytest.mark.parametrize("layers", [(), (0,)])
+def test_loader_that_bypasses_create_model_is_logged(vllm, caplog, layers):
+    """Once, though ModelExpress wraps a loader in a loader."""
+
+    class Loader(vllm.loader):
+        def load_model(self, prefix=""):
+            return vllm.model if prefix else Loader(None).load_model(prefix="model")
+
+    register()
+    vllm.model = Model(layers)
+    assert Loader(None).load_model() is vllm.model
+    warning = "indexproj leaves the indexer projections to vLLM: Loader does not call create_model"
+    assert [record.getMessage() for record in caplog.records] == [warning] * len(layers)
+
+
+@pytest.mark.parametrize("change", [None, "unsupported"])
+def test_loader_that_calls_create_model_is_not_logged(vllm, caplog, change):
+    """A model that is not swapped has one line, which says why."""
+    register()
+    model = Model().half() if change else Model()
+    create(vllm, model)
+    vllm.loader(None).load_model()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("lora", [None, object()])
+def test_packed_modules_mapping_only_with_lora(vllm, lora):
+    """Trainers read the mapping to look for `.weight` of each module."""
+    register()
+    vllm.config.lora_config, model = lora, Model()
+    model.packed_modules_mapping = {"qkv": ["q", "k", "v"]}
+    create(vllm, model)
+    assert ("wk_weights_proj" in model.packed_modules_mapping) == (lora is not None)
+
+
+class TunedMethod(UnquantizedLinearMethod):
+    pass
+
+
+@pytest.mark.parametrize("shape", [None, (D, H, 2 * K), (D, H, K)])
+def test_tuned_linear_method_stays_unless_measured(vllm, monkeypatch, caplog, shape):
+    register()
+    table = TunedTable({(1, shape, ()): None}, {}) if shape else None
+    monkeypatch.setattr(dispatch, "table_of", lambda device: table)
+    model = Model()
+    model.projection().quant_method = TunedMethod()
+    with caplog.at_level(logging.INFO):
+        create(vllm, model)
+    assert is_swapped(model) == (shape == (D, H, K))
+    (record,) = caplog.records
+    assert record.levelname == "INFO"
+    expected = "replaces TunedMethod of" if is_swapped(model) else "has TunedMethod for this GPU, and"
+    assert expected in record.getMessage()
 
 
 def unreadable_forward(vllm, model):
     cls = type(model.indexer())
-    cls.__module__, cls.__qualname__ = GLM5NEXT.rsplit(".", 1)
+    cls.__module__, cls.__qualname__ = GLM5NEXT.rsplit(".", 1)  # and it does not read _wp_fp32
     exec("def forward(self): pass", namespace := {})
     cls.forward = namespace["forward"]
 
@@ -190,10 +265,10 @@ UNSUPPORTED_MODEL = {
     "no heads": (lambda _, model: delattr(model.indexer(), "n_head"), "WARNING", "n_head"),
     "no method": (lambda _, model: delattr(model.projection(), "quant_method"), "WARNING", "with NoneType"),
     "no class": (lambda vllm, _: delattr(vllm.linear, "UnquantizedLinearMethod"), "WARNING", "Unquantized"),
-    "forward": (unreadable_forward, "WARNING", "could not get source code"),
+    "forward": (unreadable_forward, "WARNING", "expected one that reads _wp_fp32; could not get source code"),
     "load_weights": (lambda _, model: setattr(model, "load_weights", print), "INFO", "load_weights of Model is from"),
     "fp16": (lambda _, model: model.half(), "INFO", "the model is in torch.float16"),
-    "device": (unsupported_device, "INFO", "the kernels need a GPU, not a cpu"),
+    "device": (unsupported_device, "INFO", "wk_weights_proj is on cpu, maybe because its weights are offloaded"),
     "config": (lambda vllm, _: setattr(vllm.config, "additional_config", ""), "INFO", "additional_config is not"),
 }
 
@@ -286,9 +361,9 @@ def test_uninitialized_rows_are_refused(vllm, rows):
 
 
 def test_layer_states():
-    """The transitions in State's docstring."""
-    layer = IndexerLayer("layer", 0, MergedColumnParallelLinear(), None, to_bf16=False)
-    _, gate, wk, scale, _ = fp8_layer().items()
+    """What each call leaves."""
+    layer = IndexerLayer("layer", 0, MergedColumnParallelLinear(), to_bf16=False)
+    _, gate, wk, scale, _ = [(parse(name), tensor) for name, tensor in fp8_layer().items()]
 
     def after(call, *arguments):
         call(*arguments)
@@ -307,19 +382,22 @@ def test_layer_states():
     layer.state, layer.problems = State.READY, []  # as IndexerModel does after a load
     assert after(layer.finish) == ("READY", 0)
     assert after(layer.offer, *wk) == ("COLLECTING", 0)
+    assert after(layer.settle) == ("COLLECTING", 0)  # without its scale
     assert after(layer.abandon) == ("READY", 0)
+    assert after(layer.offer, *gate) == ("COLLECTING", 0)
+    assert after(layer.settle) == ("UPDATED", 0)
 
 
 def test_imports_go_one_way():
     """Each module imports those before it only, lazily too; and before there is a model, neither vLLM nor kernels."""
-    order = ["glm5next", "layer", "model", "plugin", "__init__"]
+    order = ["glm5next", "model", "method", "plugin", "__init__"]
     for number, name in enumerate(order):
         text = (Path(vllm_plugin.__file__).parent / f"{name}.py").read_text()
         assert set(re.findall(r"^ *from \.(\w+)", text, re.MULTILINE)) <= set(order[:number])
-        if name == "layer":
+        if name == "model":
             assert not re.search(r"^ *(from|import) vllm", text, re.MULTILINE)
-        elif name != "model":
-            assert not re.search(r"^(from|import) (vllm|\.layer|\.model|\.\.\.)", text, re.MULTILINE)
+        elif name != "method":
+            assert not re.search(r"^(from|import) (vllm|\.model|\.method|\.\.\.)", text, re.MULTILINE)
 
 
 SOURCE = f"""
