@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import operator
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..kernels.weights import ProjectionWeights
+from .config import Config
 from .headers import DTYPES, Header
-from .layer import DEFAULT_HEAD_DIM, Collector, LayerPlan, check_alike, own
+from .layer import Collector, LayerPlan, check_alike, own, real_device
 from .names import GATE, WK, parse
-from .problems import CheckpointError, Problem
+from .problems import CheckpointError, Problem, log
 
 
 class Assembly:
@@ -25,6 +28,7 @@ class Assembly:
 
     Attributes:
         passed_over: layer -> number of its projection tensors in this load, for layers outside `layers`.
+        warnings: of the last load that finished: odd or rounded values, and layers whose weights are new objects.
     """
 
     def __init__(
@@ -32,32 +36,37 @@ class Assembly:
         layers: Iterable[int],
         device: str | torch.device = "cpu",
         *,
-        index_head_dim: int = DEFAULT_HEAD_DIM,
+        index_head_dim: int | None = None,
         num_hidden_layers: int | None = None,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         """
         Args:
             layers: layers to load; tensors of other layers are counted and ignored.
             device: device of the weights.
             index_head_dim: D, to split `wk_weights_proj`.
-            num_hidden_layers: index of the first MTP layer; needed for tensors named `mtp_layers`.
+            num_hidden_layers: index of the first MTP layer; needed for tensors named `mtp_layers` or `mtp`.
+            config: content of config.json, for its quantization_config and its sizes; the arguments above override it.
         """
+        given = {"index_head_dim": index_head_dim, "num_hidden_layers": num_hidden_layers}
+        sizes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+        self.warnings: list[Problem] = []
         self.passed_over: Counter[int] = Counter()
         self._wanted = frozenset(map(operator.index, layers))
-        self._device = torch.device(device)
-        self._index_head_dim = index_head_dim
-        self._num_hidden_layers = num_hidden_layers
+        self._device = real_device(device)
+        self._config = replace(Config.of(config or {}), **sizes)
         self._live: dict[int, ProjectionWeights] = {}
         self._collector: Collector | None = None
         self._tensors: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)  # layer -> name -> tensor, until bound
         self._bound: dict[int, ProjectionWeights | None] = {}  # None for bad layers
         self._problems: list[Problem] = []  # bad values
+        self._warnings: list[Problem] = []
 
     def begin(self) -> None:
         """Opens a load and drops an unfinished one."""
-        self._collector = Collector(self._index_head_dim, self._num_hidden_layers)
+        self._collector = Collector(self._config)
         self._tensors.clear()
-        self._bound, self._problems = {}, []
+        self._bound, self._problems, self._warnings = {}, [], []
         self.passed_over.clear()
 
     def offer(self, name: str, tensor: Tensor, file: str = "") -> bool:
@@ -73,6 +82,7 @@ class Assembly:
 
         Raises:
             RuntimeError: no load is open.
+            TypeError: tensor is not one.
         """
         collector = self._open_load("offer")
         parsed = parse(name)
@@ -93,32 +103,38 @@ class Assembly:
         if copy is not None:
             self._tensors[number][name] = copy
         if not is_bound and collector.is_complete(number):
-            self._bind(collector.plan(number))
+            try:
+                self._bind(collector.plan(number))
+            except BaseException:
+                collector.withdraw(number, parsed)
+                self._tensors[number].pop(name)
+                raise
         return True
 
     def _bind(self, plan: LayerPlan) -> None:
-        tensors = self._tensors.pop(plan.layer, {})
-        self._bound[plan.layer] = None if plan.problems else plan.bind(tensors, self._problems)
+        tensors = self._tensors[plan.layer]
+        self._bound[plan.layer] = None if plan.problems else plan.bind(tensors, self._problems, self._warnings)
+        del self._tensors[plan.layer]
 
     @property
     def is_complete(self) -> bool:
         """True if a load is open that needs no more tensors."""
         return self._collector is not None and self._wanted <= self._bound.keys()
 
-    def finish(self) -> dict[int, ProjectionWeights]:
-        """Closes the load.
+    def finish(self, *, log_warnings: bool = True) -> dict[int, ProjectionWeights]:
+        """Closes the load, and logs `warnings` as one.
 
         Returns:
             layer -> weights. If encodings and shapes are those of the previous load, its objects and memory are reused
-            and the new values are copied in on the current stream; nothing may read them meanwhile.
+            and the new values are copied in on the current stream; nothing may read them meanwhile. Otherwise they are
+            new objects, and a warning names their layers: CUDA graphs that hold the old ones must be captured again.
 
         Raises:
             CheckpointError: lists all tensors that are missing, duplicate, unknown, misshapen or with bad values.
             RuntimeError: no load is open.
         """
         collector = self._open_load("finish")
-        self._collector = None
-        plans, problems = collector.plans(), collector.problems[None]
+        plans, problems = collector.plans(), [*self._config.problems, *collector.problems[None]]
         check_alike(plans)
         for number in sorted(self._wanted):
             if number not in plans:
@@ -127,6 +143,7 @@ class Assembly:
             problems += plans[number].problems
             if number not in self._bound:
                 self._bind(plans[number])
+        self._collector = None  # only now: if memory ran out before, finish() can be called again
         problems += self._problems
         if problems:
             raise CheckpointError(problems)
@@ -135,8 +152,15 @@ class Assembly:
             assert new is not None
             if live is not None and live.matches(new):
                 live.copy_(new)
-            else:
-                self._live[number] = new
+                continue
+            self._live[number] = new
+            if live is not None:
+                expected, found = (f"{', '.join(map(str, each.formats))} {each.shape}" for each in (live, new))
+                advice = "the weights are new objects: capture CUDA graphs again"
+                self._warnings.append(Problem(f"layer {number}", "", f"{expected} as before", found, advice))
+        self.warnings = self._warnings
+        if log_warnings:
+            log(self.warnings)
         return dict(self._live)
 
     def _open_load(self, call: str) -> Collector:

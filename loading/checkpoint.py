@@ -18,6 +18,19 @@ from .problems import CheckpointError, Problem
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_ADVICE = {  # part of an error of safetensors -> what to do
+    "unknown variant": "the installed safetensors does not know that dtype: install a newer one",
+    "not valid UTF-8": "safetensors opens UTF-8 paths only: rename the file or its directory",
+    "": "the file is truncated, corrupt or a Git LFS pointer: fetch it again",
+}
+
+
+class JsonObject(dict[str, Any]):
+    """A JSON object, and the keys that it has more than once."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
 
 
 class Checkpoint:
@@ -63,7 +76,7 @@ class Checkpoint:
         self.config = Config()
         if os.path.lexists(self.path / CONFIG):
             try:
-                self.config = Config.of(*_read_json(self.path / CONFIG))
+                self.config = Config.of(_read_json(self.path / CONFIG))
             except CheckpointError as error:
                 self.problems += error.problems
         self.problems += self.config.problems
@@ -93,7 +106,7 @@ class Checkpoint:
             if isinstance(error, FileNotFoundError):
                 instead, advice = "no such file", "fetch the rest of the checkpoint"
             elif isinstance(error, SafetensorError):
-                advice = "the file is truncated, corrupt or a Git LFS pointer: fetch it again"
+                advice = next((advice for sign, advice in _ADVICE.items() if sign in str(error)), _ADVICE[""])
             if promised is None:
                 self.problems.append(Problem(file, "", "a readable safetensors file", str(error), advice))
         self.tensors += len(names)
@@ -107,17 +120,19 @@ class Checkpoint:
 
 def _promised(path: Path) -> dict[str, list[str] | None]:
     """file -> projection tensors that the index puts there; None without an index."""
-    if path.is_file() and path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" and os.path.lexists(path) and not path.is_dir():
         return {path.name: None}
     if not os.path.lexists(path / INDEX):
-        if (path / SINGLE).is_file():
-            return {SINGLE: None}
+        # DeepSeek's own inference code writes a file per rank, each with all of the indexers.
+        for single in (path / SINGLE, *sorted(path.glob("model0-mp*.safetensors"))):
+            if os.path.lexists(single):
+                return {single.name: None}
         found = "none of them in this directory" if path.is_dir() else "no directory or .safetensors file"
         advice = "give the directory of a downloaded checkpoint, or one .safetensors file"
         raise CheckpointError([Problem(str(path), "", f"{INDEX} or {SINGLE}", found, advice)])
-    index, repeated = _read_json(path / INDEX)
-    weight_map = index.get("weight_map")
-    if repeated or not isinstance(weight_map, dict) or not weight_map:
+    weight_map = _read_json(path / INDEX).get("weight_map")
+    repeated = weight_map.repeated if isinstance(weight_map, JsonObject) else []
+    if repeated or not weight_map or not isinstance(weight_map, JsonObject):
         found = f"{', '.join(repeated)} more than once" if repeated else "none"
         raise CheckpointError([Problem(INDEX, "", 'a "weight_map" from tensor names to files', found)])
     promised: defaultdict[str, list[str]] = defaultdict(list)
@@ -134,24 +149,19 @@ def _promised(path: Path) -> dict[str, list[str] | None]:
 
 
 def _check_is_file(path: Path) -> None:
-    """Raises OSError for a directory, or a pipe, which would block; open() reports a missing file."""
+    """Raises OSError for a directory, a pipe, which would block, or a bad link; open() reports a missing file."""
+    if path.is_symlink() and not path.exists():
+        raise OSError("a link that leads nowhere")
     if path.exists() and not path.is_file():
         raise OSError("not a file")
 
 
-def _read_json(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """The object in a file, and keys that it or an object in it has more than once."""
-    repeated: list[str] = []
-
-    def note_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        repeated.extend(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        return dict(pairs)
-
+def _read_json(path: Path) -> JsonObject:
     try:
         _check_is_file(path)
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=note_repeated)
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=JsonObject)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError([Problem(path.name, "", "readable JSON", str(error))]) from error
-    if not isinstance(value, dict):
+    if not isinstance(value, JsonObject):
         raise CheckpointError([Problem(path.name, "", "a JSON object", type(value).__name__)])
-    return value, repeated
+    return value

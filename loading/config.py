@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from .problems import Problem
 
 CONFIG = "config.json"
+_QUANTIZATION = ("quantization_config", "compression_config")
+_TRANSFORMS = ("rotation_config", "transform_config")  # auto-round, compressed-tensors
+_SCALE_FORMATS = re.compile(r"(torch\.)?(none|u?e8m0|uint8|(float8_|fp8_)?e[48]m[03]\w*|(b?float|fp)(16|32|64)?)")
+_FOREIGN_CODES = re.compile(r"mx_?int\d*")  # auto-round's MXINT4
+_ACTIVATIONS = ("act", "input", "output", "kv_cache", "bias")  # keys about anything but weights start like this
 _ALL_RUN = ("deepseek_v32", "glm_moe_dsa")  # without a schedule, all hidden layers of these models run an indexer
 _SIZES = ("num_hidden_layers", "num_nextn_predict_layers", "hidden_size", "index_head_dim", "index_n_heads")
 
 
 @dataclass(frozen=True)
+class Veto:
+    """An entry of quantization_config that says what dtypes and shapes cannot show, and that no encoding describes.
+
+    It counts for all weights, or for those with a uint8 tensor in a role: bytes may mean anything.
+    """
+
+    expected: str
+    found: str
+    role: str | None = None
+
+
+@dataclass(frozen=True)
 class Config:
-    """Sizes, each None if the file does not give it, and which layers run their indexer."""
+    """Sizes, each None if the file does not give it, which layers run their indexer, and vetoes."""
 
     num_hidden_layers: int | None = None  # without multi-token-prediction (MTP) layers, which follow
     num_nextn_predict_layers: int | None = None  # MTP layers
@@ -24,36 +43,72 @@ class Config:
     index_n_heads: int | None = None  # H
     # Source -> per hidden layer, True if it runs its indexer, False if it reuses the tokens of an earlier layer.
     schedules: Mapping[str, Sequence[bool]] = field(default_factory=dict)
+    vetoes: tuple[Veto, ...] = ()
     problems: tuple[Problem, ...] = ()
     warnings: tuple[Problem, ...] = ()  # contradictions that do not affect what loads
+    schedule_problems: tuple[Problem, ...] = ()  # these concern the model as a whole, not a single layer
 
     @classmethod
-    def of(cls, values: Mapping[str, Any], repeated: Collection[str] = ()) -> Config:
+    def of(cls, values: Mapping[str, Any]) -> Config:
         """Reads the content of config.json; text_config, which multimodal models nest, takes precedence.
 
         Args:
-            values: the JSON object.
-            repeated: keys that some object in the file has more than once.
+            values: the JSON object. Its attribute `repeated`, if any, lists the keys that the file has more than once.
         """
-        text = values.get("text_config")
-        values = {**values, **text} if isinstance(text, dict) else values
+        nested = values.get("text_config")
+        text: Mapping[str, Any] = nested if isinstance(nested, dict) else {}
+        repeated = ({*getattr(values, "repeated", ())} - text.keys()) | {*getattr(text, "repeated", ())}
+        vetoes = tuple(_vetoes(values))
+        values = {**values, **text}
         problems: list[Problem] = []
         warnings: list[Problem] = []
+        schedule_problems: list[Problem] = []
         sizes = {key: values[key] for key in _SIZES if values.get(key) is not None}
         for key, value in list(sizes.items()):
             if type(value) is not int or not 0 <= value < 1_000_000:
-                problems.append(Problem(CONFIG, "", f"{key} to be an integer from 0 to 999999", f"{value!r:.80}"))
+                problem = Problem(CONFIG, "", f"{key} to be an integer from 0 to 999999", f"{value!r:.80}")
+                (schedule_problems if key == "num_nextn_predict_layers" else problems).append(problem)
                 del sizes[key]
-        schedules = _schedules(values, sizes.get("num_hidden_layers"), problems)
-        for key in repeated:
+        schedules = _schedules(values, sizes.get("num_hidden_layers"), schedule_problems)
+        for key in sorted(repeated):
             problem = Problem(CONFIG, "", "every key once", f"{key} more than once", "only the last one counts")
             (problems if key in _SIZES else warnings).append(problem)
-        return cls(**sizes, schedules=schedules, problems=tuple(problems), warnings=tuple(warnings))
+        notes = {"problems": problems, "warnings": warnings, "schedule_problems": schedule_problems}
+        found: dict[str, Any] = {**sizes, **{name: tuple(each) for name, each in notes.items()}}
+        return cls(schedules=schedules, vetoes=vetoes, **found)
 
     @property
     def schedule(self) -> Sequence[bool]:
         """The first schedule, which counts; empty if there is none."""
         return next(iter(self.schedules.values()), ())
+
+
+def _vetoes(values: Mapping[str, Any]) -> Iterator[Veto]:
+    """Searches all levels of quantization_config, also those of single layers and groups of them."""
+    text = values.get("text_config")
+    places = {"": values, "text_config.": text if isinstance(text, dict) else {}}
+    entries = [(f"{place}{key}", at.get(key)) for place, at in places.items() for key in _QUANTIZATION]
+    while entries:
+        path, value = entries.pop()
+        key, found = path.rpartition(".")[2], f"{path} = {json.dumps(value, default=str):.80} in {CONFIG}"
+        word = value.lower() if isinstance(value, str) else "none"
+        if key.startswith(_ACTIVATIONS):
+            continue
+        if key in _TRANSFORMS and _says_anything(value):
+            yield Veto("weights that multiply x as it comes, without a rotation or transform", found)
+        elif key in ("scale_format", "scale_fmt", "scale_dtype") and not _SCALE_FORMATS.fullmatch(word):
+            yield Veto("scales in E8M0, E4M3 or floating point", found, "scale")
+        elif _FOREIGN_CODES.fullmatch(word):
+            yield Veto("codes in E2M1", found, "weight")
+        elif isinstance(value, dict):
+            entries += [(f"{path}.{name}", each) for name, each in value.items()]
+        elif isinstance(value, list):
+            entries += [(f"{path}.{name}", each) for name, each in enumerate(value)]
+
+
+def _says_anything(value: Any) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(map(_says_anything, parts)) if parts or value in ({}, []) else bool(value)
 
 
 def _schedules(values: Mapping[str, Any], layers: int | None, problems: list[Problem]) -> dict[str, list[bool]]:

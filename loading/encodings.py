@@ -54,9 +54,15 @@ class Encoding:
     # Of N, K and groups per row: role -> tensors that may be missing. Only the end of a load tells if they are.
     optional: Callable[[int, int, int], dict[str, TensorSpec]] | None = None
     bad_values: Callable[[Tensors], Faults] = lambda tensors: {}  # those that `bind` cannot handle
+    exact: Callable[[Tensors], Tensor] | None = None  # the values [N, K] in fp64, if `bind` rounds them to bf16
     per_element: int = 1  # values along K in one element of the weight
-    is_native: bool = True  # False if values are rounded to bf16
+    scale_role: str = "scale"
     scale_name: str = "weight_scale"  # usual spelling, for messages
+
+    @property
+    def is_native(self) -> bool:
+        """False if values are rounded to bf16."""
+        return self.exact is None
 
     def misfits(self, headers: Mapping[str, Header]) -> dict[str, TensorSpec | None]:
         """Compares the tensors beside a "weight" of the right dtype with those of this encoding.
@@ -70,9 +76,9 @@ class Encoding:
         if self.scale_dtypes:
             in_memory = scale_shape((n, k), *scale_group(self.format, k))
             shapes = self.scale_shapes(n, k) if self.scale_shapes else (in_memory,)
-            specs = {"scale": TensorSpec(self.scale_dtypes, shapes), **specs}
+            specs = {self.scale_role: TensorSpec(self.scale_dtypes, shapes), **specs}
         wrong: dict[str, TensorSpec | None] = {r: spec for r, spec in specs.items() if not spec.fits(headers.get(r))}
-        known = {"weight", *specs, *([UNUSED] if specs else [])}
+        known = {"weight", *specs, *UNUSED}
         if self.optional:
             optional = self.optional(n, k, 0 if wrong else headers["scale"].shape[1])
             known |= optional.keys()
@@ -82,7 +88,7 @@ class Encoding:
 
     def spelling(self, role: str) -> str:
         """Last part of the name of a tensor in that role, for messages."""
-        return self.scale_name if role == "scale" else SPELLINGS[role]
+        return self.scale_name if role == self.scale_role else SPELLINGS[role]
 
 
 def _bf16(tensors: Tensors) -> DenseMatrix:
@@ -111,6 +117,14 @@ def _fp8_row(tensors: Tensors) -> Fp8Matrix:
     Source: compressed-tensors' strategy "channel" ([N, 1]); Quark and PyTorch write [N].
     """
     return _fp8(tensors, tensors["scale"].float().view(-1, 1))
+
+
+def _fp8_torchao(tensors: Tensors) -> Fp8Matrix:
+    """FP8 per row under torchao's names.
+
+    Source: torchao's `flatten_tensor_state_dict` of a `Float8Tensor`, as `Float8WeightOnlyConfig` makes it.
+    """
+    return _fp8_row({**tensors, "scale": tensors["row_scale"]})
 
 
 def _fp8_tensor(tensors: Tensors) -> Fp8Matrix:
@@ -185,17 +199,20 @@ def _int4(tensors: Tensors) -> DenseMatrix:
 
     Source: compressed-tensors' `PackedQuantizationCompressor` with 4 bits, which also decodes to bf16.
     """
-    values = _nibbles(tensors["weight"]).float()
-    scale = tensors["scale"].float()
+    return DenseMatrix(_int4_values(tensors).bfloat16())
+
+
+def _int4_values(tensors: Tensors) -> Tensor:
+    values, scale = _nibbles(tensors["weight"]).double(), tensors["scale"].double()
     n, k = values.shape
     zero = torch.zeros_like(scale)
     if "zero_point" in tensors:
-        zero = _nibbles(tensors["zero_point"].T.contiguous()).T[:n].float()
+        zero = _nibbles(tensors["zero_point"].T.contiguous()).T[:n].double()
     if "g_idx" in tensors:
         index = tensors["g_idx"].long()
     else:
         index = torch.arange(k, device=scale.device) // (k // scale.shape[1])
-    return DenseMatrix(((values - zero[:, index]) * scale[:, index]).bfloat16())
+    return (values - zero[:, index]) * scale[:, index]
 
 
 def _int4_scale_shapes(n: int, k: int) -> Shapes:
@@ -234,13 +251,17 @@ _GLOBAL = TensorSpec(("F32",), ((), (1,)))
 
 ENCODINGS = (
     Encoding("BF16", Format.BF16, ("BF16",), _bf16),
-    Encoding("F16", Format.BF16, ("F16",), _bf16, is_native=False),
-    Encoding("F32", Format.BF16, ("F32",), _bf16, is_native=False),
+    Encoding("F16", Format.BF16, ("F16",), _bf16, exact=lambda tensors: tensors["weight"].double()),
+    Encoding("F32", Format.BF16, ("F32",), _bf16, exact=lambda tensors: tensors["weight"].double()),
     Encoding(
         "FP8 128x128", Format.FP8_BLOCK, FP8, _fp8_block, (*FLOAT, *E8M0),
         lambda n, k: (grid := scale_shape((n, k)), (grid[0], 1, grid[1], 1)), scale_name="weight_scale_inv",
     ),
     Encoding("FP8 per row", Format.FP8_ROW, FP8, _fp8_row, FLOAT, lambda n, k: ((n, 1), (n,))),
+    Encoding(
+        "FP8 per row (torchao)", Format.FP8_ROW, FP8, _fp8_torchao, ("F32", "BF16"), scale_role="row_scale",
+        scale_name="_weight_scale",
+    ),
     Encoding("FP8 per tensor", Format.FP8_ROW, FP8, _fp8_tensor, FLOAT, lambda n, k: ((), (1,), (1, 1))),
     Encoding("MXFP8", Format.MXFP8, FP8, _mxfp8, E8M0),
     Encoding(
@@ -258,6 +279,6 @@ ENCODINGS = (
     Encoding(
         "INT4", Format.BF16, ("I32",), _int4, FLOAT, _int4_scale_shapes,
         others={"shape": TensorSpec(("I64", "I32"), ((2,),))}, optional=_int4_optional, bad_values=_int4_bad_values,
-        per_element=8, is_native=False,
+        exact=_int4_values, per_element=8,
     ),
 )  # fmt: skip

@@ -30,7 +30,12 @@ class Header:
 
     @classmethod
     def of(cls, name: str, tensor: Tensor, file: str) -> Header:
-        """Header of a tensor in memory. Subclasses, sparse and meta tensors get a dtype that no encoding accepts."""
+        """Header of a tensor in memory. Subclasses, sparse and meta tensors get a dtype that no encoding accepts.
+
+        Raises TypeError for anything but a tensor.
+        """
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
         dtype, inner = DTYPES.get(tensor.dtype, str(tensor.dtype)), tensor.detach()  # unwraps a Parameter
         if type(inner) is not Tensor or inner.is_meta or inner.layout is not torch.strided:
             dtype += f" in a {type(inner).__name__} ({inner.layout}, {inner.device.type})"

@@ -10,18 +10,27 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..kernels.formats import MAX_ROWS
+from ..kernels.dispatch import accumulator_columns
+from ..kernels.formats import MAX_ROWS, MAX_ROWS_TOGETHER
 from ..kernels.matrix import Matrix
 from ..kernels.weights import ProjectionWeights
+from .config import CONFIG, Config
 from .encodings import Encoding
 from .headers import Header
 from .names import FUSED, GATE, UNUSED, WK, IndexerTensor, parse
 from .problems import Problem
 from .recognition import explain, recognize
-from .values import nan_codes, unusable
+from .values import judge, nan_codes
 
-DEFAULT_HEAD_DIM = 128  # D of every model so far
 BAD_VALUES = "the file is damaged or its export went wrong"
+
+
+def real_device(device: str | torch.device) -> torch.device:
+    """Raises ValueError for the meta device."""
+    device = torch.device(device)
+    if device.type == "meta":
+        raise ValueError("expected a device that holds values, got meta; Plan has shapes and bytes without loading")
+    return device
 
 
 def own(tensor: Tensor, device: torch.device) -> Tensor:
@@ -60,18 +69,36 @@ class MatrixPlan:
         """Bytes in memory if upcast to bf16; 0 without an encoding."""
         return 2 * math.prod(self.shape) if self.layout else 0
 
-    def bind(self, tensors: Mapping[str, Tensor], problems: list[Problem]) -> Matrix | None:
+    def bind(self, tensors: Mapping[str, Tensor], problems: list[Problem], warnings: list[Problem]) -> Matrix | None:
         """The matrix from name -> contiguous tensor; None, and problems, for bad values."""
         assert self.encoding is not None
-        roles = {role: tensors[header.name] for role, header in self.headers.items() if role != UNUSED}
-        faults, matrix = self.encoding.bad_values(roles), None
+        roles = self._roles(tensors)
+        faults, matrix, odd = self.encoding.bad_values(roles), None, ""
         if not faults:
             matrix = self.encoding.bind(roles)
-            faults = nan_codes(roles["weight"]) | unusable(matrix)
+            faults, odd = judge(matrix)
+            faults = nan_codes(roles["weight"]) | faults
         for role, (expected, found) in faults.items():
-            header = self.headers[role if role in self.headers else "scale_2"]  # ModelOpt's global scale
+            header = self.headers[next(r for r in (role, "scale_2", self.encoding.scale_role) if r in self.headers)]
             problems.append(Problem(header.name, header.file, expected, found, BAD_VALUES))
-        return None if faults else matrix
+        if matrix is None or faults:
+            return None
+        if odd:
+            warnings.append(self.wrong("no rows or blocks of zeros and no negative scales", odd, "loaded nevertheless"))
+        if self.encoding.exact and not torch.equal(self.encoding.exact(roles), matrix.dequantize(torch.float64)):
+            warnings.append(self.wrong("values that BF16 holds", f"{self.headers['weight']}", "rounded to BF16"))
+        return matrix
+
+    def exact(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The values [N, K] on disk in fp64, from name -> contiguous tensor."""
+        assert self.encoding is not None
+        roles = self._roles(tensors)
+        return (
+            self.encoding.exact(roles) if self.encoding.exact else self.encoding.bind(roles).dequantize(torch.float64)
+        )
+
+    def _roles(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {role: tensors[header.name] for role, header in self.headers.items() if role not in UNUSED}
 
     def wrong(self, expected: str, found: str = "", advice: str = "") -> Problem:
         """A problem with the weight; without `found`, with its header."""
@@ -100,7 +127,7 @@ class LayerPlan:
     def tensors(self) -> tuple[str, ...]:
         """Names of the tensors to read."""
         headers = [item for plan in (self.wk, self.gate) for item in plan.headers.items()]
-        return tuple(dict.fromkeys(header.name for role, header in headers if role != UNUSED))
+        return tuple(dict.fromkeys(header.name for role, header in headers if role not in UNUSED))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -108,16 +135,25 @@ class LayerPlan:
         (d, k), (h, _) = self.wk.shape, self.gate.shape
         return d, h, k
 
-    def bind(self, tensors: Mapping[str, Tensor], problems: list[Problem]) -> ProjectionWeights | None:
+    def bind(
+        self, tensors: Mapping[str, Tensor], problems: list[Problem], warnings: list[Problem]
+    ) -> ProjectionWeights | None:
         """The weights of a sound layer from name -> contiguous tensor; None, and problems, for bad values."""
-        wk = self.wk.bind(tensors, problems)
-        gate = wk if self.gate.name == self.wk.name else self.gate.bind(tensors, problems)
+        wk = self.wk.bind(tensors, problems, warnings)
+        gate = wk if self.gate.name == self.wk.name else self.gate.bind(tensors, problems, warnings)
         if wk is None or gate is None:
             return None
         if wk is gate:
             d = self.wk.shape[0]
             wk, gate = wk.rows(0, d), wk.rows(d, wk.shape[0])
         return ProjectionWeights.pack(wk, gate)
+
+    def exact(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The values of wk and weights_proj on disk in fp64, from name -> contiguous tensor."""
+        wk = self.wk.exact(tensors)
+        if self.gate.name == self.wk.name:
+            return wk[: self.wk.shape[0]], wk[self.wk.shape[0] :]
+        return wk, self.gate.exact(tensors)
 
     def with_problems(self, *problems: Problem) -> LayerPlan:
         return replace(self, problems=(*self.problems, *problems))
@@ -130,17 +166,16 @@ class Collector:
         problems: layer index -> problems noted so far; None for those that belong to no layer.
     """
 
-    def __init__(self, index_head_dim: int | None, num_hidden_layers: int | None) -> None:
+    def __init__(self, config: Config) -> None:
         self.problems: defaultdict[int | None, list[Problem]] = defaultdict(list)
-        self._index_head_dim = DEFAULT_HEAD_DIM if index_head_dim is None else index_head_dim
-        self._num_hidden_layers = num_hidden_layers
+        self._config = config
         self._stems: dict[int, str] = {}
         self._headers: dict[int, defaultdict[str, dict[str, Header]]] = {}  # layer -> matrix -> role -> header
         self._absent: set[tuple[int, str | None, str]] = set()
 
     def number(self, tensor: IndexerTensor) -> int | None:
         """Layer index of a tensor; None, and a problem, if `mtp_layers` cannot be numbered."""
-        number = tensor.layer(self._num_hidden_layers)
+        number = tensor.layer(self._config.num_hidden_layers)
         if number is None and not self.problems[None]:
             expected = "num_hidden_layers (config.json), after which mtp_layers are numbered"
             self.problems[None].append(Problem(tensor.name, "", expected, "none"))
@@ -168,6 +203,10 @@ class Collector:
             return
         self.problems[number].append(Problem(header.name, header.file, expected, str(header)))
 
+    def withdraw(self, number: int, tensor: IndexerTensor) -> None:
+        """Undoes `add` of a tensor, so that it can be added again."""
+        self._headers[number][tensor.matrix or ""].pop(tensor.role)
+
     def is_complete(self, number: int) -> bool:
         """True if the matrices of a layer are recognized and no tensor can follow. Cheap: called once per tensor."""
         matrices = self._headers[number]
@@ -189,23 +228,44 @@ class Collector:
                 problems.append(Problem(wk.name, apart[0].file, expected, f"{apart[0].name} as well"))
         else:
             wk, gate = (_plan_matrix(stem + name, matrices.get(name, {}), problems) for name in (WK, GATE))
-        for plan in (wk, gate):
-            if plan.shape and plan.shape[0] > MAX_ROWS:
-                problems.append(plan.wrong(f"at most {MAX_ROWS} rows"))
-        if wk.shape and gate.shape and wk.shape[1] != gate.shape[1]:
-            problems.append(gate.wrong(f"wk's K = {wk.shape[1]}"))
+        problems += self._check(wk, gate)
         parts = [(problem, parse(problem.subject)) for problem in problems]
         problems = [p for p, part in parts if not part or (number, part.matrix, part.role) not in self._absent]
-        is_mtp = self._num_hidden_layers is not None and number >= self._num_hidden_layers
+        hidden = self._config.num_hidden_layers
+        is_mtp = hidden is not None and number >= hidden
         return LayerPlan(number, is_mtp, wk, gate, (*self.problems[number], *problems))
+
+    def _check(self, wk: MatrixPlan, gate: MatrixPlan) -> list[Problem]:
+        """Checks recognized matrices against the kernels' limits, the model's sizes and quantization_config."""
+        problems = []
+        rows = [plan.shape[0] for plan in (wk, gate) if plan.shape]
+        if len(rows) == 2 and max(rows) <= MAX_ROWS and accumulator_columns(*rows) > MAX_ROWS_TOGETHER:
+            expected = f"at most {MAX_ROWS_TOGETHER} rows of {WK} and {GATE}, each rounded up to a power of two"
+            problems.append(wk.wrong(expected, f"{rows[0]} and {rows[1]} rows"))
+        if wk.shape and gate.shape and wk.shape[1] != gate.shape[1]:
+            problems.append(gate.wrong(f"wk's K = {wk.shape[1]}"))
+        for plan, axis, key in (wk, 0, "index_head_dim"), (wk, 1, "hidden_size"), (gate, 0, "index_n_heads"):
+            value = getattr(self._config, key)
+            if plan.shape and value not in (None, plan.shape[axis]):
+                found = f"{plan.headers['weight']}, a matrix {list(plan.shape)}"
+                problems.append(plan.wrong(f"{value} in dimension {axis} of the matrix ({key})", found))
+        for plan in (wk, gate)[: 1 if wk.name == gate.name else 2]:
+            if plan.shape and plan.shape[0] > MAX_ROWS:
+                problems.append(plan.wrong(f"at most {MAX_ROWS} rows"))
+            for veto in self._config.vetoes:
+                if plan.encoding and (veto.role is None or plan.headers[veto.role].dtype == "U8"):
+                    problems.append(plan.wrong(veto.expected, veto.found, "dequantize it with its own tool"))
+        return problems
 
     def _split(self, both: MatrixPlan, problems: list[Problem]) -> tuple[MatrixPlan, MatrixPlan]:
         if both.layout is None:
             return both, both
-        d, n = self._index_head_dim, both.layout.shape[0]
+        d, n = self._config.index_head_dim, both.layout.shape[0]
         block, _ = both.layout.group
-        if not 0 < d < n or d % block:
+        if d is None or not 0 < d < n or d % block:
             expected = f"{d} rows of wk (index_head_dim), in whole blocks of scales, followed by those of weights_proj"
+            if d is None:
+                expected = f"index_head_dim, in {CONFIG} or as an argument, to split {FUSED}"
             problems.append(both.wrong(expected))
             return (replace(both, layout=None),) * 2
         return replace(both, layout=both.layout.rows(0, d)), replace(both, layout=both.layout.rows(d, n))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,11 +11,9 @@ from rich.progress import track
 
 from ..kernels.weights import ProjectionWeights
 from .checkpoint import Checkpoint
-from .layer import own
+from .layer import own, real_device
 from .plan import Plan
-from .problems import CheckpointError, Problem
-
-LOGGER = logging.getLogger("indexproj")
+from .problems import CheckpointError, Problem, log
 
 
 def load(
@@ -24,14 +21,19 @@ def load(
     layers: Iterable[int] | None = None,
     device: str | torch.device = "cpu",
     *,
+    index_head_dim: int | None = None,
     progress: bool = False,
 ) -> dict[int, ProjectionWeights]:
-    """Loads the projection of some layers, reading only its own bytes. Logs `Plan.warnings`.
+    """Loads the projection of some layers, reading only its own bytes.
+
+    Logs one warning with `Plan.warnings`, problems of layers that were not asked for, values that are odd, and values
+    that were rounded.
 
     Args:
         checkpoint: a directory, a .safetensors file, or a Checkpoint.
         layers: layers to load; None for all that own an indexer.
         device: device of the weights.
+        index_head_dim: D, to split `wk_weights_proj`; from config.json by default.
         progress: show a progress bar on stderr if that is a terminal.
 
     Returns:
@@ -40,20 +42,21 @@ def load(
     Raises:
         CheckpointError: lists every problem; nothing is loaded.
     """
+    device = real_device(device)
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint(checkpoint)
-    plan = Plan.of(checkpoint)
+    plan = Plan.of(checkpoint, index_head_dim)
     chosen = plan.select(layers)
-    for warning in plan.warnings:
-        LOGGER.warning("%s", warning)
+    problems: list[Problem] = []
+    warnings = [*plan.warnings, *plan.problems]
     console = Console(stderr=True)
     is_shown = progress and console.is_terminal
     loaded: dict[int, ProjectionWeights] = {}
-    problems: list[Problem] = []
     for layer in track(chosen.values(), "Loading", console=console, transient=True, disable=not is_shown):
-        tensors = {name: own(checkpoint.read(name), torch.device(device)) for name in layer.tensors}
-        if weights := layer.bind(tensors, problems):
+        tensors = {name: own(checkpoint.read(name), device) for name in layer.tensors}
+        if weights := layer.bind(tensors, problems, warnings):
             loaded[layer.layer] = weights
     if problems:
         raise CheckpointError(problems)
+    log(warnings)
     return loaded

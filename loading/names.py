@@ -20,16 +20,22 @@ ROLES = {
     "weight_shape": "shape",  # compressed-tensors
     "weight_zero_point": "zero_point",  # compressed-tensors
     "weight_g_idx": "g_idx",  # compressed-tensors
-    "input_scale": "input_scale",  # for activations; accepted and ignored
-    "input_global_scale": "input_scale",
+    "_weight_qdata": "weight",  # torchao
+    "_weight_scale": "row_scale",  # torchao; its MX scales may be in a GEMM library's order, so this is another role
 }
-
-UNUSED = "input_scale"  # the role that loading ignores
+# Scales of activations: accepted beside any weight and ignored.
+UNUSED = frozenset(
+    {
+        "input_scale", "input_scale_inv", "input_scale_2", "input_global_scale", "input_zero_point",
+        "activation_scale", "activation_scale_inv", "output_scale", "output_zero_point",
+    }
+)  # fmt: skip
+ROLES |= {leaf: leaf for leaf in UNUSED}
 
 SPELLINGS = {role: spelling for spelling, role in reversed(ROLES.items())}  # the first spelling of each role
 
 _NAME = re.compile(
-    r"(?P<stem>(?:[\w-]+\.)*(?P<mtp>mtp_)?layers\.(?P<number>\d{1,6})\.self_attn\.indexer\.)"
+    r"(?P<stem>(?:[\w-]+\.)*(?:(?P<mtp>mtp_layers|mtp)|layers)\.(?P<number>\d{1,6})\.(?:self_)?attn\.indexer\.)"
     rf"(?:(?P<matrix>{WK}|{GATE}|{FUSED})(?:\.(?P<leaf>.*))?|.+)",
     re.ASCII | re.DOTALL,
 )
@@ -37,17 +43,20 @@ _NAME = re.compile(
 
 @dataclass(frozen=True)
 class IndexerTensor:
-    """A name `<prefix>layers.<number>.self_attn.indexer.<matrix>.<leaf>`, or another name under `.indexer.`."""
+    """A name `<prefix>layers.<number>.self_attn.indexer.<matrix>.<leaf>`, or another name under `.indexer.`.
+
+    DeepSeek's own inference code writes `layers.<number>.attn.indexer.` and `mtp.<number>.attn.indexer.`.
+    """
 
     name: str
     stem: str  # everything up to and including "indexer."
     number: int
-    is_mtp: bool  # True for `mtp_layers`, which HY-V4 numbers from 0, after the hidden layers
+    is_mtp: bool  # True for `mtp_layers` and `mtp`, which are numbered from 0, after the hidden layers
     matrix: str | None  # WK, GATE or FUSED; None for tensors outside the projection (wq_b, k_norm)
     role: str  # a value of ROLES; for an unknown leaf, a dot and the leaf
 
     def layer(self, num_hidden_layers: int | None) -> int | None:
-        """Layer index in the model; None for `mtp_layers` if num_hidden_layers is unknown."""
+        """Layer index in the model; None for `mtp_layers` and `mtp` if num_hidden_layers is unknown."""
         if not self.is_mtp:
             return self.number
         return None if num_hidden_layers is None else num_hidden_layers + self.number

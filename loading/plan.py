@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .checkpoint import Checkpoint
 from .config import CONFIG, Config
 from .layer import Collector, LayerPlan, check_alike
 from .names import parse
-from .problems import CheckpointError, Problem
+from .problems import CheckpointError, Problem, ranges
 
 
 @dataclass(frozen=True)
@@ -20,41 +20,53 @@ class Plan:
     Attributes:
         layers: layer index -> LayerPlan, ascending, for layers that own an indexer.
         config: config.json.
-        file_problems: problems that belong to no single layer.
+        file_problems: problems that concern any load from these files.
+        model_problems: problems that concern the model as a whole, but no layer that loads: a layer that is missing, a
+            schedule that says nothing.
     """
 
     layers: Mapping[int, LayerPlan]
     config: Config
     file_problems: tuple[Problem, ...]
+    model_problems: tuple[Problem, ...]
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> Plan:
-        """Plans a load. Collects problems and never raises."""
+    def of(cls, checkpoint: Checkpoint, index_head_dim: int | None = None) -> Plan:
+        """Plans a load. Collects problems and never raises; index_head_dim overrides that of config.json."""
         config = checkpoint.config
-        collector = Collector(config.index_head_dim, config.num_hidden_layers)
+        if index_head_dim is not None:
+            config = replace(config, index_head_dim=index_head_dim)
+        collector = Collector(config)
         faults = [(problem, parse(problem.subject)) for problem in checkpoint.problems]
         others = {*checkpoint.neighbours, *(problem.subject for problem, _ in faults)} - checkpoint.headers.keys()
         for tensor in filter(None, map(parse, (*sorted(checkpoint.headers), *sorted(others)))):
             if (number := collector.number(tensor)) is not None:
                 collector.add(number, tensor, checkpoint.headers.get(tensor.name))
+        checkpoint_wide = [problem for problem, part in faults if not part]
         for problem, part in faults:
-            collector.problems[collector.number(part) if part else None].append(problem)
+            if part:
+                collector.problems[collector.number(part)].append(problem)
         layers = collector.plans()
-        layers = {number: layer.with_problems(*_check_sizes(layer, config)) for number, layer in layers.items()}
         check_alike(layers)
-        file_problems = collector.problems[None]
-        if not layers and not file_problems:
+        if config.num_hidden_layers is not None and config.num_nextn_predict_layers is not None:
+            _check_end(layers, config.num_hidden_layers + config.num_nextn_predict_layers)
+        file_problems, model_problems = [*checkpoint_wide], [*collector.problems[None], *config.schedule_problems]
+        if not layers and not file_problems and not model_problems:
             expected = "tensors named ...layers.<L>.self_attn.indexer.wk.weight"
             found, advice = f"none of {checkpoint.tensors} tensors", "is this a model with an indexer?"
             file_problems.append(Problem(str(checkpoint.path), "", expected, found, advice))
-        if checkpoint.is_whole and layers:
-            file_problems += _check_schedule(config, layers)
-        return cls(layers, config, tuple(file_problems))
+        gaps = [layer for layer, runs in enumerate(config.schedule) if runs and layer not in layers]
+        if checkpoint.is_whole and layers and gaps:
+            expected = f"weights for the indexers of layers {ranges(gaps)}, which run by {next(iter(config.schedules))}"
+            found = f"an indexer in layers {ranges(layers)} only"
+            model_problems.append(Problem(CONFIG, "", expected, found))
+        return cls(layers, config, tuple(file_problems), tuple(model_problems))
 
     @property
     def problems(self) -> tuple[Problem, ...]:
-        """Every problem of the files and of the layers."""
-        return (*self.file_problems, *(problem for plan in self.layers.values() for problem in plan.problems))
+        """Every problem of the files, of the model and of the layers."""
+        layers = (problem for plan in self.layers.values() for problem in plan.problems)
+        return (*self.file_problems, *self.model_problems, *layers)
 
     @property
     def warnings(self) -> tuple[Problem, ...]:
@@ -83,11 +95,11 @@ class Plan:
         """The plans of some layers, or of all.
 
         Raises:
-            CheckpointError: a problem in any of them, or a layer without an indexer.
+            CheckpointError: a problem in any of them, or a layer without an indexer; without `layers`, any problem.
             TypeError: a layer index that is not an integer.
         """
         wanted = sorted(set(self.layers if layers is None else map(operator.index, layers)))
-        problems = list(self.file_problems)
+        problems = [*self.file_problems, *(self.model_problems if layers is None else ())]
         for layer in wanted:
             if layer in self.layers:
                 problems += self.layers[layer].problems
@@ -99,39 +111,10 @@ class Plan:
         return {layer: self.layers[layer] for layer in wanted}
 
 
-def _check_sizes(layer: LayerPlan, config: Config) -> list[Problem]:
-    problems = []
-    sizes = (layer.wk, 0, "index_head_dim"), (layer.wk, 1, "hidden_size"), (layer.gate, 0, "index_n_heads")
-    for plan, axis, key in sizes:
-        value = getattr(config, key)
-        if plan.shape and value not in (None, plan.shape[axis]):
-            expected = f"{value} in dimension {axis} of the matrix ({CONFIG}: {key})"
-            problems.append(plan.wrong(expected, f"{plan.headers['weight']}, a matrix {list(plan.shape)}"))
-    return problems
-
-
-def _check_schedule(config: Config, layers: Mapping[int, LayerPlan]) -> list[Problem]:
-    """Checks the layers in the config against those in the files."""
-    problems = []
-    gaps = [layer for layer, runs in enumerate(config.schedule) if runs and layer not in layers]
-    if gaps:
-        expected = f"weights for the indexers of layers {ranges(gaps)}, which run by {next(iter(config.schedules))}"
-        problems.append(Problem(CONFIG, "", expected, f"an indexer in layers {ranges(layers)} only"))
-    if config.num_hidden_layers is not None and config.num_nextn_predict_layers is not None:
-        end = config.num_hidden_layers + config.num_nextn_predict_layers
-        beyond = [layer for layer, plan in layers.items() if layer >= end and ".mtp_layers." not in f".{plan.wk.name}"]
-        if beyond:
+def _check_end(layers: dict[int, LayerPlan], end: int) -> None:
+    """Adds a problem to each layer beyond the last one of the model."""
+    for number, plan in layers.items():
+        part = parse(plan.wk.name)
+        if number >= end and part and not part.is_mtp:
             expected = f"layers below {end} (num_hidden_layers + num_nextn_predict_layers)"
-            problems.append(Problem(CONFIG, "", expected, f"an indexer in layers {ranges(beyond)}"))
-    return problems
-
-
-def ranges(layers: Iterable[int]) -> str:
-    """1, 2, 3, 7 as "1-3, 7"."""
-    runs: list[list[int]] = []
-    for layer in sorted(layers):
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+            layers[number] = plan.with_problems(Problem(f"layer {number}", "", expected, "an indexer in it"))

@@ -19,7 +19,7 @@ def recognize(*items: tuple[str, Header]) -> tuple[Encoding, Matrix] | None:
     encoding = next((each for each in _candidates(headers) if not each.misfits(headers)), None)
     if encoding is None:
         return None
-    return encoding, encoding.bind({role: header.meta() for role, header in items if role != UNUSED})
+    return encoding, encoding.bind({role: header.meta() for role, header in items if role not in UNUSED})
 
 
 def _candidates(headers: Mapping[str, Header]) -> list[Encoding]:
@@ -35,22 +35,42 @@ def explain(matrix: str, headers: Mapping[str, Header]) -> list[Problem]:
     weight = headers.get("weight")
     if candidates := _candidates(headers):
         return _explain_scales(matrix, headers, candidates)
+    dtypes = dict.fromkeys(dtype for encoding in ENCODINGS for dtype in encoding.weight_dtypes)
+    expected = f"a weight in {' or '.join(dtypes)}"
+    if foreign := _foreign(headers):
+        first = weight or headers[".qweight"]
+        advice = (
+            f"this is {foreign}, which is not supported: keep the indexer in BF16, or requantize it to FP8 or NVFP4"
+        )
+        return [Problem(first.name, first.file, expected, str(first), advice)]
     if weight is None:
         known = [header for role, header in headers.items() if role in SPELLINGS]
         file = next((header.file for header in headers.values()), "")
         problem = Problem(f"{matrix}.weight", file, "a weight", f"only {_list(known)}" if known else "no tensor of it")
     else:
-        dtypes = dict.fromkeys(dtype for encoding in ENCODINGS for dtype in encoding.weight_dtypes)
-        expected = "a matrix [N, K]" if weight.dtype in dtypes else f"a weight in {' or '.join(dtypes)}"
+        expected = "a matrix [N, K]" if weight.dtype in dtypes else expected
         problem = Problem(weight.name, weight.file, expected, str(weight))
     return [problem, *(_stray(header, []) for role, header in headers.items() if role not in SPELLINGS)]
+
+
+def _foreign(headers: Mapping[str, Header]) -> str:
+    """The format of another quantizer, if it shows and nothing here reads it; else ""."""
+    if "weight" in headers:
+        return {"I8": "INT8", "U32": "MLX"}.get(headers["weight"].dtype, "")
+    codes, scales, index = (headers.get(role) for role in (".qweight", ".scales", ".g_idx"))
+    if codes is None:
+        return ""
+    rows, columns = codes.shape if len(codes.shape) == 2 else (0, 0)
+    # Of a matrix [N, K], GPTQ packs K and AWQ packs N; both store the transpose.
+    whole, packed = (index.shape[:1], rows) if index else (scales.shape[1:] if scales else (), columns)
+    return f"{'GPTQ' if index else 'AWQ'}{f', {32 * packed // whole[0]} bit' if whole and whole[0] else ''}"
 
 
 def _explain_scales(matrix: str, headers: Mapping[str, Header], candidates: list[Encoding]) -> list[Problem]:
     """Problems with the tensors beside a valid weight; names what each candidate would need beside what fits it."""
     misfits = {encoding: encoding.misfits(headers) for encoding in candidates}
     # If the scale fits some candidates, the others are out of the question.
-    rivals = [encoding for encoding in candidates if "scale" not in misfits[encoding]] or candidates
+    rivals = [encoding for encoding in candidates if encoding.scale_role not in misfits[encoding]] or candidates
     best = min(rivals, key=lambda encoding: len(misfits[encoding]))
     needs = {
         rival.name: " and ".join(f"{rival.spelling(role)} {spec}" for role, spec in misfits[rival].items() if spec)

@@ -1,17 +1,17 @@
-"""Rejects values that no trained matrix has: they would overflow in the kernels' fp32 sums, become NaN, or vanish."""
+"""Judges values: refuses those that overflow in the kernels' fp32 sums, become NaN or vanish, and notes odd ones."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..kernels.formats import spread
 from ..kernels.matrix import DenseMatrix, Fp4Matrix, Fp8Matrix, Matrix
+from .problems import ranges
 
 _LARGEST, _SMALLEST = 2.0**100, 2.0**-100
-_LARGEST_BF16 = (100 + 127) << 7  # the bits of 2**100
+_LEAST = 1e-10  # the largest weight of a matrix is never that small, unless its scales are misread
 _ALL_ZERO = "values other than 0", "nothing but 0, as in a hole that an unfinished download leaves"
-_SCALES = "scales that are 0 or have a magnitude from 2**-100 to 2**100"
+_SCALES = "scales with a magnitude from 2**-100 to 2**100, smaller or 0 only where all codes are 0"
 
 Faults = dict[str, tuple[str, str]]  # role -> (expected values, found values)
 
@@ -25,20 +25,69 @@ def nan_codes(codes: Tensor) -> Faults:
     return {"weight": ("finite values", _summary(codes))} if has_nan else {}
 
 
-def unusable(matrix: Matrix) -> Faults:
-    """Finds tensors of a matrix with other bad values; NaN among FP8 codes is up to `nan_codes`."""
+def judge(matrix: Matrix) -> tuple[Faults, str]:
+    """Finds bad values; NaN among FP8 codes is up to `nan_codes`.
+
+    Returns:
+        tensors with values that are refused, and in words the values that load but that no training leaves: rows and
+        blocks of zeros (pruned heads, half-written files) and negative scales.
+    """
+    faults: Faults = {}
+    oddities = []
     if isinstance(matrix, DenseMatrix):
         # Ignoring the sign, bf16 values sort like their bits, with infinity and NaN above all others.
-        largest = int((matrix.weight.view(torch.int16) & 0x7FFF).amax())
-        if largest > _LARGEST_BF16:
-            return {"weight": ("magnitudes up to 2**100", _summary(matrix.weight))}
-        return {} if largest else {"weight": _ALL_ZERO}
-    assert isinstance(matrix, Fp8Matrix | Fp4Matrix)
-    tensors = dict(zip(("weight", "scale", "global_scale"), matrix.tensors, strict=False))
-    found = {} if _scales_fit(matrix) else {"scale": (_SCALES, _summary(matrix.scale))}
-    if "global_scale" in tensors and not _fits(tensors["global_scale"]).all():
-        found["global_scale"] = _SCALES, _summary(tensors["global_scale"])
-    return found or {role: _ALL_ZERO for role, tensor in tensors.items() if not tensor.view(torch.uint8).max()}
+        bits = (matrix.weight.view(torch.int16) & 0x7FFF).amax(1, keepdim=True)
+        sizes = bits.view(torch.bfloat16).float()
+        if not (sizes <= _LARGEST).all():
+            faults["weight"] = "magnitudes up to 2**100", _summary(matrix.weight)
+    else:
+        assert isinstance(matrix, Fp8Matrix | Fp4Matrix)
+        sizes = _largest_codes(matrix)
+        for role, tensor in zip(("scale", "global_scale"), matrix.tensors[1:], strict=False):
+            scale = tensor.float()
+            factor = scale.repeat_interleave(matrix.group[0] if role == "scale" else 1, 0)[: len(sizes)]
+            size = factor.abs()
+            if not ((size <= _LARGEST) & ((sizes == 0) | (size >= _SMALLEST))).all():
+                faults[role] = (_SCALES, _summary(scale)) if scale.any() else _ALL_ZERO
+            if negative := int((scale < 0).sum()):
+                oddities.append(f"{negative} negative values in {role}")
+            sizes = sizes * size
+    if not faults and (largest := sizes.max().item()) < _LEAST:
+        small = f"weights of a magnitude above {_LEAST}", f"none above {largest:.1e}"
+        faults["weight"] = small if largest else _ALL_ZERO
+    is_zero = sizes == 0
+    if is_zero.any():
+        oddities += _zeros(is_zero, matrix)
+    return faults, ", ".join(oddities)
+
+
+def _largest_codes(matrix: Fp8Matrix | Fp4Matrix) -> Tensor:
+    """The largest magnitude of the codes in each group of columns of a row, [N, ceil(K / group)] fp32."""
+    codes, width = matrix.codes.view(torch.uint8), matrix.group[1]
+    if isinstance(matrix, Fp4Matrix):
+        codes, width = torch.maximum(codes & 7, codes >> 4 & 7), width // 2
+    else:
+        codes = codes & 0x7F
+    n, k = codes.shape
+    groups = torch.nn.functional.pad(codes, (0, -k % width)).view(n, -1, width).amax(2)
+    if isinstance(matrix, Fp4Matrix):
+        return torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], device=codes.device)[groups.int()]
+    return groups.clamp(max=0x7E).view(torch.float8_e4m3fn).float()  # 0x7F is 480 here
+
+
+def _zeros(is_zero: Tensor, matrix: Matrix) -> list[str]:
+    """Rows of zeros, and blocks of zeros in other rows, in words; is_zero is [N, groups of columns]."""
+    rows = is_zero.all(1)
+    found = [f"zeros in rows {ranges(rows.nonzero().flatten().tolist())}"] if rows.any() else []
+    height, width = matrix.group
+    # A block within rows of zeros has been named.
+    bands = [slice(start, start + height) for start in range(0, len(rows), height)]
+    blocks = torch.stack([is_zero[band].all(0) & ~rows[band].all() for band in bands]).nonzero().tolist()
+    if blocks:
+        (i, j), (n, k) = blocks[0], matrix.shape
+        where = f"rows {i * height}-{min(n, (i + 1) * height) - 1}, columns {j * width}-{min(k, (j + 1) * width) - 1}"
+        found.append(f"{len(blocks)} blocks of zeros, the first in {where}")
+    return found
 
 
 def _summary(tensor: Tensor) -> str:
@@ -48,19 +97,3 @@ def _summary(tensor: Tensor) -> str:
         return f"{int(bad.sum())} NaN or infinite of {values.numel()}, the first at {bad.nonzero()[0].tolist()}"
     sizes = values.abs()
     return f"magnitudes from {sizes.min():.1e} to {sizes.max():.1e}"
-
-
-def _fits(scale: Tensor) -> Tensor:
-    size = scale.float().abs()
-    return (size == 0) | (size >= _SMALLEST) & (size <= _LARGEST)  # False for NaN
-
-
-def _scales_fit(matrix: Fp8Matrix | Fp4Matrix) -> bool:
-    fits = _fits(matrix.scale)
-    if fits.all():
-        return True
-    # Quantizers give a group of zeros the smallest scale there is.
-    if not (matrix.scale.float().abs() <= _LARGEST).all():
-        return False
-    elsewhere = spread(fits, matrix.group, matrix.shape)
-    return bool((elsewhere | (matrix.dequantize() == 0)).all())

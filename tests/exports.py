@@ -103,6 +103,13 @@ def fp8_row_flat(n, k):
     return e4m3(n, k, scale, 1, k, "FP8 per row", scale.flatten())
 
 
+def fp8_torchao(n, k):
+    scale = spread_scales(n, 1)
+    export = e4m3(n, k, scale, 1, k, "FP8 per row (torchao)", leaf="_weight_scale")
+    export.tensors["_weight_qdata"] = export.tensors.pop("weight")
+    return export
+
+
 def fp8_tensor(n, k):
     scale = spread_scales(1, 1)
     export = e4m3(n, k, scale, n, k, "FP8 per tensor", scale.view(()))
@@ -215,7 +222,7 @@ EXPORTS = {
     for make in (
         bf16, f16, f32,
         fp8_block, fp8_block_bf16, fp8_block_e8m0, fp8_block_u8, fp8_block_fnuz,
-        fp8_row, fp8_row_flat, fp8_tensor, fp8_tensor_flat, mxfp8, mxfp8_u8, fp8_packed,
+        fp8_row, fp8_row_flat, fp8_torchao, fp8_tensor, fp8_tensor_flat, mxfp8, mxfp8_u8, fp8_packed,
         nvfp4, nvfp4_divisor, mxfp4, mxfp4_e8m0,
         int4, int4_row, int4_zero_point, int4_g_idx,
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from ...loading import Checkpoint, CheckpointError, MatrixPlan, Plan
+from ...loading.problems import ranges
 
 
 def audit(path: Path) -> dict[str, Any]:
@@ -55,20 +56,24 @@ def _matrix(plan: MatrixPlan) -> dict[str, Any]:
 
 
 def _plain(items: Iterable[Any]) -> list[dict[str, Any]]:
-    return [asdict(item) for item in items]
+    return [dict(vars(item)) for item in items]
 
 
 def audit_table(layers: list[dict[str, Any]]) -> Table:
-    """The layers of a report."""
+    """The layers of a report; layers that follow each other and are alike share a row."""
     table = new_table("layer", "wk", "weights_proj", "MB", "MB in BF16", "D, H, K", "runs", "loads")
+    rows: list[tuple[tuple[Any, ...], int]] = []
     for layer in layers:
         wk, gate = layer["wk"], layer["weights_proj"]
         names = (f"{m['encoding'] or '?'}{' to BF16' if m['in_memory'] == 'bf16' else ''}" for m in (wk, gate))
         sizes = [f"{(wk[key] + gate[key]) / 1e6:.2f}" for key in ("kept_bytes", "upcast_bytes")]
         shape = f"{wk['shape'][0]}, {gate['shape'][0]}, {wk['shape'][1]}" if wk["shape"] and gate["shape"] else "-"
         flags = ("yes" if layer[key] else "no" for key in ("runs", "loads"))
-        number = f"{layer['layer']} (MTP)" if layer["is_mtp"] else f"{layer['layer']}"
-        table.add_row(number, *names, *sizes, shape, *flags)
+        # Equal in a run of consecutive layers: the layer less its position.
+        rows.append(((layer["layer"] - len(rows), layer["is_mtp"], *names, *sizes, shape, *flags), layer["layer"]))
+    for (_, is_mtp, *cells), run in groupby(rows, key=lambda row: row[0]):
+        number = ranges(layer for _, layer in run) + " (MTP)" * is_mtp
+        table.add_row(number, *map(str, cells))
     return table
 
 

@@ -6,19 +6,38 @@ between GPU and interpreter before Triton is imported.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+import typer.core
 from rich.console import Console
 
 from ..models import MODELS
 
+
+class _Commands(typer.core.TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        """Reports output that cannot be written, such as to a full disk, without a traceback."""
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise  # the reader has seen enough; Typer exits quietly
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes once more
+            fail(str(error))
+
+
 app = typer.Typer(
+    cls=_Commands,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -75,6 +94,7 @@ def audit(
     others keep their codes in memory. "runs" is "no" for a layer that reuses the tokens selected by an earlier one.
     """
     from ...loading import CheckpointError, Problem
+    from ...loading.problems import summarize
     from .audit import audit as run
     from .audit import audit_table
 
@@ -92,8 +112,8 @@ def audit(
         )
         if counts["unread_shards"]:
             console.print(f"{counts['unread_shards']} shards without projection tensors are missing or unreadable.")
-    for warning in report["warnings"]:
-        complain(f"warning: {Problem(**warning)}", style="yellow")
+    for warning in summarize(Problem(**warning) for warning in report["warnings"]):
+        complain(f"warning: {warning}", style="yellow")
     if report["problems"]:
         fail(str(CheckpointError(Problem(**problem) for problem in report["problems"])))
 
@@ -109,8 +129,8 @@ def verify(
 ) -> None:
     """Run the kernels on a checkpoint and compare with fp64.
 
-    The verdict is "ok" if the error is at most 2e-6 of the largest output. Without a GPU, the same kernels run in
-    Triton's interpreter.
+    The verdict is "ok" if the kernel's own error is at most 2e-6 of the largest output. Without a GPU, the same kernels
+    run in Triton's interpreter.
     """
     import torch
 
@@ -136,8 +156,9 @@ def verify(
         fail(str(error))
     console.print(verify_table(found))
     console.print(
-        "error: fp32 outputs against fp64 with exactly decoded weights, relative to the largest output.\n"
-        "error if BF16: the same for exact products with weights rounded to BF16."
+        "error: fp32 outputs against fp64 with the values on disk, relative to the largest output.\n"
+        "of loading: the part of it that comes from rounding at load; the verdict is on the rest.\n"
+        "if BF16: the error of exact products with weights rounded to BF16."
     )
     if not all(measurement.passed for measurement in found):
         console.print("A kernel is wrong.")

@@ -1,4 +1,4 @@
-"""Runs the kernels on the weights of a checkpoint and compares them with the fp64 reference."""
+"""Runs the kernels on the weights of a checkpoint and compares them with fp64 products of the values on disk."""
 
 from __future__ import annotations
 
@@ -22,23 +22,27 @@ class Measurement(NamedTuple):
     """One projection of one layer.
 
     Attributes:
-        formats: of wk and weights_proj, in memory.
+        encodings: of wk and weights_proj, on disk.
         regime: the kernel that ran.
         error: max |difference| / max |reference| of the fp32 outputs, the larger of k and gate. The reference is the
-            fp64 product with the exactly decoded weights.
-        bf16_error: the same for fp64 products with weights rounded to bf16, as an upcast at load leaves them.
+            fp64 product with the values on disk.
+        load_error: the same for fp64 products with the loaded weights: what loading rounded.
+        kernel_error: the error against these products.
+        bf16_error: the error of fp64 products with weights rounded to bf16, as an upcast at load leaves them.
     """
 
     layer: int
-    formats: tuple[str, ...]
+    encodings: tuple[str, ...]
     m: int
     regime: str
     error: float
+    load_error: float
+    kernel_error: float
     bf16_error: float
 
     @property
     def passed(self) -> bool:
-        return self.error <= MAX_ERROR  # False for NaN
+        return self.kernel_error <= MAX_ERROR  # False for NaN
 
 
 def verify(
@@ -50,23 +54,26 @@ def verify(
         CheckpointError: a layer does not load. Raised before the first measurement.
     """
     loaded = load(checkpoint, plans, device)
-    for layer in plans:
+    for layer, plan in plans.items():
         weights = loaded.pop(layer)
+        on_disk = [matrix.to(device) for matrix in plan.exact({name: checkpoint.read(name) for name in plan.tensors})]
+        encodings = tuple(matrix.encoding.name for matrix in (plan.wk, plan.gate) if matrix.encoding)
         for m in ms:
             x = _activations(m, weights.shape[2]).to(device)
-            exact = reference(x, weights)
-            error = _error(project(x, weights, k_dtype=torch.float32), exact)
-            bf16_error = _error(reference(x, weights.to_bf16()), exact)
+            exact = x.double() @ on_disk[0].T, x.double() @ on_disk[1].T
+            as_loaded = reference(x, weights)
+            outputs = project(x, weights, k_dtype=torch.float32)
+            pairs = (outputs, exact), (as_loaded, exact), (outputs, as_loaded), (reference(x, weights.to_bf16()), exact)
             regime = decide(m, signature_of(weights, torch.float32, torch.float32)).regime
-            yield Measurement(layer, tuple(map(str, weights.formats)), m, regime, error, bf16_error)
+            yield Measurement(layer, encodings, m, regime, *(_error(*pair) for pair in pairs))
 
 
 def verify_table(measurements: Iterable[Measurement]) -> Table:
-    table = new_table("layer", "wk", "weights_proj", "M", "kernel", "error", "error if BF16", "verdict")
+    table = new_table("layer", "wk", "weights_proj", "M", "kernel", "error", "of loading", "if BF16", "verdict")
     for found in measurements:
-        errors = (f"{error:.1e}" for error in (found.error, found.bf16_error))
+        errors = (f"{error:.1e}" for error in (found.error, found.load_error, found.bf16_error))
         verdict = "ok" if found.passed else "WRONG"
-        table.add_row(f"{found.layer}", *found.formats, f"{found.m}", found.regime, *errors, verdict)
+        table.add_row(f"{found.layer}", *found.encodings, f"{found.m}", found.regime, *errors, verdict)
     return table
 
 

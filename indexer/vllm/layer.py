@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from enum import Enum, auto
 from typing import Any
@@ -13,7 +14,7 @@ from ...kernels import DenseMatrix, ProjectionWeights
 from ...loading import Assembly, CheckpointError, Problem
 from ...loading.headers import Header
 from ...loading.names import GATE, WK
-from ...loading.values import unusable
+from ...loading.values import judge
 
 
 class State(Enum):
@@ -49,9 +50,10 @@ class IndexerLayer:
             compiled code guards on what it reads.
         weights: the matrices, unless they are in `module.weight`.
         problems: what is wrong with the current load.
+        warnings: odd or rounded values of the last load.
     """
 
-    def __init__(self, name: str, number: int, module: Any, num_hidden_layers: int | None, to_bf16: bool) -> None:
+    def __init__(self, name: str, number: int, module: Any, config: Mapping[str, Any], to_bf16: bool) -> None:
         d, h = module.output_sizes
         self.name, self.number, self.module = name, number, module
         self.shape: tuple[int, int, int] = (d, h, module.weight.shape[1])  # (D, H, K)
@@ -59,7 +61,8 @@ class IndexerLayer:
         self.layout: str | None = None
         self.weights: ProjectionWeights | None = None
         self.problems: list[Problem] = []
-        self._num_hidden_layers, self._to_bf16 = num_hidden_layers, to_bf16
+        self.warnings: list[Problem] = []
+        self._config, self._to_bf16 = config, to_bf16
         self._assembly: Assembly | None = None
         self._device = module.weight.device
         self._dense: nn.Parameter = module.weight  # during a reload, vLLM puts another one into the module
@@ -79,8 +82,7 @@ class IndexerLayer:
             self.problems.append(Problem(name, "", "no more tensors for a complete layer", str(header)))
             return
         if self._assembly is None:
-            d, hidden = self.shape[0], self._num_hidden_layers
-            self._assembly = Assembly([self.number], self._device, index_head_dim=d, num_hidden_layers=hidden)
+            self._assembly = Assembly([self.number], self._device, index_head_dim=self.shape[0], config=self._config)
             self._assembly.begin()
             self.state = State.COLLECTING
         self._assembly.offer(name, tensor)
@@ -93,11 +95,11 @@ class IndexerLayer:
         try:
             if assembly is not None:
                 self.state = self._idle()
-                self._use(assembly.finish()[self.number])
-                self.state = State.UPDATED
+                self._use(assembly.finish(log_warnings=False)[self.number])
+                self.state, self.warnings = State.UPDATED, assembly.warnings
             elif self.state is not State.UPDATED and not self.problems:
                 held = self.weights or self._split(self._dense.data)
-                if unusable(held.wk) or unusable(held.gate):  # nobody wrote to it, or a sleep discarded it
+                if judge(held.wk)[0] or judge(held.gate)[0]:  # nobody wrote to it, or a sleep discarded it
                     expected, found = f"tensors of {WK} and {GATE}", "none of them, and uninitialized memory"
                     raise CheckpointError([Problem(self.name, "", expected, found)])
                 self.layout, self.state = describe(held), State.READY

@@ -18,7 +18,7 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 from ...kernels import project
 from ...loading import CheckpointError
 from ...loading.names import UNUSED, parse
-from ...loading.plan import ranges
+from ...loading.problems import ranges, summarize
 from .layer import IndexerLayer, State
 
 LOGGER = logging.getLogger("vllm.indexproj")
@@ -69,11 +69,12 @@ class IndexerModel:
         self._class = type(model).__name__
         self._additional_config: dict[str, Any] = vllm_config.additional_config  # part of vLLM's compile cache key
         self._num_hidden_layers = getattr(model_config.hf_text_config, "num_hidden_layers", None)
+        config = {"num_hidden_layers": self._num_hidden_layers, **_quantization(model_config)}
         # A rank that joins gets dummy weights, then the tensors of another rank in order: both need the same layout.
         to_bf16 = to_bf16 or vllm_config.parallel_config.enable_elastic_ep
         for number, name in sorted(names.items()):
             module = model.get_submodule(name)
-            layer = self.layers[number] = IndexerLayer(name, number, module, self._num_hidden_layers, to_bf16)
+            layer = self.layers[number] = IndexerLayer(name, number, module, config, to_bf16)
             module.quant_method = IndexerMethod(layer, self)
         self._load_weights = model.load_weights
         model.load_weights = self.load_weights
@@ -117,6 +118,8 @@ class IndexerModel:
             self._additional_config.setdefault("indexproj", {})[self._class] = f"{version}: {layouts}"
             what = f"{len(self.layers)} indexer projections of {self._class}"
             LOGGER.info("indexproj %s runs %s: %s", version, what, layouts)
+            if lines := summarize(warning for layer in self.layers.values() for warning in layer.warnings):
+                LOGGER.warning("%s", "\n".join(lines))
         self.state = State.READY
 
     def take_updated(self) -> list[Any]:
@@ -138,7 +141,7 @@ class IndexerModel:
                 continue
             # Passed over: layers of other pipeline ranks or models (MTP), and layers that share another one's choice.
             number = parsed.layer(self._num_hidden_layers)
-            if number is not None and number in self.layers and parsed.role != UNUSED:
+            if number is not None and number in self.layers and parsed.role not in UNUSED:
                 self.layers[number].offer(name, tensor)
 
     def _raise_problems(self) -> None:
@@ -163,3 +166,12 @@ class IndexerModel:
                 if module._parameters:  # registered meanwhile, to replace `weight`
                     parameters.pop("weight")
                 module._parameters = {**parameters, **module._parameters}
+
+
+def _quantization(model_config: Any) -> dict[str, Any]:
+    """The quantization_config of a model, from config.json or its text_config."""
+    for name in ("hf_config", "hf_text_config"):
+        value = getattr(getattr(model_config, name, None), "quantization_config", None)
+        if value is not None:
+            return {"quantization_config": value.to_dict() if hasattr(value, "to_dict") else value}
+    return {}

@@ -124,7 +124,7 @@ def test_assembly_strided_tensors():
 @pytest.mark.parametrize("k", [256, 544])
 def test_load_fused_matrix(tmp_path, export, k):
     both = EXPORTS[export](144, k)
-    path = write_checkpoint(tmp_path, named(STEM, "wk_weights_proj", both))
+    path = write_checkpoint(tmp_path, named(STEM, "wk_weights_proj", both), config={"index_head_dim": 128})
     plan, weights = Plan.of(Checkpoint(path)).layers[0], load(path)[0]
     assert torch.equal(weights.wk.dequantize(torch.float64), both.loaded[:128])
     assert torch.equal(weights.gate.dequantize(torch.float64), both.loaded[128:])

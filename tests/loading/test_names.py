@@ -51,7 +51,7 @@ def test_parse_other_indexer_tensors(leaf):
         "model.layers.0.self_attn.indexers_proj.weight", "model.layers.0.self_attn.wk.weight",
         "model.layers.x.self_attn.indexer.wk.weight", "model.layers.٣.self_attn.indexer.wk.weight",
         "model.layers.1234567.self_attn.indexer.wk.weight", "model.layers.0.mlp.indexer.wk.weight",
-        "model.layers.0.attn.indexer.wk.weight", "indexer.wk.weight",
+        "indexer.wk.weight", "mtp.layers.self_attn.indexer.wk.weight", "xmtp.0.attn.indexer.wk.weight",
     ],
 )  # fmt: skip
 def test_parse_unrelated_tensors(name):
