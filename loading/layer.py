@@ -253,7 +253,8 @@ class Collector:
             if plan.shape and plan.shape[0] > MAX_ROWS:
                 problems.append(plan.wrong(f"at most {MAX_ROWS} rows"))
             for veto in self._config.vetoes:
-                if plan.encoding and (veto.role is None or plan.headers[veto.role].dtype == "U8"):
+                header = plan.headers.get(veto.role or "weight")
+                if plan.encoding and header and (veto.role is None or header.dtype == "U8"):
                     problems.append(plan.wrong(veto.expected, veto.found, "dequantize it with its own tool"))
         return problems
 

@@ -39,9 +39,7 @@ def explain(matrix: str, headers: Mapping[str, Header]) -> list[Problem]:
     expected = f"a weight in {' or '.join(dtypes)}"
     if foreign := _foreign(headers):
         first = weight or headers[".qweight"]
-        advice = (
-            f"this is {foreign}, which is not supported: keep the indexer in BF16, or requantize it to FP8 or NVFP4"
-        )
+        advice = f"{foreign} is not supported: keep the indexer in BF16, or requantize it to FP8 or NVFP4"
         return [Problem(first.name, first.file, expected, str(first), advice)]
     if weight is None:
         known = [header for role, header in headers.items() if role in SPELLINGS]

@@ -25,7 +25,8 @@ def test_verify_errors_per_layer(tiny):
         ["1", "FP8 128x128", "BF16", "17", "split_k"],
         ["1", "FP8 128x128", "BF16", "100", "prefill"],
     ]
-    for *_, error, bf16_error, verdict in rows:
+    for *_, error, load_error, bf16_error, verdict in rows:
+        assert float(load_error) == 0
         assert float(error) <= MAX_ERROR < 1e-4 < float(bf16_error)
         assert verdict == "ok"
     assert "interpreter" in result.stdout
@@ -40,6 +41,16 @@ def test_verify_encodings(tmp_path, encoding):
     assert result.exit_code == 0, result.stderr
     ((_, wk, *_, verdict),) = table_rows(result)
     assert (wk, verdict) == (encoding.upper(), "ok")
+
+
+def test_verify_shows_what_loading_rounded(tmp_path):
+    """The reference has the values on disk, so an F32 gate shows its rounding; the kernel is right nevertheless."""
+    stem, (wk, gate) = INDEXER.format(0), (EXPORTS[name](n, 256) for name, n in (("fp8_block", 128), ("f32", 16)))
+    path = write_checkpoint(tmp_path, named(stem, "wk", wk) | named(stem, "weights_proj", gate))
+    ((_, *encodings, m, _, error, load_error, _, verdict),) = table_rows(invoke("verify", path, "--m", 9))
+    assert (encodings, m, verdict) == (["FP8 128x128", "F32"], "9", "ok")
+    assert float(error) == pytest.approx(float(load_error), rel=0.01)
+    assert 1e-4 < float(error) < 1e-2
 
 
 def test_verify_wrong_kernel_exits_with_1(tiny, monkeypatch):
@@ -95,4 +106,4 @@ def test_error_is_the_larger_of_k_and_gate(k, gate, expected):
 
 @pytest.mark.parametrize(("error", "passed"), [(2e-6, True), (2.1e-6, False), (math.nan, False)])
 def test_verdict(error, passed):
-    assert Measurement(0, ("BF16", "BF16"), 1, "gemv", error, 0.0).passed == passed
+    assert Measurement(0, ("BF16", "BF16"), 1, "gemv", 1.0, 1.0, error, 0.0).passed == passed

@@ -56,3 +56,13 @@ def test_parse_other_indexer_tensors(leaf):
 )  # fmt: skip
 def test_parse_unrelated_tensors(name):
     assert parse(name) is None
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+@pytest.mark.parametrize(
+    ("middle", "is_mtp"), [("layers.3.attn", False), ("mtp.0.attn", True), ("mtp.0.self_attn", True)]
+)
+def test_parse_deepseek_inference(prefix, middle, is_mtp):
+    tensor = parse(f"{prefix}{middle}.indexer.wk.scale")
+    assert (tensor.stem, tensor.role, tensor.is_mtp) == (f"{prefix}{middle}.indexer.", "scale", is_mtp)
+    assert tensor.layer(61) == (61 if is_mtp else 3)

@@ -123,3 +123,16 @@ def test_reload_reaches_a_module_that_holds_the_weights():
         send(assembly, tensors)
         assert torch.equal(fused_weight, torch.cat((tensors[WK], tensors[GATE])))
         assert torch.equal(reference(x, module.weights)[1], x.double() @ tensors[GATE].double().T)
+
+
+def test_reload_in_another_encoding_is_a_warning(caplog):
+    """Its weights are new objects, which a holder of CUDA graphs must know."""
+    assembly = Assembly([0, 1])
+    for make, warned in ((fp8_layer, False), (fp8_layer, False), (bf16_layer, True), (bf16_layer, False)):
+        caplog.clear()
+        send(assembly, make(0), make(1))
+        assert [record.getMessage() for record in caplog.records] == warned * [
+            "layer {0-1}: expected FP8 128x128, BF16 (128, 16, 256) as before, found BF16, BF16 (128, 16, 256); the "
+            "weights are new objects: capture CUDA graphs again"
+        ]
+        assert len(assembly.warnings) == 2 * warned

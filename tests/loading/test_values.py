@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from exports import EXPORTS, bf16, fp8_block, named
-from indexproj.loading import load
+from indexproj.loading import Assembly, load
 from indexproj.loading.layer import BAD_VALUES
 from indexproj.loading.names import ROLES
 from support import GATE, INDEXER, SCALE, WK, only, problems_of, write_checkpoint
@@ -108,3 +108,88 @@ def test_bad_values_come_together(tmp_path):
     damaged |= {name.replace("layers.0", "layers.1"): tensor.clone() for name, tensor in damaged.items()}
     subjects = [problem.subject for problem in problems_of(write_checkpoint(tmp_path, damaged))]
     assert subjects == [name.replace("layers.0", f"layers.{n}") for n in (0, 1) for name in (WK, SCALE, GATE)]
+
+
+HALF = torch.arange(128)[:, None] >= 64
+# Export, role, change of its tensor -> what the one warning says.
+ODD = [
+    ("bf16", "weight", lambda t: t.masked_fill(HALF, 0), "zeros in rows 64-127"),
+    ("fp8_block", "weight", lambda t: (t.float() * ~HALF).to(t.dtype), "zeros in rows 64-127"),
+    ("fp8_block", "weight", lambda t: (t.float() * (torch.arange(256) < 128)).to(t.dtype),
+     "1 blocks of zeros, the first in rows 0-127, columns 128-255"),
+    ("fp8_row", "weight", lambda t: (t.float() * (torch.arange(128)[:, None] % 64 > 0)).to(t.dtype),
+     "zeros in rows 0, 64"),
+    ("mxfp8", "weight", lambda t: (t.float() * (torch.arange(256) < 224)).to(t.dtype),
+     "128 blocks of zeros, the first in rows 0-0, columns 224-255"),
+    ("nvfp4", "weight", lambda t: t * ~HALF, "zeros in rows 64-127"),
+    ("mxfp4", "weight", lambda t: torch.where(HALF, 0x80 | 8, t).to(t.dtype), "zeros in rows 64-127"),
+    ("fp8_block", "scale", lambda t: -t, "2 negative values in scale"),
+    ("fp8_row", "scale", lambda t: t.index_fill(0, torch.tensor([5]), -1.0), "1 negative values in scale"),
+    ("nvfp4", "scale_2", lambda t: -t, "128 negative values in global_scale"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("export", "role", "change", "found"), ODD)
+def test_odd_values_load_with_one_warning(tmp_path, caplog, export, role, change, found):
+    """Pruned heads exist, and so do half-written files."""
+    layers = {}
+    for layer in range(3):
+        tensors = EXPORTS[export](128, 256).tensors
+        if layer:
+            leaf = next(leaf for leaf in tensors if ROLES[leaf] == role)
+            tensors[leaf] = change(tensors[leaf])
+        stem = INDEXER.format(layer)
+        layers |= {f"{stem}wk.{leaf}": tensor for leaf, tensor in tensors.items()}
+        layers |= named(stem, "weights_proj", bf16(16, 256))
+    path = write_checkpoint(tmp_path, layers)
+    with caplog.at_level("WARNING", "indexproj"):
+        assert list(load(path)) == [0, 1, 2]
+    message = only(caplog.records).getMessage()
+    assert "layers.{1-2}.self_attn.indexer.wk.weight" in message
+    assert f"found {found}" in message
+    caplog.clear()
+    load(path, [0])
+    assert not caplog.records
+    assembly = Assembly(range(3))
+    assembly.begin()
+    for name, tensor in layers.items():
+        assembly.offer(name, tensor)
+    assembly.finish()
+    assert only(caplog.records).getMessage() in (message, message.replace(" in model-00001-of-00001.safetensors", ""))
+    assert {warning.found for warning in assembly.warnings} == {found}
+
+
+@pytest.mark.parametrize(
+    ("export", "role", "change", "subject"),
+    [
+        ("bf16", "weight", lambda t: t * 1e-30, "weight"),
+        ("fp8_block", "weight", lambda t: torch.full_like(t.view(torch.uint8), 0x80).view(t.dtype), "weight"),
+        ("mxfp8", "weight", lambda t: torch.full_like(t.view(torch.uint8), 0x80).view(t.dtype), "weight"),
+        ("nvfp4", "weight", lambda t: torch.full_like(t, 0x88), "weight"),
+        ("fp8_block", "scale", lambda t: t * torch.tensor([1.0, 0.0]), "scale"),
+        ("fp8_row", "scale", lambda t: t.index_fill(0, torch.tensor([5]), 0.0), "scale"),
+        ("fp8_tensor", "scale", lambda t: t * 1e-14, "weight"),
+        ("nvfp4", "scale_2", lambda t: t * 0, "scale_2"),
+    ],
+)
+def test_weights_that_vanish(tmp_path, export, role, change, subject):
+    tensors = EXPORTS[export](128, 256).tensors
+    leaf = {ROLES[leaf]: leaf for leaf in tensors}
+    tensors[leaf[role]] = change(tensors[leaf[role]])
+    problem = only(problems_of(write(tmp_path, tensors)))
+    assert (problem.subject, problem.advice) == (f"{STEM}wk.{leaf[subject]}", BAD_VALUES)
+
+
+def test_rounding_is_one_warning(tmp_path, caplog):
+    """It names the layers; a trainer's F32 copy of BF16 values loses nothing and gets none."""
+    tensors = {}
+    for layer in range(4):
+        gate = EXPORTS["f32" if layer < 3 else "bf16"](16, 256)
+        tensors |= named(INDEXER.format(layer), "weights_proj", gate)
+        tensors[f"{INDEXER.format(layer)}wk.weight"] = EXPORTS["bf16"](128, 256).tensors["weight"].float()
+    with caplog.at_level("WARNING", "indexproj"):
+        load(write_checkpoint(tmp_path, tensors))
+    assert "layers.{0-2}.self_attn.indexer.weights_proj.weight" in only(caplog.records).getMessage()
+    assert (
+        caplog.records[0].getMessage().endswith("expected values that BF16 holds, found F32 [16, 256]; rounded to BF16")
+    )
