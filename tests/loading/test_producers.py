@@ -28,6 +28,7 @@ from torch import Tensor
 from torchao.prototype.mx_formats.mx_tensor import MXTensor, to_dtype, to_mx
 from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
 from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+from torchao.quantization import Float8WeightOnlyConfig, quantize_
 from transformers import GlmMoeDsaConfig, GlmMoeDsaForCausalLM
 
 from indexproj.loading import Checkpoint, CheckpointError, Plan, load
@@ -159,6 +160,17 @@ def torchao_file(weight):
     return {name.removeprefix("wk."): tensor for name, tensor in tensors.items()}
 
 
+def torchao_float8(weight):
+    module = torch.nn.Sequential(linear(weight))
+    quantize_(module, Float8WeightOnlyConfig())
+    tensors, _ = flatten_tensor_state_dict({"wk.weight": module[0].weight})
+    return {name.removeprefix("wk."): tensor for name, tensor in tensors.items()}
+
+
+def torchao_float8_decode(tensors):
+    return tensors["_weight_qdata"].double() * tensors["_weight_scale"].double()
+
+
 def torchao_nvfp4(weight):
     quantized = NVFP4Tensor.to_nvfp4(weight, per_tensor_scale=per_tensor_amax_to_scale(weight.abs().max()))
     return {"weight": quantized.qdata, "weight_scale": quantized.scale, "weight_scale_2": quantized.per_tensor_scale}
@@ -211,6 +223,7 @@ FORMATS = {
     ),
     "ModelOpt MXFP8": _exported("MXFP8", 32, 416, mtq.MXFP8_DEFAULT_CFG, modelopt(MXFP8QTensor)),
     "ModelOpt MXFP4": _exported("MXFP4", 32, 416, mtq.MXFP4_DEFAULT_CFG, MXFP4),
+    "torchao Float8WeightOnly": Format(torchao_float8, torchao_float8_decode, "FP8 per row (torchao)", WHOLE, 420),
     "torchao MXFP8": torchao_mx("MXFP8", torch.float8_e4m3fn),
     "torchao MXFP4": torchao_mx("MXFP4", torch.float4_e2m1fn_x2),
     # It multiplies the two scales, and the code by that, in fp32: each rounds by up to 2**-24.
@@ -290,7 +303,7 @@ REFUSED = {
     "compressed-tensors MXFP6A16": (partial(compress, preset="MXFP6A16"), "weight_scale"),
     "ModelOpt W4A8_NVFP4_FP8": (partial(export, config=mtq.W4A8_NVFP4_FP8_CFG), "weight_scale"),
     "ModelOpt INT4_AWQ": (partial(export, config=mtq.INT4_AWQ_CFG), "weight_scale"),
-    "torchao MXTensor": (torchao_file, "_weight_qdata"),
+    "torchao MXTensor": (torchao_file, "_weight_scale"),  # may be in a GEMM library's order
 }
 
 

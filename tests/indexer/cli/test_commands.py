@@ -28,6 +28,15 @@ def test_bad_input_exits_with_2(tmp_path, arguments, message):
     assert message in result.stderr
 
 
+@pytest.mark.parametrize("option", [[], ["--json"]])
+def test_full_disk(tmp_path, option):
+    path = write_checkpoint(tmp_path, fp8_layer())
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "indexproj", "audit", path, *option]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (result.returncode, result.stderr) == (2, "[Errno 28] No space left on device\n")
+
+
 def test_help_imports_neither_torch_nor_triton():
     script = "import sys\nfrom indexproj.__main__ import app\n"
     script += "try: app(['--help'])\nexcept SystemExit: pass\nassert not {'torch', 'triton'} & set(sys.modules)"

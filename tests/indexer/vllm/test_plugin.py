@@ -248,6 +248,36 @@ def test_mtp_layer_and_additional_config(vllm):
 
 @pytest.mark.parametrize("rows", [slice(0), slice(D), slice(D, None)], ids=["none", "wk", "weights_proj"])
 def test_uninitialized_rows_are_refused(vllm, rows):
+
+
+@pytest.mark.parametrize("where", ["hf_config", "hf_text_config"])
+def test_quantization_config_has_a_veto(vllm, where):
+    register()
+    model = vllm.model = Model()
+    config = SimpleNamespace(hf_text_config=SimpleNamespace(num_hidden_layers=4), hf_config=SimpleNamespace())
+    getattr(config, where).quantization_config = {"rotation_config": {"block_size": 32}}
+    vllm.loader().create_model(vllm.config, config)
+    model.load_weights(bf16_layer().items())
+    with pytest.raises(CheckpointError, match="rotation_config"):
+        model.projection().quant_method.process_weights_after_loading(None)
+
+
+def test_rounding_is_logged_once(vllm, caplog):
+    register()
+    model = Model(layers=(0, 1, 2))
+    create(vllm, model)
+    for layer in range(3):
+        weights = {name: (tensor.float() * 1.001) for name, tensor in bf16_layer(layer).items()}
+        model.load_weights(weights.items())
+    with caplog.at_level("WARNING"):
+        model.projection().quant_method.process_weights_after_loading(None)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 1
+    assert "model.layers.{0-2}.self_attn.indexer.wk.weight" in lines[0]
+    assert "rounded to BF16" in lines[0]
+
+
+def test_uninitialized_rows_are_refused(vllm):
     register()
     model = create(vllm, Model((0, 1)))
     model.projection().weight.data[rows] = 1  # the others are NaN
