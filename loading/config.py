@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from .problems import Problem
 
@@ -20,16 +20,12 @@ _ALL_RUN = ("deepseek_v32", "glm_moe_dsa")  # without a schedule, all hidden lay
 _SIZES = ("num_hidden_layers", "num_nextn_predict_layers", "hidden_size", "index_head_dim", "index_n_heads")
 
 
-@dataclass(frozen=True)
-class Veto:
-    """An entry of quantization_config that says what dtypes and shapes cannot show, and that no encoding describes.
-
-    It counts for all weights, or for those with a uint8 tensor in a role: bytes may mean anything.
-    """
+class Veto(NamedTuple):
+    """An entry of quantization_config that says what dtypes and shapes cannot show, and that no encoding describes."""
 
     expected: str
     found: str
-    role: str | None = None
+    role: str | None = None  # counts only for weights with a uint8 tensor in that role: bytes may mean anything
 
 
 @dataclass(frozen=True)
@@ -60,10 +56,9 @@ class Config:
         repeated = ({*getattr(values, "repeated", ())} - text.keys()) | {*getattr(text, "repeated", ())}
         vetoes = tuple(_vetoes(values))
         values = {**values, **text}
-        problems: list[Problem] = []
-        warnings: list[Problem] = []
-        schedule_problems: list[Problem] = []
-        sizes = {key: values[key] for key in _SIZES if values.get(key) is not None}
+        notes: list[list[Problem]] = [[], [], []]
+        problems, warnings, schedule_problems = notes
+        sizes: dict[str, Any] = {key: values[key] for key in _SIZES if values.get(key) is not None}
         for key, value in list(sizes.items()):
             if type(value) is not int or not 0 <= value < 1_000_000:
                 problem = Problem(CONFIG, "", f"{key} to be an integer from 0 to 999999", f"{value!r:.80}")
@@ -73,9 +68,7 @@ class Config:
         for key in sorted(repeated):
             problem = Problem(CONFIG, "", "every key once", f"{key} more than once", "only the last one counts")
             (problems if key in _SIZES else warnings).append(problem)
-        notes = {"problems": problems, "warnings": warnings, "schedule_problems": schedule_problems}
-        found: dict[str, Any] = {**sizes, **{name: tuple(each) for name, each in notes.items()}}
-        return cls(schedules=schedules, vetoes=vetoes, **found)
+        return cls(*map(sizes.get, _SIZES), schedules, vetoes, *map(tuple, notes))  # type: ignore[call-arg]
 
     @property
     def schedule(self) -> Sequence[bool]:
@@ -94,7 +87,7 @@ def _vetoes(values: Mapping[str, Any]) -> Iterator[Veto]:
         word = value.lower() if isinstance(value, str) else "none"
         if key.startswith(_ACTIVATIONS):
             continue
-        if key in _TRANSFORMS and _says_anything(value):
+        if key in _TRANSFORMS and value and value != {"config_groups": {}}:
             yield Veto("weights that multiply x as it comes, without a rotation or transform", found)
         elif key in ("scale_format", "scale_fmt", "scale_dtype") and not _SCALE_FORMATS.fullmatch(word):
             yield Veto("scales in E8M0, E4M3 or floating point", found, "scale")
@@ -104,11 +97,6 @@ def _vetoes(values: Mapping[str, Any]) -> Iterator[Veto]:
             entries += [(f"{path}.{name}", each) for name, each in value.items()]
         elif isinstance(value, list):
             entries += [(f"{path}.{name}", each) for name, each in enumerate(value)]
-
-
-def _says_anything(value: Any) -> bool:
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return any(map(_says_anything, parts)) if parts or value in ({}, []) else bool(value)
 
 
 def _schedules(values: Mapping[str, Any], layers: int | None, problems: list[Problem]) -> dict[str, list[bool]]:

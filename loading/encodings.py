@@ -259,7 +259,7 @@ ENCODINGS = (
     ),
     Encoding("FP8 per row", Format.FP8_ROW, FP8, _fp8_row, FLOAT, lambda n, k: ((n, 1), (n,))),
     Encoding(
-        "FP8 per row (torchao)", Format.FP8_ROW, FP8, _fp8_torchao, ("F32", "BF16"), scale_role="row_scale",
+        "FP8 per row (torchao)", Format.FP8_ROW, ("F8_E4M3",), _fp8_torchao, ("F32", "BF16"), scale_role="row_scale",
         scale_name="_weight_scale",
     ),
     Encoding("FP8 per tensor", Format.FP8_ROW, FP8, _fp8_tensor, FLOAT, lambda n, k: ((), (1,), (1, 1))),

@@ -15,7 +15,7 @@ from ..kernels.formats import MAX_ROWS, MAX_ROWS_TOGETHER
 from ..kernels.matrix import Matrix
 from ..kernels.weights import ProjectionWeights
 from .config import CONFIG, Config
-from .encodings import Encoding
+from .encodings import Encoding, Tensors
 from .headers import Header
 from .names import FUSED, GATE, UNUSED, WK, IndexerTensor, parse
 from .problems import Problem
@@ -69,7 +69,7 @@ class MatrixPlan:
         """Bytes in memory if upcast to bf16; 0 without an encoding."""
         return 2 * math.prod(self.shape) if self.layout else 0
 
-    def bind(self, tensors: Mapping[str, Tensor], problems: list[Problem], warnings: list[Problem]) -> Matrix | None:
+    def bind(self, tensors: Tensors, problems: list[Problem], warnings: list[Problem]) -> Matrix | None:
         """The matrix from name -> contiguous tensor; None, and problems, for bad values."""
         assert self.encoding is not None
         roles = self._roles(tensors)
@@ -89,15 +89,14 @@ class MatrixPlan:
             warnings.append(self.wrong("values that BF16 holds", f"{self.headers['weight']}", "rounded to BF16"))
         return matrix
 
-    def exact(self, tensors: Mapping[str, Tensor]) -> Tensor:
+    def exact(self, tensors: Tensors) -> Tensor:
         """The values [N, K] on disk in fp64, from name -> contiguous tensor."""
         assert self.encoding is not None
         roles = self._roles(tensors)
-        return (
-            self.encoding.exact(roles) if self.encoding.exact else self.encoding.bind(roles).dequantize(torch.float64)
-        )
+        exact = self.encoding.exact
+        return exact(roles) if exact else self.encoding.bind(roles).dequantize(torch.float64)
 
-    def _roles(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _roles(self, tensors: Tensors) -> dict[str, Tensor]:
         return {role: tensors[header.name] for role, header in self.headers.items() if role not in UNUSED}
 
     def wrong(self, expected: str, found: str = "", advice: str = "") -> Problem:
@@ -135,9 +134,7 @@ class LayerPlan:
         (d, k), (h, _) = self.wk.shape, self.gate.shape
         return d, h, k
 
-    def bind(
-        self, tensors: Mapping[str, Tensor], problems: list[Problem], warnings: list[Problem]
-    ) -> ProjectionWeights | None:
+    def bind(self, tensors: Tensors, problems: list[Problem], warnings: list[Problem]) -> ProjectionWeights | None:
         """The weights of a sound layer from name -> contiguous tensor; None, and problems, for bad values."""
         wk = self.wk.bind(tensors, problems, warnings)
         gate = wk if self.gate.name == self.wk.name else self.gate.bind(tensors, problems, warnings)
@@ -148,7 +145,7 @@ class LayerPlan:
             wk, gate = wk.rows(0, d), wk.rows(d, wk.shape[0])
         return ProjectionWeights.pack(wk, gate)
 
-    def exact(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def exact(self, tensors: Tensors) -> tuple[Tensor, Tensor]:
         """The values of wk and weights_proj on disk in fp64, from name -> contiguous tensor."""
         wk = self.wk.exact(tensors)
         if self.gate.name == self.wk.name:
