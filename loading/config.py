@@ -68,7 +68,7 @@ class Config:
         for key in sorted(repeated):
             problem = Problem(CONFIG, "", "every key once", f"{key} more than once", "only the last one counts")
             (problems if key in _SIZES else warnings).append(problem)
-        return cls(*map(sizes.get, _SIZES), schedules, vetoes, *map(tuple, notes))  # type: ignore[call-arg]
+        return cls(*map(sizes.get, _SIZES), schedules, vetoes, *map(tuple, notes))  # type: ignore[arg-type, call-arg]
 
     @property
     def schedule(self) -> Sequence[bool]:

@@ -104,7 +104,7 @@ def test_no_tensor_of_an_encoding_is_optional(matrix, export):
         if not name.endswith(("zero_point", "g_idx", "input_scale")):
             problem = only(streamed_problems({n: t for n, t in (tensors | exported).items() if n != name}))
             assert problem.subject.startswith(f"{STEM}{matrix}.") or (not tensors and len(exported) == 1)
-            assert name.rpartition(".")[2] in str(problem) or name.endswith(("weight", "packed"))
+            assert name.rpartition(".")[2] in str(problem) or name.endswith(("weight", "packed", "qdata"))
 
 
 def test_missing_scale_lists_all_that_would_fit(tmp_path):
