@@ -246,10 +246,6 @@ def test_mtp_layer_and_additional_config(vllm):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("rows", [slice(0), slice(D), slice(D, None)], ids=["none", "wk", "weights_proj"])
-def test_uninitialized_rows_are_refused(vllm, rows):
-
-
 @pytest.mark.parametrize("where", ["hf_config", "hf_text_config"])
 def test_quantization_config_has_a_veto(vllm, where):
     register()
@@ -277,7 +273,8 @@ def test_rounding_is_logged_once(vllm, caplog):
     assert "rounded to BF16" in lines[0]
 
 
-def test_uninitialized_rows_are_refused(vllm):
+@pytest.mark.parametrize("rows", [slice(0), slice(D), slice(D, None)], ids=["none", "wk", "weights_proj"])
+def test_uninitialized_rows_are_refused(vllm, rows):
     register()
     model = create(vllm, Model((0, 1)))
     model.projection().weight.data[rows] = 1  # the others are NaN
@@ -290,7 +287,7 @@ def test_uninitialized_rows_are_refused(vllm):
 
 def test_layer_states():
     """The transitions in State's docstring."""
-    layer = IndexerLayer("layer", 0, MergedColumnParallelLinear(), None, to_bf16=False)
+    layer = IndexerLayer("layer", 0, MergedColumnParallelLinear(), {}, to_bf16=False)
     _, gate, wk, scale, _ = fp8_layer().items()
 
     def after(call, *arguments):
