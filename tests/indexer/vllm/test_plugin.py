@@ -18,6 +18,7 @@ from indexproj.indexer.vllm.plugin import register
 from indexproj.kernels import dispatch, target
 from indexproj.kernels.dispatch import TunedTable
 from indexproj.loading import CheckpointError
+from indexproj.loading.config import Config
 from indexproj.loading.names import parse
 from support import bf16_layer, fp8_layer
 
@@ -362,7 +363,7 @@ def test_uninitialized_rows_are_refused(vllm, rows):
 
 def test_layer_states():
     """What each call leaves."""
-    layer = IndexerLayer("layer", 0, MergedColumnParallelLinear(), to_bf16=False)
+    layer = IndexerLayer("layer", 0, MergedColumnParallelLinear(), Config(), to_bf16=False)
     _, gate, wk, scale, _ = [(parse(name), tensor) for name, tensor in fp8_layer().items()]
 
     def after(call, *arguments):
