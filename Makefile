@@ -45,7 +45,7 @@ test-races: .venv-races/.installed
 	@$(RACES)/pytest -q -n 2 --timeout 120 tests/races
 
 test-vllm: .venv-vllm/.installed
-	@echo "== The plugin in vLLM 0.32.0 on CPU, and the source of vLLM 0.33.0"
+	@echo "== The plugin in vLLM 0.32.0 on CPU, and the sources of vLLM 0.31.0 to 0.33.0"
 	@.venv-vllm/bin/pytest -q tests/engine
 
 vllm-report: .venv-vllm/.installed

@@ -49,7 +49,7 @@ def compile_(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Compile the kernels for any supported GPU, without having one, and check the binaries.
+    """Compile the kernels for any GPU and check the binaries.
 
     Prints one row per kernel that dispatch selects for published shapes and formats. Exits with 1 if a check fails.
     --cache also compiles for the bf16 output that vLLM uses. A server with the same GPU and versions, and with DIR at
@@ -137,9 +137,9 @@ def tune(
         Path | None, typer.Option(metavar="FILE", help="Table to write. Default: in the user's config folder.")
     ] = None,
 ) -> None:
-    """Measure which kernel is fastest on this GPU for 1 to 16384 rows, and keep a table that dispatch reads.
+    """Measure which kernels are fastest on this GPU.
 
-    Processes with the same GPU and the same versions of indexproj, torch and Triton then run the fastest kernels. For
+    Keeps a table for 1 to 16384 rows, which dispatch reads. Processes with the same GPU and the same versions of indexproj, torch and Triton then run the fastest kernels. For
     BF16 weights that can be torch.mm. Entries for other shapes and pairs stay in the table, and so do entries for which
     more candidates were tried. To use a table written with --output, set INDEXPROJ_TUNED=FILE. Exits with 1 if a kernel
     is wrong.
@@ -210,7 +210,7 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print pytest-benchmark's JSON.")] = False,
     plot: Annotated[Path | None, typer.Option(metavar="DIR", help="Write a PNG per table.")] = None,
 ) -> None:
-    """Benchmark the projection against its alternatives; also loading and host overhead.
+    """Benchmark the projection, loading and host overhead.
 
     Skips the projection if there is no GPU. If a suite fails, prints the results of the others and exits with 1.
     """

@@ -6,6 +6,7 @@ A table that `indexproj tune` measured on the user's GPU takes precedence; this 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import logging
 import math
@@ -41,7 +42,7 @@ class KernelConfig:
             and newer). Off by default, as nobody has measured it.
 
     Raises:
-        ValueError: a block_k or split_k that the kernels would compute wrong results with.
+        ValueError: sizes that no kernel has.
     """
 
     regime: Literal["gemv", "split_k", "prefill"]
@@ -56,8 +57,11 @@ class KernelConfig:
     pdl: bool = False
 
     def __post_init__(self) -> None:
-        if self.block_k not in (32, 64, 128) or self.split_k < 1:
-            raise ValueError(f"KernelConfig: expected block_k 32, 64 or 128 and split_k >= 1, got {self}")
+        sizes = self.block_m, self.block_n, self.slices, self.num_warps
+        if self.regime not in ("gemv", "split_k", "prefill") or any(size & (size - 1) or size < 1 for size in sizes):
+            raise ValueError(f"KernelConfig: expected gemv, split_k or prefill, in powers of two, got {self!r}")
+        if self.block_k not in (32, 64, 128) or self.split_k < 1 or self.num_stages < 1:
+            raise ValueError(f"KernelConfig: expected block_k 32, 64 or 128, splits and stages, got {self!r}")
 
     def __str__(self) -> str:
         block_n = f"x{self.block_n}" if self.regime == "split_k" else ""
@@ -259,13 +263,18 @@ class TunedTable:
         for entry in found["entries"]:
             case = entry["m"], tuple(entry["shape"]), tuple(map(Format, entry["formats"]))
             configs[case] = KernelConfig(**entry["config"])
-            torch_for[case] = tuple(OUTS[name] for name in entry["torch_for"])
+            is_bf16 = set(case[2]) == {Format.BF16}  # torch.mm takes no other weights
+            torch_for[case] = tuple(OUTS[name] for name in entry["torch_for"] if is_bf16)
         return cls(configs, torch_for)
 
 
+@functools.cache
 def versions() -> dict[str, str]:
-    """What measurements depend on besides the GPU."""
-    return {"indexproj": version("indexproj"), "torch": torch.__version__, "triton": triton.__version__}
+    """What measurements depend on besides the GPU. Kernels count by their text, which changes between versions."""
+    names = "tile", "gemv", "split_k", "prefill", "launch"
+    text = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in names)
+    kernels = f"{version('indexproj')}-{hashlib.sha256(text).hexdigest()[:12]}"
+    return {"indexproj": kernels, "torch": torch.__version__, "triton": triton.__version__}
 
 
 def table_path(gpu: str) -> Path:

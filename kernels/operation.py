@@ -297,7 +297,7 @@ def _place_operands(
     ns, places, place = [], [], 0
     for format in formats:
         shape = tuple(found[place][1]) if place < len(found) else ()
-        if len(shape) != 2:
+        if len(shape) != 2 or shape[1] == 0:
             raise ValueError(f"project: expected 2-D values or codes of a matrix in {format}, got {list(shape)}")
         n, own_k = shape[0], shape[1] * (2 if format in (Format.NVFP4, Format.MXFP4) else 1)
         if k != own_k:

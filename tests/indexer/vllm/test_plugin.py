@@ -328,7 +328,7 @@ def test_quantization_config_has_a_veto(vllm, where):
     model = vllm.model = Model()
     config = SimpleNamespace(hf_text_config=SimpleNamespace(num_hidden_layers=4), hf_config=SimpleNamespace())
     getattr(config, where).quantization_config = {"rotation_config": {"block_size": 32}}
-    vllm.loader().create_model(vllm.config, config)
+    vllm.loader(None).create_model(vllm.config, config)
     model.load_weights(bf16_layer().items())
     with pytest.raises(CheckpointError, match="rotation_config"):
         model.projection().quant_method.process_weights_after_loading(None)
