@@ -139,10 +139,10 @@ def tune(
 ) -> None:
     """Measure which kernels are fastest on this GPU.
 
-    Keeps a table for 1 to 16384 rows, which dispatch reads. Processes with the same GPU and the same versions of indexproj, torch and Triton then run the fastest kernels. For
-    BF16 weights that can be torch.mm. Entries for other shapes and pairs stay in the table, and so do entries for which
-    more candidates were tried. To use a table written with --output, set INDEXPROJ_TUNED=FILE. Exits with 1 if a kernel
-    is wrong.
+    Keeps a table for 1 to 16384 rows, which dispatch reads. Processes with the same GPU and the same versions of
+    indexproj, torch and Triton then run the fastest kernels. For BF16 weights that can be torch.mm. Entries for
+    other shapes and pairs stay in the table, and so do entries for which more candidates were tried. To use a table
+    written with --output, set INDEXPROJ_TUNED=FILE. Exits with 1 if a kernel is wrong.
     """
     import torch
     from rich.progress import Progress
