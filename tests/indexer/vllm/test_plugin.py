@@ -3,120 +3,27 @@
 import ast
 import logging
 import re
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from torch import nn
 
+from fake_vllm import (  # noqa: F401
+    D,
+    H,
+    K,
+    LinearMethodBase,
+    MergedColumnParallelLinear,
+    Model,
+    UnquantizedLinearMethod,
+    create,
+)
 from indexproj.indexer.vllm import plugin as vllm_plugin
 from indexproj.indexer.vllm.glm5next import GLM5NEXT, ONE_LAUNCH, TWO_GEMMS, UnexpectedError, one_launch
-from indexproj.indexer.vllm.model import IndexerLayer, State
 from indexproj.indexer.vllm.plugin import register
 from indexproj.kernels import dispatch, target
 from indexproj.kernels.dispatch import TunedTable
-from indexproj.loading import CheckpointError
-from indexproj.loading.config import Config
-from indexproj.loading.names import parse
-from support import bf16_layer, fp8_layer
-
-D, H, K = 128, 16, 256
-
-
-class LinearMethodBase:
-    pass
-
-
-class UnquantizedLinearMethod(LinearMethodBase):
-    pass
-
-
-class MergedColumnParallelLinear(nn.Module):
-    def __init__(self, rows=(D, H)):
-        super().__init__()
-        self.output_sizes = list(rows)
-        self.bias, self.skip_bias_add, self.return_bias, self.tp_size = None, False, True, 1
-        self.quant_method = UnquantizedLinearMethod()
-        self.weight = nn.Parameter(torch.ones(sum(rows), K, dtype=torch.bfloat16), requires_grad=False)
-
-
-class Model(nn.Module):
-    """Has `layers.<n>.self_attn.indexer` for each n; load_weights returns the names that it gets."""
-
-    def __init__(self, layers=(0,), indexer_class=vllm_plugin.INDEXERS[0]):
-        super().__init__()
-        module, _, name = indexer_class.rpartition(".")
-        self.prefix = nn.Module()
-        self.prefix.layers = nn.ModuleDict()
-        for number in layers:
-            indexer = type(name, (nn.Module,), {"__module__": module})()
-            indexer.head_dim, indexer.n_head, indexer.wk_weights_proj = D, H, MergedColumnParallelLinear()
-            self.prefix.layers[str(number)] = nn.ModuleDict({"self_attn": nn.ModuleDict({"indexer": indexer})})
-
-    def load_weights(self, weights):
-        return {name for name, _ in weights}
-
-    load_weights.__module__ = vllm_plugin.MODEL_FILES[0]
-
-    def indexer(self, number=0):
-        return self.prefix.layers[str(number)]["self_attn"]["indexer"]
-
-    def projection(self, number=0):
-        return self.indexer(number).wk_weights_proj
-
-
-@pytest.fixture
-def vllm(monkeypatch):
-    """The modules that the plugin imports, and the config of a model."""
-
-    class BaseModelLoader:
-        def __init__(self, load_config):
-            pass
-
-        def load_model(self):
-            return fake.model
-
-        def create_model(self, vllm_config, model_config, prefix=""):
-            return fake.model
-
-    class LayerReloadingInfo:
-        def can_load(self):
-            pass
-
-    fake = SimpleNamespace(__version__="9.9", envs=SimpleNamespace(VLLM_BATCH_INVARIANT=False))
-    classes = LinearMethodBase, MergedColumnParallelLinear, UnquantizedLinearMethod
-    fake.linear = SimpleNamespace(**{cls.__name__: cls for cls in classes})
-    fake.loader = BaseModelLoader
-    fake.layerwise = SimpleNamespace(
-        __name__="layerwise",
-        finalize_layerwise_processing=lambda model, model_config: None,
-        get_layerwise_info=lambda layer: None,
-    )
-    fake.info = LayerReloadingInfo
-    for name, module in {
-        "vllm": fake,
-        "vllm.envs": fake.envs,
-        "vllm.model_executor.layers.linear": fake.linear,
-        "vllm.model_executor.model_loader.base_loader": SimpleNamespace(BaseModelLoader=BaseModelLoader),
-        "vllm.model_executor.model_loader.reload": SimpleNamespace(layerwise=fake.layerwise),
-        "vllm.model_executor.model_loader.reload.types": SimpleNamespace(LayerReloadingInfo=LayerReloadingInfo),
-    }.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    for name in ("method", "model"):
-        monkeypatch.delitem(sys.modules, f"indexproj.indexer.vllm.{name}", raising=False)
-    monkeypatch.setattr(target, "target_of", lambda device: None)
-    parallel = SimpleNamespace(enable_elastic_ep=False)
-    fake.config = SimpleNamespace(additional_config={"other": 1}, parallel_config=parallel, lora_config=None)
-    yield fake
-    sys.modules.pop("indexproj.indexer.vllm.method", None)
-
-
-def create(vllm, model):
-    vllm.model = model
-    config = SimpleNamespace(hf_text_config=SimpleNamespace(num_hidden_layers=4))
-    return vllm.loader(None).create_model(vllm.config, config)
 
 
 def is_swapped(model):
@@ -288,105 +195,6 @@ def test_unsupported_model_is_not_swapped(vllm, change, caplog):
     assert ("indexproj 0.1.0 does not support vLLM 9.9" in record.getMessage()) == (level == "WARNING")
     assert model.load_weights == before
     assert not is_swapped(model)
-
-
-@pytest.mark.parametrize("prefix", ["", "model.", "model.language_model.", "language_model.model."])
-def test_load_weights_takes_projections_with_any_prefix(vllm, prefix):
-    register()
-    model = create(vllm, Model((1, 3)))
-    tensors = {}
-    for layer in (0, 1, 3):
-        tensors |= {name.replace("model.", prefix, 1): tensor for name, tensor in fp8_layer(layer).items()}
-    passed_on = model.load_weights(tensors.items())
-    ours = {f"prefix.layers.{n}.self_attn.indexer.wk_weights_proj.{p}" for n in (1, 3) for p in PARAMETERS}
-    assert passed_on == ours | {name for name in tensors if "k_norm" in name or "wq_b" in name}
-    for layer in (1, 3):
-        expected = tensors[f"{prefix}layers.{layer}.self_attn.indexer.wk.weight"]
-        assert torch.equal(model.projection(layer).qweight.view(torch.uint8), expected.view(torch.uint8))
-        assert not hasattr(model.projection(layer), "weight")
-
-
-PARAMETERS = ["qweight", "wk_scale", "weights_proj_weight"]
-
-
-def test_mtp_layer_and_additional_config(vllm):
-    register()
-    model = create(vllm, Model((4,)))
-    tensors = {name.replace("layers.0", "mtp_layers.0"): tensor for name, tensor in bf16_layer(0).items()}
-    model.load_weights(tensors.items())
-    model.projection(4).quant_method.process_weights_after_loading(model.projection(4))
-    assert model.projection(4).weight.isfinite().all()
-    # This is part of the key of vLLM's compile cache.
-    assert vllm.config.additional_config == {
-        "other": 1, "indexproj": {"Model": "0.1.0: wk in BF16, weights_proj in BF16"}
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("where", ["hf_config", "hf_text_config"])
-def test_quantization_config_has_a_veto(vllm, where):
-    register()
-    model = vllm.model = Model()
-    config = SimpleNamespace(hf_text_config=SimpleNamespace(num_hidden_layers=4), hf_config=SimpleNamespace())
-    getattr(config, where).quantization_config = {"rotation_config": {"block_size": 32}}
-    vllm.loader(None).create_model(vllm.config, config)
-    model.load_weights(bf16_layer().items())
-    with pytest.raises(CheckpointError, match="rotation_config"):
-        model.projection().quant_method.process_weights_after_loading(None)
-
-
-def test_rounding_is_logged_once(vllm, caplog):
-    register()
-    model = Model(layers=(0, 1, 2))
-    create(vllm, model)
-    for layer in range(3):
-        weights = {name: (tensor.float() * 1.001) for name, tensor in bf16_layer(layer).items()}
-        model.load_weights(weights.items())
-    with caplog.at_level("WARNING"):
-        model.projection().quant_method.process_weights_after_loading(None)
-    lines = [record.getMessage() for record in caplog.records]
-    assert len(lines) == 1
-    assert "model.layers.{0-2}.self_attn.indexer.wk.weight" in lines[0]
-    assert "rounded to BF16" in lines[0]
-
-
-@pytest.mark.parametrize("rows", [slice(0), slice(D), slice(D, None)], ids=["none", "wk", "weights_proj"])
-def test_uninitialized_rows_are_refused(vllm, rows):
-    register()
-    model = create(vllm, Model((0, 1)))
-    model.projection().weight.data[rows] = 1  # the others are NaN
-    with pytest.raises(CheckpointError) as caught:
-        model.projection().quant_method.process_weights_after_loading(model.projection())
-    assert [problem.subject for problem in caught.value.problems] == [
-        f"prefix.layers.{layer}.self_attn.indexer.wk_weights_proj" for layer in (0, 1)
-    ]
-
-
-def test_layer_states():
-    """What each call leaves."""
-    layer = IndexerLayer("layer", 0, MergedColumnParallelLinear(), Config(), to_bf16=False)
-    _, gate, wk, scale, _ = [(parse(name), tensor) for name, tensor in fp8_layer().items()]
-
-    def after(call, *arguments):
-        call(*arguments)
-        return layer.state.name, len(layer.problems)
-
-    assert after(layer.finish) == ("EMPTY", 1)  # there are no weights
-    assert after(layer.abandon) == ("EMPTY", 0)
-    assert after(layer.offer, *wk) == ("COLLECTING", 0)
-    assert after(layer.finish) == ("EMPTY", 2)  # tensors are missing
-    assert after(layer.abandon) == ("EMPTY", 0)
-    assert after(layer.offer, *wk) == ("COLLECTING", 0)
-    assert after(layer.abandon) == ("EMPTY", 0)
-    assert [after(layer.offer, *item)[0] for item in (wk, gate, scale)] == ["COLLECTING", "COLLECTING", "UPDATED"]
-    assert after(layer.finish) == ("UPDATED", 0)
-    assert after(layer.offer, *wk) == ("UPDATED", 1)  # one too many
-    layer.state, layer.problems = State.READY, []  # as IndexerModel does after a load
-    assert after(layer.finish) == ("READY", 0)
-    assert after(layer.offer, *wk) == ("COLLECTING", 0)
-    assert after(layer.settle) == ("COLLECTING", 0)  # without its scale
-    assert after(layer.abandon) == ("READY", 0)
-    assert after(layer.offer, *gate) == ("COLLECTING", 0)
-    assert after(layer.settle) == ("UPDATED", 0)
 
 
 def test_imports_go_one_way():
