@@ -5,14 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fake_vllm import (  # noqa: F401
+from fake_vllm import (
     D,
-    H,
-    K,
-    LinearMethodBase,
     MergedColumnParallelLinear,
     Model,
-    UnquantizedLinearMethod,
     create,
 )
 from indexproj.indexer.vllm.model import IndexerLayer, State

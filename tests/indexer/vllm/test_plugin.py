@@ -9,12 +9,11 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 
-from fake_vllm import (  # noqa: F401
+from fake_vllm import (
     D,
     H,
     K,
     LinearMethodBase,
-    MergedColumnParallelLinear,
     Model,
     UnquantizedLinearMethod,
     create,
