@@ -12,9 +12,11 @@ from .problems import Problem
 
 CONFIG = "config.json"
 _QUANTIZATION = ("quantization_config", "compression_config")
-_TRANSFORMS = ("rotation_config", "transform_config")  # auto-round, compressed-tensors
+# auto-round (two), compressed-tensors, Quark (two)
+_TRANSFORMS = ("rotation_config", "spinquant_config", "transform_config", "online_r1_rotation", "online_config")
+_NO_TRANSFORM: tuple[dict[str, Any], ...] = ({"config_groups": {}}, {"config_groups": None}, {"enable": False})
 _SCALE_FORMATS = re.compile(r"(torch\.)?(none|u?e8m0|uint8|(float8_|fp8_)?e[48]m[03]\w*|(b?float|fp)(16|32|64)?)")
-_FOREIGN_CODES = re.compile(r"mx_?int\d*")  # auto-round's MXINT4
+_FOREIGN_CODES = re.compile(r"(opt_rtn_)?mx_?int\w*")  # auto-round's MXINT4
 _ACTIVATIONS = ("act", "input", "output", "kv_cache", "bias")  # keys about anything but weights start like this
 _ALL_RUN = ("deepseek_v32", "glm_moe_dsa")  # without a schedule, all hidden layers of these models run an indexer
 _SIZES = ("num_hidden_layers", "num_nextn_predict_layers", "hidden_size", "index_head_dim", "index_n_heads")
@@ -87,7 +89,7 @@ def _vetoes(values: Mapping[str, Any]) -> Iterator[Veto]:
         word = value.lower() if isinstance(value, str) else "none"
         if key.startswith(_ACTIVATIONS):
             continue
-        if key in _TRANSFORMS and value and value != {"config_groups": {}}:
+        if key in _TRANSFORMS and value and value not in _NO_TRANSFORM:
             yield Veto("weights that multiply x as it comes, without a rotation or transform", found)
         elif key in ("scale_format", "scale_fmt", "scale_dtype") and not _SCALE_FORMATS.fullmatch(word):
             yield Veto("scales in E8M0, E4M3 or floating point", found, "scale")

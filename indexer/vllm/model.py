@@ -88,7 +88,6 @@ class IndexerLayer:
             plan, tensors = self._collector.plan(self.number), self._tensors
             self._drop()
             self.problems += plan.problems
-            self.warnings = []
             if not plan.problems and (new := plan.bind(tensors, self.problems, self.warnings)):
                 self._use(new)
         elif self.state is not State.UPDATED and not self.problems:
@@ -103,15 +102,18 @@ class IndexerLayer:
         if self._collector is None:
             return
         plan = self._collector.plan(self.number)
+        if not plan.problems or self._collector.problems[self.number]:  # complete, or a tensor came twice
+            self.finish()
+            return
         side, other, held = ("wk", plan.gate, self.operands) if plan.wk.headers else ("gate", plan.wk, self.operands)
         one, shape = getattr(plan, side), getattr(held, side).shape
         if other.headers or not one.encoding or one.encoding.optional or one.shape != shape:
             return
         self.problems += [problem for problem in plan.problems if problem.subject.startswith(one.name)]
         matrix = None if self.problems else one.bind(self._tensors, self.problems, self.warnings)
-        if matrix and held.matches(new := self._stored(replace(held, **{side: matrix}))):
+        if matrix:
             self._drop()
-            self._use(new)
+            self._use(replace(held, **{side: matrix}))
 
     def copy_gate(self) -> Tensor:
         """[K, H] fp32, for an engine that computes the gate itself. Every load renews it."""
@@ -189,8 +191,9 @@ class IndexerModel:
         """Wraps load_weights of the model. names: layer index -> name of its wk_weights_proj. config: config.json."""
         self.state, self.batch_invariant, self._class = State.EMPTY, batch_invariant, type(model).__name__
         self.layers: dict[int, IndexerLayer] = {}
+        parsed = Config.of(config)
         for number, name in sorted(names.items()):
-            self.layers[number] = IndexerLayer(name, number, model.get_submodule(name), Config.of(config), to_bf16)
+            self.layers[number] = IndexerLayer(name, number, model.get_submodule(name), parsed, to_bf16)
         self.compile_key: dict[str, Any] = {}  # of the engine's cache; gets the formats
         self._num_hidden_layers = config.get("num_hidden_layers")
         self._reload: Tensor | None = None  # a meta parameter of the last reload
@@ -222,6 +225,7 @@ class IndexerModel:
         if not has_end:
             self.take_updated()
             self._raise_problems()
+            self._log_warnings()
             if waiting := [number for number, layer in self.layers.items() if layer.state is State.COLLECTING]:
                 LOGGER.warning("indexer layers %s keep their old weights until all tensors arrive", ranges(waiting))
         return loaded
@@ -237,9 +241,14 @@ class IndexerModel:
             version, count = importlib.metadata.version("indexproj"), len(self.layers)
             self.compile_key.setdefault("indexproj", {})[self._class] = f"{version}: {layouts}"
             LOGGER.info("indexproj %s runs %s indexer projections of %s: %s", version, count, self._class, layouts)
-            if lines := summarize(warning for layer in self.layers.values() for warning in layer.warnings):
-                LOGGER.warning("%s", "\n".join(lines))
         self.state = State.READY
+        self._log_warnings()
+
+    def _log_warnings(self) -> None:
+        if lines := summarize(warning for layer in self.layers.values() for warning in layer.warnings):
+            LOGGER.warning("%s", "\n".join(lines))
+        for layer in self.layers.values():
+            layer.warnings = []
 
     def take_updated(self) -> list[Any]:
         """Makes all UPDATED layers READY, and returns their modules."""
