@@ -50,6 +50,12 @@ REFUSED = {
     "MXINT4 in one layer": (
         auto_round(extra_config={"wk": {"data_type": "mx_int4"}}), 'extra_config.wk.data_type = "mx_int4"', "mxfp4",
     ),
+    "MXINT4, rounded up": (auto_round("mx_int4_rceil"), 'data_type = "mx_int4_rceil"', "mxfp4"),
+    "Quark's online rotation": (
+        {**quark(), "algo_config": [{"name": "rotation", "online_r1_rotation": True}]}, "online_r1_rotation = true",
+        "mxfp4",
+    ),
+    "SpinQuant": (auto_round(spinquant_config={"r1": True}), "spinquant_config = {", "mxfp4"),
     "rotation of MXFP4": (auto_round(rotation_config=ROTATION), "rotation_config = {", "mxfp4"),
     "rotation of NVFP4": (auto_round("nv_fp", rotation_config=ROTATION), "rotation_config = {", "nvfp4_divisor"),
     "rotation by name": (auto_round(rotation_config="quarot"), 'rotation_config = "quarot"', "mxfp4"),
@@ -66,6 +72,8 @@ ACCEPTED = {
     "auto-round NVFP4": (auto_round("nv_fp"), "nvfp4_divisor"),
     "MXINT4 experts": (auto_round("mx_int"), "fp8_row"),
     "no rotation": (auto_round(rotation_config={}), "mxfp4"),
+    "rotation that is off": (auto_round(rotation_config={"enable": False}), "mxfp4"),
+    "transform without groups": (compressed({"config_groups": None}), "mxfp4"),
     "no transform": (compressed({"config_groups": {}}), "mxfp4"),
     "compressed-tensors": (compressed(scale_dtype="torch.uint8"), "mxfp4"),
     "DeepSeek": ({"quant_method": "fp8", "scale_fmt": "ue8m0"}, "fp8_block_u8"),
