@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..kernels.formats import MAX_ROWS
 from ..kernels.matrix import Matrix
 from ..kernels.weights import ProjectionWeights
 from .encodings import Encoding
@@ -189,9 +188,6 @@ class Collector:
                 problems.append(Problem(wk.name, apart[0].file, expected, f"{apart[0].name} as well"))
         else:
             wk, gate = (_plan_matrix(stem + name, matrices.get(name, {}), problems) for name in (WK, GATE))
-        for plan in (wk, gate):
-            if plan.shape and plan.shape[0] > MAX_ROWS:
-                problems.append(plan.wrong(f"at most {MAX_ROWS} rows"))
         if wk.shape and gate.shape and wk.shape[1] != gate.shape[1]:
             problems.append(gate.wrong(f"wk's K = {wk.shape[1]}"))
         parts = [(problem, parse(problem.subject)) for problem in problems]
