@@ -106,7 +106,7 @@ class ProjectionWeights:
 
 
 def joined(parts: Sequence[Tensor], dim: int) -> Tensor | None:
-    """The tensor of which the parts are consecutive slices along dim; None if they are not."""
+    """The tensor that the parts are consecutive slices of, along dim; None if there is none."""
     first, place = parts[0], parts[0].storage_offset()
     for part in parts:
         is_next = part.storage_offset() == place and part.stride() == first.stride() and part.dtype == first.dtype
