@@ -81,7 +81,7 @@ def launch(
     m = x.shape[0]
     if m == 0:
         return
-    plan = plan_of(signature, next_power_of_2(m), config)
+    plan = plan_of(signature, 1 << (m - 1).bit_length(), config)  # next_power_of_2, without the call
     # cuBLAS is deterministic only with a setting that torch checks for in this mode.
     if plan.prefers_torch and not torch.are_deterministic_algorithms_enabled() and torch_mm(x, matrices, outs):
         return
@@ -155,7 +155,8 @@ class Plan:
 
     def _run_compiled(self, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
         """What `compiled[grid](*arguments)` does, without preparing for launch hooks, which only profilers set."""
-        enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+        knobs = triton.knobs.runtime
+        enter, leave = knobs.launch_enter_hook, knobs.launch_exit_hook
         compiled = self._compiled
         if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
             compiled[grid](*arguments)
@@ -178,8 +179,10 @@ def _is_aligned(
     offsets on AMD. Otherwise Triton's own launcher, which looks at each argument, finds or compiles a kernel.
     """
     bits = stride_xm | x.data_ptr()
-    for out, stride_om in zip(outs, strides_om, strict=True):
-        bits |= stride_om | out.data_ptr()
+    for stride_om in strides_om:
+        bits |= stride_om
+    for out in outs:
+        bits |= out.data_ptr()
     for operands in matrices:
         for operand in operands:
             if operand is not None:
