@@ -40,7 +40,7 @@ def weight_copies(shape: tuple[int, ...], formats: tuple[Format, ...], device: t
 
 
 def repeated(calls: Sequence[Call]) -> list[Call]:
-    """The calls in turn, as often as it takes to reach CALLS."""
+    """The calls, repeated until there are at least CALLS."""
     return [*calls] * -(-CALLS // len(calls))
 
 

@@ -42,7 +42,7 @@ class KernelConfig:
             and newer). Off by default, as nobody has measured it.
 
     Raises:
-        ValueError: sizes that no kernel has.
+        ValueError: a regime or sizes that no kernel has.
     """
 
     regime: Literal["gemv", "split_k", "prefill"]
@@ -59,9 +59,13 @@ class KernelConfig:
     def __post_init__(self) -> None:
         sizes = self.block_m, self.block_n, self.slices, self.num_warps
         if self.regime not in ("gemv", "split_k", "prefill") or any(size & (size - 1) or size < 1 for size in sizes):
-            raise ValueError(f"KernelConfig: expected gemv, split_k or prefill, in powers of two, got {self!r}")
+            raise ValueError(
+                f"KernelConfig: expected regime gemv, split_k or prefill and powers of two as sizes, got {self!r}"
+            )
         if self.block_k not in (32, 64, 128) or self.split_k < 1 or self.num_stages < 1:
-            raise ValueError(f"KernelConfig: expected block_k 32, 64 or 128, splits and stages, got {self!r}")
+            raise ValueError(
+                f"KernelConfig: expected block_k 32, 64 or 128, split_k >= 1 and num_stages >= 1, got {self!r}"
+            )
 
     def __str__(self) -> str:
         block_n = f"x{self.block_n}" if self.regime == "split_k" else ""

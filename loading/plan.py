@@ -75,7 +75,7 @@ class Plan:
         for source, schedule in schedules.items():
             if differing := [layer for layer, runs in enumerate(schedule) if runs != self.config.schedule[layer]]:
                 first, found = next(iter(schedules)), f"a difference in layers {ranges(differing)}"
-                advice = f"indexproj goes by {first}, other engines may not"
+                advice = f"indexproj uses {first}; other engines may not"
                 warnings.append(Problem(CONFIG, "", f"{first} and {source} to agree", found, advice))
         return tuple(warnings)
 

@@ -75,10 +75,10 @@ def summarize(problems: Iterable[Problem]) -> list[str]:
     return lines
 
 
-def log(warnings: Iterable[Problem]) -> None:
+def log(warnings: Iterable[Problem], logger: logging.Logger = LOGGER) -> None:
     """Logs all of them as one warning."""
     if lines := summarize(warnings):
-        LOGGER.warning("%s", "\n".join(lines))
+        logger.warning("%s", "\n".join(lines))
 
 
 def ranges(numbers: Iterable[int]) -> str:

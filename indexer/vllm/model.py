@@ -21,7 +21,7 @@ from ...loading.config import Config
 from ...loading.headers import DTYPES, Header
 from ...loading.layer import Collector, own
 from ...loading.names import GATE, UNUSED, WK, IndexerTensor, parse
-from ...loading.problems import ranges, summarize
+from ...loading.problems import log, ranges
 from ...loading.values import judge
 
 LOGGER = logging.getLogger("vllm.indexproj")
@@ -98,7 +98,7 @@ class IndexerLayer:
                 self._commit(held, State.READY)
 
     def settle(self) -> None:
-        """Ends a call of an update without an end: uses one complete matrix, if it has the layout of the old one."""
+        """Ends a call of an update that has no end: uses what is complete, also one matrix, or refuses its layout."""
         if self._collector is None:
             return
         plan = self._collector.plan(self.number)
@@ -245,8 +245,7 @@ class IndexerModel:
         self._log_warnings()
 
     def _log_warnings(self) -> None:
-        if lines := summarize(warning for layer in self.layers.values() for warning in layer.warnings):
-            LOGGER.warning("%s", "\n".join(lines))
+        log((warning for layer in self.layers.values() for warning in layer.warnings), LOGGER)
         for layer in self.layers.values():
             layer.warnings = []
 
