@@ -112,17 +112,34 @@ def _title(row: Row) -> str:
 
 
 def _print_compiled(found: list[Row]) -> None:
-    keys = "m", "programs", "per_sm", "registers", "shared_memory", "mma"
+    keys = "m", "programs", "per_sm", "registers", "shared_memory", "mma", "step", "load_groups"
     for title, group in groupby(found, _title):
-        table = _table(title, "kernel", "M", "programs", "per SM", "regs", "shared", "MMA", "KB", "check")
+        headers = (
+            "kernel",
+            "M",
+            "programs",
+            "per SM",
+            "regs",
+            "shared",
+            "MMA",
+            "step",
+            "trips",
+            "MB",
+            "KB",
+            "~us",
+            "check",
+        )
+        table = _table(title, *headers)
         for row in group:
-            size, check = f"{row['bytes_per_program'] / 1e3:.1f}", "failed" if row["faults"] else "ok"
-            table.add_row(row["kernel"], *(str(row[key]) for key in keys), size, check)
+            sizes = f"{row['bytes'] / 1e6:.1f}", f"{row['reduced_bytes'] / 1e3:.0f}"
+            check = "failed" if row["faults"] else "ok"
+            table.add_row(row["kernel"], *(str(row[key]) for key in keys), *sizes, str(row["estimate_us"]), check)
         console.print(table)
     console.print(
         "M: the largest with this kernel. programs: of a launch with M rows. per SM: programs that fit on\n"
-        "one SM. regs: per thread. shared: bytes of shared memory. MMA: matrix instructions. KB: bytes of\n"
-        "weights and x that a program reads."
+        "one SM. regs: per thread. shared: bytes of shared memory. MMA: matrix instructions. step: instructions\n"
+        "per step of K. trips: groups of loads. MB: weights and x that all programs read. KB: partial sums that\n"
+        "the last program of a tile reads. ~us: an estimate, nothing measured."
     )
 
 

@@ -48,6 +48,9 @@ MULTIPROCESSORS = {
 
 # Matrix instructions.
 _MMA = r"\b(?:[HQ]MMA|[HQ]GMMA|UTC\w*MMA)[\w.]*|\bv_s?mfma\w+"
+_SASS = r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.*?);"
+# A label, or an instruction of SASS or AMDGCN.
+_LINE = r"^\s*(?:(\.L_x_\d+|\.LBB\w+):|/\*[0-9a-f]{4,}\*/\s+(.*?);|((?:v|s|ds|buffer|global)_\w+.*))"
 # Loads from global memory. Part of the name gives the bytes per thread; SASS does not spell out 4.
 _LOAD = r"\b(?:LDG|LDGSTS)((?:\.\w+)+)|\b(?:global|buffer|flat)_load_(?:lds_)?(\w+)"
 _LOAD_BYTES = {
@@ -108,6 +111,55 @@ class Binary:
         """Loads from global memory by bytes per thread."""
         names = [[*sass.split("."), amd] for sass, amd in re.findall(_LOAD, self.assembly)]
         return Counter(next((_LOAD_BYTES[part] for part in name if part in _LOAD_BYTES), 4) for name in names)
+
+    @property
+    def load_groups(self) -> list[Counter[int]]:
+        """Global loads issued before the program waits for one of them, group after group, by bytes per thread.
+
+        Every group costs a trip to memory. Reads SASS without following branches; each exit ends a group, too. Leaves
+        out copies to shared memory.
+        """
+        pending: set[int] = set()
+        groups: list[Counter[int]] = [Counter()]
+        for text in re.findall(_SASS, self.assembly):
+            opcode, _, rest = text.partition(" ")
+            operands = [operand.strip() for operand in rest.split(",")]
+            has_result = not opcode.startswith(("ST", "RED", "BAR", "BRA", "EXIT"))
+            read = {int(r) for operand in operands[has_result:] for r in re.findall(r"\bR(\d+)\b", operand)}
+            if pending & read or opcode == "EXIT":
+                pending = set()
+                groups.append(Counter())
+            written = re.match(r"R(\d+)\b", operands[0]) if has_result else None
+            if written is None:
+                continue
+            if opcode.startswith("LDG."):
+                size = next((_LOAD_BYTES[part] for part in opcode.split(".") if part in _LOAD_BYTES), 4)
+                groups[-1][size] += 1
+                pending.update(range(int(written[1]), int(written[1]) + max(size // 4, 1)))
+            else:
+                pending.discard(int(written[1]))
+        return [group for group in groups if group]
+
+    @property
+    def step(self) -> int:
+        """Instructions of the longest loop with matrix instructions: one step of K. 0 without such a loop.
+
+        Behind an exit, code of sm_100 branches back to where it came from; that is no loop.
+        """
+        labels: dict[str, int] = {}
+        code: list[str] = []
+        longest = 0
+        for label, sass, amd in re.findall(_LINE, self.assembly, re.MULTILINE):
+            if label:
+                labels[label] = len(code)
+                continue
+            code.append(sass or amd)
+            branch = re.search(r"\bBRA\b.*?(\.L_x_\d+)|s_c?branch\w* (\.LBB\w+)", code[-1])
+            start = labels.get(branch[1] or branch[2], len(code)) if branch else len(code)
+            loop = "\n".join(code[start:])
+            if re.search(_MMA, loop) and not re.search(r"\bEXIT\b", loop):
+                longest = max(longest, len(code) - start)
+        return longest
 
     def programs(self, sm: Multiprocessor) -> int:
         """How many programs fit on one SM."""

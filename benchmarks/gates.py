@@ -11,13 +11,16 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from ..indexer.models import PAIRS, SHAPES
-from ..kernels.dispatch import OUTS, KernelConfig, cdiv, choose
-from ..kernels.formats import Activation, Format, operand_layout, parse_pair
+from ..kernels.dispatch import OUTS, REDUCED_BYTES, KernelConfig, choose
+from ..kernels.formats import Activation, parse_pair
 from ..kernels.launch import Signature
 from ..kernels.target import TARGETS, Target
 from .compiled import MULTIPROCESSORS, Binary, signature, warm_up
+from .estimate import estimate, l2_bytes, reduced_bytes
 
 LARGEST_M = 65536
+# gemv: weights and scales, then the x that did not fit the registers next to them, sometimes twice.
+LOAD_GROUPS = 3
 # One compiled kernel; see `rows`.
 Row = dict[str, Any]
 
@@ -66,6 +69,10 @@ def faults(target: Target, ns: tuple[int, ...], m: int, config: KernelConfig, bi
         found.append(f"{binary.shared_memory} bytes of shared memory, limit {sm.per_program}")
     if bool(binary.mma) != (config.regime != "gemv"):
         found.append(f"matrix instructions: {dict(binary.mma)}")
+    if config.has_workspace and (size := reduced_bytes(config, ns)) > REDUCED_BYTES:
+        found.append(f"the last program reads {size} bytes of partial sums, limit {REDUCED_BYTES}")
+    if config.regime == "gemv" and target.is_cuda() and len(binary.load_groups) > LOAD_GROUPS * len(ns):
+        found.append(f"{len(binary.load_groups)} groups of loads, limit {LOAD_GROUPS} per matrix")
     widest = max(binary.loads, default=0)
     if widest < (8 if config.regime == "prefill" else 16):  # 32 columns of fp16 are 8 bytes per thread
         found.append(f"the widest load has {widest} bytes")
@@ -75,11 +82,6 @@ def faults(target: Target, ns: tuple[int, ...], m: int, config: KernelConfig, bi
         if programs > resident:
             found.append(f"{programs} programs, but the GPU runs {resident} at a time")
     return found
-
-
-def nbytes(format: Format, n: int, k: int) -> int:
-    """Bytes of a matrix [N, K] in that format."""
-    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in filter(None, operand_layout(format, n, k)))
 
 
 def rows(
@@ -95,7 +97,11 @@ def rows(
         kernel: `str` of the config.
         m: the largest power of two rows for which dispatch selects it.
         programs: of a launch with m rows.
-        bytes_per_program: average bytes of weights and x that a program reads, from caches or memory.
+        bytes: of weights and x that all programs read, from caches or memory.
+        reduced_bytes: partial sums that the last program of a tile reads.
+        step: instructions of one step of K; 0 without a loop.
+        estimate_us: see estimate.py; not measured.
+        load_groups: groups of loads, each a trip to memory (NVIDIA, without copies to shared memory).
         registers: per thread.
         shared_memory: bytes per program.
         per_sm: programs that fit on one SM.
@@ -114,12 +120,8 @@ def rows(
 
 def _row(target: Target, case: Case, gate: str, batch_invariant: bool, config: KernelConfig, m: int) -> Row:
     signature = case.signature(gate, batch_invariant)
-    ns, k = signature.ns, signature.k
+    ns = signature.ns
     binary = Binary.of(warm_up(target, config, signature), target)
-    grid = config.grid(m, *ns)
-    programs, weight_reads = math.prod(grid), cdiv(m, config.block_m)
-    x_reads = 1 if config.regime == "prefill" else grid[0]
-    weights = sum(nbytes(format, n, k) for format, n in zip(signature.formats, ns, strict=True))
     # Batch-invariant kernels keep one split for all M, so more than 32 rows may come in several waves.
     at_once = min(m, 32) if batch_invariant else m
     return {
@@ -128,8 +130,12 @@ def _row(target: Target, case: Case, gate: str, batch_invariant: bool, config: K
         "gate": gate,
         "kernel": str(config),
         "m": m,
-        "programs": programs,
-        "bytes_per_program": (weights * weight_reads + 2 * m * k * x_reads) // programs,
+        "programs": math.prod(config.grid(m, *ns)),
+        "bytes": l2_bytes(m, signature.shape, signature.formats, config),
+        "reduced_bytes": reduced_bytes(config, ns),
+        "step": binary.step,
+        "load_groups": len(binary.load_groups),
+        "estimate_us": round(estimate(m, signature.shape, signature.formats, config, target).total, 1),
         "registers": binary.registers,
         "shared_memory": binary.shared_memory,
         "per_sm": binary.programs(MULTIPROCESSORS[target.name]),

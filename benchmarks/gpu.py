@@ -13,7 +13,7 @@ from ..indexer.cli.synthetic import random_matrix
 from ..indexer.models import SHAPES
 from ..kernels import ProjectionWeights
 from ..kernels.formats import Format, parse_pair
-from .gates import nbytes
+from .estimate import nbytes
 
 Call = Callable[[], object]
 # Calls per measurement, at least: enough to hide the microseconds that starting one takes.

@@ -10,7 +10,7 @@ import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, TimeoutError, as_completed
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -22,12 +22,13 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from ..kernels import KernelConfig, ProjectionWeights, Target, choose, reference
-from ..kernels.dispatch import MAX_SPLIT_K, OUTS, TABLE_SCHEMA, cdiv, next_power_of_2, versions
+from ..kernels.dispatch import ACCUMULATORS, MAX_SPLIT_K, OUTS, TABLE_SCHEMA, cdiv, next_power_of_2, versions
 from ..kernels.formats import Format
 from ..kernels.launch import launch, signature_of, torch_mm
 from ..kernels.target import target_of
 from ..kernels.workspace import recycled_counters
 from .compiled import signature, warm_up
+from .estimate import estimate
 from .gpu import Replay, weight_copies
 
 MS = tuple(2**power for power in range(15))
@@ -38,6 +39,10 @@ TORCH_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2**-6}
 FINALISTS, FIRST_ROUNDS, LAST_ROUNDS = 3, 3, 9
 # cuBLAS rounds differently from the kernels, so it has to be faster by more than two percent.
 TORCH_MARGIN = 0.98
+
+PER_REGIME = 7  # candidates
+# (block_m, block_n), 0 for all columns.
+PREFILL_TILES = ((16, 64), (32, 64), (64, 64), (64, 0), (128, 64), (128, 0))
 
 # A kernel, or torch's GEMM with the output dtypes of that key of OUTS. Kernels are measured with an fp32 gate.
 Choice = KernelConfig | str
@@ -66,36 +71,46 @@ class WrongError(Exception):
 
 
 def candidates(m: int, shape: tuple[int, ...], formats: tuple[Format, ...], target: Target) -> list[KernelConfig]:
-    """Configs worth measuring: the default, then its neighbors that fill the GPU.
+    """Configs worth measuring: the default, that with PDL, then of each regime those with the lowest estimates.
 
     Regimes take turns, so that a search that runs out of time has tried all of them.
     """
     m, (*ns, k) = next_power_of_2(m), shape
     gemvs, splits, prefills = [], [], []
     if m <= 16:
-        for block_m, num_warps in itertools.product((min(m, 4), min(m, 8)), (2, 4, 8)):
-            gemvs.append(KernelConfig("gemv", block_m, block_k=128, num_warps=num_warps, slices=8))
+        for block_m, num_warps, slices in itertools.product((min(m, 4), min(m, 8)), (2, 4, 8), (8, 16)):
+            gemvs.append(KernelConfig("gemv", block_m, block_k=128, num_warps=num_warps, slices=slices))
     if 2 <= m <= 1024:
-        lowest = 8 if target.is_cuda() else 16
-        rows = [rows for rows in (8, 16, 32) if lowest <= rows < 2 * max(m, lowest)]
-        for block_m, block_n, slices, steps in itertools.product(rows, (16, 32), (4, 8), (1, 2, 4)):
-            split_k = cdiv(k, slices * 64 * steps)
-            if split_k <= MAX_SPLIT_K:
-                splits.append(KernelConfig("split_k", block_m, 64, split_k, 2, slices, block_n, slices))
+        for block_m, block_n, slices, steps in itertools.product((8, 16, 32), (16, 32), (4, 8), (1, 2, 4)):
+            if (8 if target.is_cuda() else 16) <= block_m < 2 * max(m, 16):
+                splits.append(
+                    KernelConfig("split_k", block_m, 64, cdiv(k, slices * 64 * steps), 2, slices, block_n, slices)
+                )
     if m >= 32:
-        for block_m, split_k in itertools.product((16, 32, 64, 128), (1, 2, 4, 8, 16)):
-            if block_m <= m:
-                for num_stages in (3,) if split_k > 1 else (3, 2, 4):
-                    prefills.append(KernelConfig("prefill", block_m, 64, split_k, num_stages, 4 if block_m < 64 else 8))
+        columns = KernelConfig("prefill", 1, 64, block_n=0).acc_size(*ns)
+        for (block_m, block_n), (block_k, num_stages), split_k in itertools.product(
+            PREFILL_TILES, ((64, 3), (128, 2), (64, 4)), (1, 2, 3, 4, 5, 6, 8, 11, 14)
+        ):
+            if block_m <= m and (block_n or block_m * columns <= ACCUMULATORS):
+                for num_warps in (8,) if block_m > 64 or not block_n else (4, 8):
+                    prefills.append(KernelConfig("prefill", block_m, block_k, split_k, num_stages, num_warps, block_n))
 
-    def fills(config: KernelConfig) -> bool:
+    def is_useful(config: KernelConfig) -> bool:
         programs, one_wave = math.prod(config.grid(m, *ns)), target.sm_count
+        depth = config.block_k * config.slices
+        has_work = (config.split_k - 1) * cdiv(k, config.split_k * depth) * depth < k  # in every split
         may_queue = config.regime == "prefill" and config.split_k == 1
-        return one_wave / 4 <= programs and (programs <= 4 * one_wave or may_queue)
+        is_split = has_work and config.split_k <= MAX_SPLIT_K
+        return is_split and one_wave / 4 <= programs and (programs <= 4 * one_wave or may_queue)
 
-    by_turn = itertools.zip_longest(*(filter(fills, configs) for configs in (gemvs, splits, prefills)))
-    neighbors = [config for turn in by_turn for config in turn if config is not None]
-    return list(dict.fromkeys([choose(m, shape, formats, target), *neighbors]))
+    def cost(config: KernelConfig) -> float:
+        return estimate(m, shape, formats, config, target).total
+
+    ranked = [sorted(filter(is_useful, configs), key=cost)[:PER_REGIME] for configs in (gemvs, splits, prefills)]
+    neighbors = [config for turn in itertools.zip_longest(*ranked) for config in turn if config is not None]
+    default = choose(m, shape, formats, target)
+    with_pdl = [replace(default, pdl=True)] if target.is_cuda(90) and default.regime != "prefill" else []
+    return list(dict.fromkeys([default, *with_pdl, *neighbors]))
 
 
 def tune(cases: Sequence[Case], device: torch.device, seconds: float) -> Iterator[Progress]:

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import accumulator_columns
-from .formats import ACTIVATIONS, MAX_ROWS, MAX_ROWS_TOGETHER, Format, Operands, operand_layout
+from .formats import ACTIVATIONS, Format, Operands, operand_layout
 from .launch import Signature
 
 LARGEST_FACTOR = torch.finfo(torch.float32).max
@@ -118,8 +117,6 @@ def _place_operands(
         n, own_k = shape[0], shape[1] * (2 if format in (Format.NVFP4, Format.MXFP4) else 1)
         if k != own_k:
             raise ValueError(f"project: x must be [..., K={own_k}] to fit the weights, got [..., {k}]")
-        if n > MAX_ROWS:
-            raise ValueError(f"project: a matrix has {n} rows; the kernels hold at most {MAX_ROWS}")
         own = [-1, -1, -1]
         for role, layout in enumerate(operand_layout(format, n, k)):
             if layout is None:
@@ -138,11 +135,6 @@ def _place_operands(
         places.append((own[0], own[1], own[2]))
     if place != len(found):
         raise ValueError(f"project: expected {place} operands for {', '.join(map(str, formats))}, got {len(found)}")
-    if all(isinstance(n, int) for n in ns) and accumulator_columns(*ns) > MAX_ROWS_TOGETHER:
-        raise ValueError(
-            f"project: the matrices have {ns} rows; rounded up to powers of two, the kernels hold at most "
-            f"{MAX_ROWS_TOGETHER} of them together"
-        )
     return tuple(ns), places
 
 

@@ -35,7 +35,7 @@ class KernelConfig:
         block_m: rows of x per program.
         block_k: columns of K per step and slice, 32, 64 or 128: whole scale groups inside one 128-wide scale block.
         split_k: splits of K, each computed by a program of its own.
-        block_n: rows of a matrix per program (split_k only; gemv: one, prefill: all).
+        block_n: rows of a matrix per program; 0 for all rows of all matrices (prefill only). gemv: always one.
         slices: parts of K that the warps of a program multiply side by side (gemv and split_k only).
         loop_splits: one program computes all splits of its tile (split_k only).
         pdl: programmatic dependent launch: waits for the previous kernel as late as possible (gemv and split_k, sm_90
@@ -68,16 +68,18 @@ class KernelConfig:
             )
 
     def __str__(self) -> str:
-        block_n = f"x{self.block_n}" if self.regime == "split_k" else ""
+        block_n = f"x{self.block_n or 'N'}" if self.regime != "gemv" else ""
         split = f", K/{self.split_k}" if self.split_k > 1 else ""
         loop = ", looped" if self.loop_splits else ""
         return f"{self.regime} {self.block_m}{block_n}x{self.slices * self.block_k}{split}{loop}"
 
     def acc_size(self, *ns: int) -> int:
         """Elements of the accumulators of one program, for matrices with these numbers of rows."""
-        if self.regime == "prefill":
-            return self.block_m * accumulator_columns(*ns)
-        return self.block_m * (self.block_n if self.regime == "split_k" else 1)
+        return self.block_m * (self.block_n or sum(self.block_ns(*ns)))
+
+    def block_ns(self, *ns: int) -> tuple[int, ...]:
+        """Columns that a program which has to do with a matrix computes of its output; powers of two."""
+        return tuple([self.block_n or next_power_of_2(max(n, 16)) for n in ns])
 
     @property
     def has_workspace(self) -> bool:
@@ -90,15 +92,15 @@ class KernelConfig:
 
     def tiles_n(self, *ns: int) -> int:
         """Tiles of the outputs' columns."""
-        if self.regime == "prefill":
-            return 1
-        return sum(ns) if self.regime == "gemv" else sum([cdiv(n, self.block_n) for n in ns])
+        if self.regime == "gemv":
+            return sum(ns)
+        return sum([cdiv(n, self.block_n) for n in ns]) if self.block_n else 1
 
     def grid_of_tiles(self, tiles_m: int, tiles_n: int) -> tuple[int, int, int]:
         """Programs of a launch with these tiles of x's rows and of the outputs' columns."""
-        if self.regime == "split_k":
-            return tiles_n, 1 if self.loop_splits else self.split_k, tiles_m
-        return (tiles_n, tiles_m, 1) if self.regime == "gemv" else (tiles_m, self.split_k, 1)
+        if self.regime == "gemv":
+            return tiles_n, tiles_m, 1
+        return tiles_n, 1 if self.loop_splits else self.split_k, tiles_m
 
     def workspace_size(self, m: int, *ns: int) -> tuple[int, int]:
         """(fp32 partial sums, int32 arrival counters) of a launch with m rows of x."""
@@ -108,37 +110,21 @@ class KernelConfig:
         return programs * self.acc_size(*ns), programs // self.split_k
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Up to where a choice is good on a GPU. From compiled code (registers, spills) unless a source is given.
+# The limits of `choose`, from compiled code (registers, spills, loads) unless a source is given.
 
-    Attributes:
-        gemv_rows: largest M for gemv. FMA time grows with M; published gemv kernels lose to tensor cores from M = 5 on
-            Hopper. Blackwell multiplies bf16 into fp32 in one instruction (FHFMA) and stays ahead up to 8.
-        mma_rows: rows of x in the narrowest matrix instruction.
-        prefill_columns: accumulator columns next to which 64 of K fit in shared memory and registers.
-        decoded_rows: rows of x in prefill next to which FP8 and FP4 weights are decoded without spills.
-    """
-
-    gemv_rows: int
-    mma_rows: int
-    prefill_columns: int
-    decoded_rows: int
-
-
-# The newest entry that is not newer than the GPU applies.
-_CUDA_LIMITS = {80: Limits(4, 8, 320, 64), 100: Limits(8, 8, 320, 64), 120: Limits(8, 8, 320, 32)}
-_AMD_LIMITS = Limits(4, 16, 256, 64)  # gfx942 has 64 KiB of LDS
-SPLIT_K_ROWS, MAX_BLOCK_M = 64, 32  # more rows do not fit the registers next to 16 rows of weights in 8 slices
-# Rounding x to e4m3 (W8A8) takes registers.
+# FMA time grows with M; published gemv kernels lose to tensor cores from M = 5 on. Rounding x to e4m3 (W8A8) takes
+# registers: 1 row.
+GEMV_ROWS = 4
+# Above 64 rows, split_k's weights would be read more than twice. Its tile holds 32 next to 16 rows of weights.
+SPLIT_K_ROWS, SPLIT_K_TILE = 64, 32
 QUANTIZED_GEMV_ROWS, QUANTIZED_SPLIT_K_ROWS = 1, 32
-
-
-def limits(target: Target) -> Limits:
-    """The entry for a GPU."""
-    if not isinstance(target.arch, int):
-        return _AMD_LIMITS
-    return _CUDA_LIMITS[max(arch for arch in _CUDA_LIMITS if arch <= target.arch)]
+# fp32 accumulators of a prefill program of 8 warps: 96 registers per thread.
+ACCUMULATORS = 128 * 192
+# Bytes of partial sums that the last program of a tile reads: 1 us at the 105 GB/s of one SM.
+REDUCED_BYTES = 100_000
+# The share of SMs that saturates L2: one reads 105 KB per us alone and 49 with all others. From there on a larger tile,
+# which reads less, beats more programs.
+FILLED = 0.45
 
 
 def choose(
@@ -163,62 +149,68 @@ def choose(
     m, (*ns, k) = next_power_of_2(m), shape
     if batch_invariant:
         return replace(_split_k(m, k, target), loop_splits=m > SPLIT_K_ROWS)
-    if m <= (QUANTIZED_GEMV_ROWS if quantize_x else limits(target).gemv_rows):
-        return _gemv(m, target)
+    if m <= (QUANTIZED_GEMV_ROWS if quantize_x else GEMV_ROWS):
+        # A step is 16 bytes of x per thread.
+        return KernelConfig("gemv", block_m=m, block_k=128, slices=16, num_warps=8 if target.is_cuda() else 4)
     if m <= (QUANTIZED_SPLIT_K_ROWS if quantize_x else SPLIT_K_ROWS):
         config = _split_k(m, k, target)
         # An SM holds two of these programs. Two steps of K per program beat a second wave; three would spill, and so
         # would two with quantize_x.
-        one_wave = math.prod(config.grid(m, *ns)) <= 2 * target.sm_count
-        return config if one_wave or quantize_x else replace(config, split_k=cdiv(config.split_k, 2))
-    is_fp16 = x_dtype != torch.bfloat16
-    if quantize_x:
-        return _prefill_quantized(m, ns, k, target, is_fp16)
-    return _prefill(m, ns, k, target, is_fp16, is_decoded=set(formats) != {Format.BF16})
-
-
-def _gemv(m: int, target: Target) -> KernelConfig:
-    """A step is 16 bytes of x per thread."""
-    return KernelConfig("gemv", block_m=m, block_k=128, slices=8, num_warps=4 if target.is_cuda() else 2)
+        for steps in (1,) if quantize_x else (1, 2):
+            fewer = replace(config, split_k=cdiv(config.split_k, steps))
+            if math.prod(fewer.grid(m, *ns)) <= 2 * target.sm_count:
+                return fewer
+    return _prefill(m, ns, k, target, x_dtype != torch.bfloat16, quantize_x)
 
 
 def _split_k(m: int, k: int, target: Target) -> KernelConfig:
     """One step over 512 of K: enough programs to fill a GPU, each of which loads its weights in one go."""
-    block_m = min(max(m, limits(target).mma_rows), MAX_BLOCK_M)
+    # 8 rows of x are the narrowest matrix instruction, on AMD 16.
+    block_m = min(max(m, 8 if target.is_cuda() else 16), SPLIT_K_TILE)
     splits = min(MAX_SPLIT_K, cdiv(k, 512))
-    return KernelConfig("split_k", block_m, block_k=64, slices=8, split_k=splits, num_stages=2)
+    return KernelConfig("split_k", block_m, block_k=64, split_k=splits, num_stages=2, block_n=16, slices=8)
 
 
-def _prefill(m: int, ns: list[int], k: int, target: Target, is_fp16: bool, is_decoded: bool) -> KernelConfig:
-    """fp16 is multiplied as fp32, which takes twice the room."""
-    limit = limits(target)
-    largest = 32 if is_fp16 else limit.decoded_rows if is_decoded else 64
-    block_m = 16 if m <= 256 else largest
-    block_k = 32 if is_fp16 or accumulator_columns(*ns) > limit.prefill_columns else 64
-    splits = _fill(m // block_m, cdiv(k, block_k), target)
-    return KernelConfig("prefill", block_m, block_k, splits, num_stages=3, num_warps=_prefill_warps(target, is_fp16))
+def _prefill(m: int, ns: list[int], k: int, target: Target, is_fp16: bool, quantize_x: bool) -> KernelConfig:
+    """The largest tile that fills the GPU: the larger, the less is read from L2 and decoded."""
+    # fp16 is multiplied as fp32, which takes twice the room. x has a scale per 128 of K.
+    block_k = 32 if is_fp16 else 64
+    num_stages = 3 if target.is_cuda() else 2
+    if quantize_x:
+        block_k, num_stages = 128, num_stages - 1
+    for block_m, block_n in _prefill_tiles(ns, target, is_fp16, quantize_x):
+        num_warps = 8 if block_m * (block_n or 192) >= 128 * 64 else 4
+        config = KernelConfig("prefill", block_m, block_k, 1, num_stages, num_warps, block_n)
+        tiles = math.prod(config.grid(m, *ns))
+        splits = _fill(tiles, config.acc_size(*ns), cdiv(k, block_k), target)
+        if tiles * splits >= FILLED * target.sm_count:
+            break
+    return replace(config, split_k=splits)
 
 
-def _prefill_quantized(m: int, ns: list[int], k: int, target: Target, is_fp16: bool) -> KernelConfig:
-    """A step is a whole scale group of x, 128 of K; more rows or stages would spill."""
-    block_m = 16 if m <= 256 or is_fp16 or accumulator_columns(*ns) > 256 else 32
-    splits, num_stages = _fill(m // block_m, cdiv(k, 128), target), 2 if target.is_cuda() else 1
-    return KernelConfig("prefill", block_m, 128, splits, num_stages, _prefill_warps(target, is_fp16))
+def _prefill_tiles(ns: list[int], target: Target, is_fp16: bool, quantize_x: bool) -> list[tuple[int, int]]:
+    """(block_m, block_n) from large to small."""
+    tiles = [(block_m, 64) for block_m in (128, 64, 32, 16)]
+    if sum(cdiv(n, 128) * 128 for n in ns) <= 1.1 * sum(cdiv(n, 64) * 64 for n in ns):
+        tiles.insert(0, (128, 128))
+    # Without wgmma or tcgen05, each warp decodes its own weights in registers, and all columns do not fit these.
+    if not isinstance(target.arch, int) or 90 <= target.arch < 120:
+        columns = KernelConfig("prefill", 1, 64, block_n=0).acc_size(*ns)
+        tiles = [(block_m, 0) for block_m in (128, 64) if block_m * columns <= ACCUMULATORS] + tiles
+    if not quantize_x:
+        return tiles
+    # Rounding x takes registers: 128 rows would spill, and so would all columns in fp16.
+    return [(block_m, block_n) for block_m, block_n in tiles if block_m <= 64 and (block_n or not is_fp16)]
 
 
-def _prefill_warps(target: Target, is_fp16: bool) -> int:
-    return 4 if is_fp16 and not target.is_cuda() else 8  # with 8, a thread would load less than 16 bytes
+def _fill(tiles: int, acc_size: int, steps: int, target: Target) -> int:
+    """Splits of K that fill the GPU in one wave, as far as the last program of a tile reads few partial sums.
 
-
-def _fill(tiles: int, steps: int, target: Target) -> int:
-    """Splits of K that fill the GPU in one wave: a power of two, or fewer where the last splits would be empty."""
-    fit = next_power_of_2(target.sm_count // tiles + 1) // 2  # the largest power of two that fits, or 0
-    return cdiv(steps, cdiv(steps, max(1, min(MAX_SPLIT_K, fit))))
-
-
-def accumulator_columns(*ns: int) -> int:
-    """Accumulator columns of a prefill program: each N rounded up to a power of two, at least 16."""
-    return sum([next_power_of_2(max(n, 16)) for n in ns])
+    Of two splits it reads one.
+    """
+    reduced = REDUCED_BYTES // (4 * acc_size)
+    fit = max(1, min(MAX_SPLIT_K, target.sm_count // tiles, 2 if reduced == 1 else reduced))
+    return cdiv(steps, cdiv(steps, fit))  # fewer where the last splits would be empty
 
 
 def cdiv(a: int, b: int) -> int:

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 SCALE_BLOCK, MX_GROUP, NVFP4_GROUP = 128, 32, 16
-# A prefill program holds all rows of all matrices, each count rounded up to a power of two.
-MAX_ROWS, MAX_ROWS_TOGETHER = 256, 384
 
 # How a matrix takes x: unchanged, or rounded to e4m3 (W8A8). The kernels know an activation by its position.
 Activation = Literal["fp8", "fp8_ue8m0"]

@@ -1,7 +1,7 @@
 """Decode of very few rows: one program per row of a matrix, fp32 FMA over all of K.
 
-Tensor cores would be mostly idle at this size. What counts is that a program loads its weights in one round trip to
-memory and that nothing follows: no partial sums, no counter, no workspace.
+Tensor cores would be mostly idle at this size. What counts is that a program loads its weights and scales in one round
+trip to memory and that nothing follows: no partial sums, no counter, no workspace.
 """
 
 import triton
@@ -10,9 +10,11 @@ import triton.language as tl
 from .tile import (
     FP8_BLOCK,
     UNCHANGED,
+    decode,
     launch_dependents,
     load_block_scales,
-    load_weights,
+    load_codes,
+    load_row_scales,
     quantize,
     store_tile,
     wait_for_dependencies,
@@ -29,31 +31,46 @@ def _gemv_row(
     STEPS: tl.constexpr = (K + SLICES * BLOCK_K - 1) // (SLICES * BLOCK_K)
     slices = tl.arange(0, SLICES)
     cols = row_n + tl.zeros_like(slices)
-    weights = ()
+    scales, weights = load_row_scales(w, cols, N), ()
     for step in tl.static_range(STEPS):
         start_k = (step * SLICES + slices) * BLOCK_K
-        values = load_weights(w, cols, start_k, N, K, BLOCK_K, FORMAT, tl.float32)
         if FORMAT == FP8_BLOCK:
-            values *= load_block_scales(w, cols, start_k, N, K)[:, None]
-        weights = weights + (values,)
+            scales = load_block_scales(w, cols, start_k, N, K)
+        codes, group_scales = load_codes(w, cols, start_k, N, K, BLOCK_K, FORMAT)
+        weights = weights + (decode(codes, group_scales, FORMAT, tl.float32) * scales[:, None],)
 
     wait_for_dependencies(PDL)
-    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    acc = tl.zeros((BLOCK_M, SLICES, BLOCK_K), tl.float32)
-    for step in tl.static_range(STEPS):
-        offs_k = ((step * SLICES + slices) * BLOCK_K)[:, None] + tl.arange(0, BLOCK_K)[None, :]
-        x = tl.load(
-            x_ptr + rows[:, None, None].to(tl.int64) * stride_xm + offs_k[None, :, :],
-            mask=(rows < M)[:, None, None] & (offs_k < K)[None, :, :],
-            other=0.0,
-        )
-        if ACTIVATION != UNCHANGED:
-            x, x_scales = quantize(x, 2, ACTIVATION)
-            x *= x_scales
-        acc += x.to(tl.float32) * weights[step][None, :, :]
+    first = tl.program_id(1) * BLOCK_M
+    # Row by row: the compiler would spread rows of a 3-D tile over warps and pass each weight through shared memory.
+    sums = ()
+    for m in tl.static_range(BLOCK_M):
+        acc = tl.zeros((SLICES, BLOCK_K), tl.float32)
+        row = first + m + tl.arange(0, 1)
+        for step in tl.static_range(STEPS):
+            offs_k = ((step * SLICES + slices) * BLOCK_K)[:, None] + tl.arange(0, BLOCK_K)[None, :]
+            inside = (row < M)[:, None] & (offs_k < K)
+            x = tl.load(x_ptr + row[:, None].to(tl.int64) * stride_xm + offs_k, mask=inside, other=0.0)
+            if ACTIVATION != UNCHANGED:
+                x, x_scales = quantize(x, 1, ACTIVATION)
+                x *= x_scales
+            acc += x.to(tl.float32) * weights[step]
+        sums = sums + (acc,)
     launch_dependents(PDL)
-    total = tl.sum(tl.sum(acc, 2), 1)
-    store_tile(out_ptr, total[None, :], w, row_n + tl.arange(0, 1), rows, M, N, stride_om, FACTOR)
+    total = tl.sum(tl.reshape(_stack(sums, BLOCK_M), (SLICES * BLOCK_K, BLOCK_M)), 0)
+    store_tile(out_ptr, total * FACTOR, first + tl.arange(0, BLOCK_M), row_n + tl.arange(0, 1), M, N, stride_om)
+
+
+@triton.jit
+def _stack(tiles, COUNT: tl.constexpr):
+    """[..., COUNT] from COUNT tiles, a power of two: their sums take one exchange between the warps."""
+    HALF: tl.constexpr = COUNT // 2
+    if COUNT == 1:
+        return tiles[0]
+    else:
+        joined = ()
+        for i in tl.static_range(HALF):
+            joined = joined + (tl.join(tiles[i], tiles[i + HALF]),)
+        return _stack(joined, HALF)
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -229,6 +229,7 @@ def constants(config: KernelConfig, signature: Signature, target: Target) -> dic
         "K": signature.k,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
+        "BLOCK_NS": config.block_ns(*signature.ns),
         "BLOCK_K": config.block_k,
         "SLICES": config.slices,
         "SPLIT_K": config.split_k,
@@ -236,6 +237,7 @@ def constants(config: KernelConfig, signature: Signature, target: Target) -> dic
         "ACC_SIZE": config.acc_size(*signature.ns),
         # fp16 has 11 significand bits: exact in tf32, not in bf16. Triton's interpreter computes bf16 wrongly.
         "DOT": tl.bfloat16 if signature.x_dtype == torch.bfloat16 and not INTERPRETED else tl.float32,
+        "PACKED": has_packed_decode(signature, target),
         "AMD": target.backend == "hip",
         "PDL": _has_pdl(config, target),
     }
@@ -246,11 +248,18 @@ def options(config: KernelConfig, target: Target) -> dict[str, Any]:
     """The compiler's options. Triton's default for fp_fusion differs between versions."""
     chosen = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
     if target.backend == "hip":
+        if config.regime == "gemv":
+            return chosen | {"waves_per_eu": 1}
         # One matrix instruction for all tiles, as the bits of a row must not depend on the batch.
         return chosen | ({"matrix_instr_nonkdim": 16} if config.regime == "split_k" else {})
     # By default ptxas spills a few registers to fit one more program. `choose` counts on two programs of split_k.
     chosen["maxnreg"] = 128 if config.regime == "split_k" and not config.loop_splits else 255
     return chosen | ({"launch_pdl": True} if _has_pdl(config, target) else {})
+
+
+def has_packed_decode(signature: Signature, target: Target) -> bool:
+    """Whether prefill decodes FP8 in PTX, which Triton's interpreter does not run."""
+    return target.backend == "cuda" and signature.x_dtype == torch.bfloat16 and not INTERPRETED
 
 
 def _has_pdl(config: KernelConfig, target: Target) -> bool:

@@ -89,7 +89,7 @@ def project_all(
     GLM-5.3-Flash has a third matrix that reads the same x, `index_kpool_compress_gate`.
 
     Args:
-        matrices: [N, K] each, with N up to 256, and up to 384 together, each rounded up to a power of two.
+        matrices: [N, K] each, with any N.
         dtypes: per output, x.dtype (default) or torch.float32.
         factors: per output, in fp32; 1 by default. Compiled into the kernel.
         activations: per matrix, None (default) for unchanged x; see `project`.

@@ -1,7 +1,11 @@
-"""Prefill: many rows. Reading x takes the time, and it is read exactly once.
+"""Prefill: many rows. Reading x takes the time, and so do instructions, so weights are decoded once per many rows.
 
-A program owns BLOCK_M rows of x and all rows of all matrices, with one accumulator each. If the tiles of x alone do
-not fill the GPU, K is divided over SPLIT_K programs, and the last one to arrive sums the splits.
+A program owns BLOCK_M rows of x and either all columns of all outputs, which reads x once, or BLOCK_N columns of one
+output, of which there are more. If these tiles do not fill the GPU, K is divided over SPLIT_K programs, and the last
+one to arrive sums the splits.
+
+Tiles are [rows of x, columns of the output]: x is the first operand of the dot, and the decoded weights go to shared
+memory as the second one, where all warps read them.
 """
 
 import triton
@@ -10,10 +14,12 @@ import triton.language as tl
 from .tile import (
     FP8_BLOCK,
     UNCHANGED,
+    decode,
     dot,
     last_to_arrive,
     load_block_scales,
-    load_weights,
+    load_codes,
+    load_row_scales,
     quantize,
     store_tile,
     sum_splits,
@@ -22,34 +28,89 @@ from .tile import (
 
 
 @triton.jit
-def _columns(N: tl.constexpr):
-    """Columns of an accumulator for N output columns: a power of two, at least 16."""
-    return tl.arange(0, triton.next_power_of_2(N) if N > 16 else 16)
+def _zeros(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    return tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
 
 @triton.jit
-def _zeros(N: tl.constexpr, BLOCK_M: tl.constexpr):
-    return tl.zeros((triton.next_power_of_2(N) if N > 16 else 16, BLOCK_M), tl.float32)
+def _columns(start_n, BLOCK_N: tl.constexpr):
+    return start_n + tl.arange(0, BLOCK_N)
 
 
 @triton.jit
-def _dot_add(
-    acc, x, w, start_k,
+def _dot_step(
+    x, w, cols, start_k,
     N: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_K: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    DOT: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc + w @ x over BLOCK_K of K, which lies inside one scale block."""
-    cols = _columns(N)
+    """x @ w.T over BLOCK_K of K, which lies inside one scale block: [rows, cols] fp32."""
     start_k += tl.zeros_like(cols)
-    if ACTIVATION != UNCHANGED:
-        x, x_scales = quantize(x, 0, ACTIVATION)
-        x = x.to(DOT)
-    product = dot(load_weights(w, cols, start_k, N, K, BLOCK_K, FORMAT, DOT), x, PRECISION)
     if FORMAT == FP8_BLOCK:
-        product *= load_block_scales(w, cols, start_k, N, K)[:, None]
+        scales = load_block_scales(w, cols, start_k, N, K)
+    codes, group_scales = load_codes(w, cols, start_k, N, K, BLOCK_K, FORMAT)
+    if ACTIVATION != UNCHANGED:
+        x, x_scales = quantize(x, 1, ACTIVATION)
+    product = dot(x.to(DOT), tl.trans(decode(codes, group_scales, FORMAT, DOT, PACKED)), PRECISION)
+    if FORMAT == FP8_BLOCK:
+        product *= scales[None, :]
     if ACTIVATION != UNCHANGED:
         product *= x_scales
-    return acc + product
+    return product
+
+
+@triton.jit
+def _project_tile(
+    x_ptr, matrices, outs, partial_ptr, arrived_ptr, start_n, M, stride_xm, strides_om,
+    FIRST: tl.constexpr, END: tl.constexpr,
+    NS: tl.constexpr, FORMATS: tl.constexpr, ACTIVATIONS: tl.constexpr, FACTORS: tl.constexpr, K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_NS: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
+    ACC_SIZE: tl.constexpr, DOT: tl.constexpr, PACKED: tl.constexpr, AMD: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_NS columns from start_n on of the outputs FIRST to END: one split of K, and the sum if it arrives last."""
+    split, tile_m = tl.program_id(1), tl.program_id(2)
+    SPLIT_SIZE: tl.constexpr = tl.cdiv(K, SPLIT_K * BLOCK_K) * BLOCK_K
+    PRECISION: tl.constexpr = "ieee" if AMD else "tf32"
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    accs = ()
+    for i in tl.static_range(FIRST, END):
+        accs = accs + (_zeros(BLOCK_M, BLOCK_NS[i]),)
+    # With an end known at compile time, the compiler would unroll a short loop until it spills.
+    for start_k in range(split * SPLIT_SIZE, tl.minimum((split + 1) * SPLIT_SIZE, K), BLOCK_K):
+        offs_k = start_k + tl.arange(0, BLOCK_K)
+        x = tl.load(
+            x_ptr + rows[:, None].to(tl.int64) * stride_xm + offs_k[None, :],
+            mask=(rows < M)[:, None] & (offs_k < K)[None, :],
+            other=0.0,
+        )
+        sums = ()
+        for i in tl.static_range(FIRST, END):
+            product = _dot_step(
+                x, matrices[i], _columns(start_n, BLOCK_NS[i]), start_k,
+                NS[i], K, FORMATS[i], ACTIVATIONS[i], BLOCK_K, DOT, PACKED, PRECISION,
+            )  # fmt: skip
+            sums = sums + (accs[i - FIRST] + product,)
+        accs = sums
+
+    is_last = True
+    tile = tile_m * tl.num_programs(0) + tl.program_id(0)
+    if SPLIT_K > 1:
+        partial_ptr += tile.to(tl.int64) * (SPLIT_K * ACC_SIZE)
+        own_ptr = partial_ptr + split * ACC_SIZE
+        for i in tl.static_range(FIRST, END):
+            tl.store(own_ptr + tile_offsets(BLOCK_M, BLOCK_NS[i]), accs[i - FIRST])
+            own_ptr += BLOCK_M * BLOCK_NS[i]
+        is_last = last_to_arrive(arrived_ptr + tile, SPLIT_K, AMD)
+    if is_last:
+        for i in tl.static_range(FIRST, END):
+            total = accs[i - FIRST]
+            if SPLIT_K > 1:
+                total = sum_splits(partial_ptr, ACC_SIZE, total, split, SPLIT_K)
+                partial_ptr += BLOCK_M * BLOCK_NS[i]
+            cols = _columns(start_n, BLOCK_NS[i])
+            total *= load_row_scales(matrices[i], cols, NS[i])[None, :] * FACTORS[i]
+            store_tile(outs[i], total, rows[:, None], cols[None, :], M, NS[i], strides_om[i])
+        if SPLIT_K > 1:
+            tl.store(arrived_ptr + tile, 0)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -61,45 +122,28 @@ def prefill_kernel(
     arrived_ptr,  # [tiles] int32, all zero between launches, None if SPLIT_K is 1
     M, stride_xm, strides_om,
     NS: tl.constexpr, FORMATS: tl.constexpr, ACTIVATIONS: tl.constexpr, FACTORS: tl.constexpr, K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, ACC_SIZE: tl.constexpr,
-    DOT: tl.constexpr, AMD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_NS: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr, ACC_SIZE: tl.constexpr, DOT: tl.constexpr, PACKED: tl.constexpr, AMD: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (cdiv(M, BLOCK_M), SPLIT_K). ACC_SIZE: elements of all accumulators of a program."""
-    tile, split = tl.program_id(0), tl.program_id(1)
-    SPLIT_SIZE: tl.constexpr = tl.cdiv(K, SPLIT_K * BLOCK_K) * BLOCK_K
-    PRECISION: tl.constexpr = "ieee" if AMD else "tf32"
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    accs = ()
-    for i in tl.static_range(len(NS)):
-        accs = accs + (_zeros(NS[i], BLOCK_M),)
-    # With an end known at compile time, the compiler would unroll a short loop until it spills.
-    for start_k in range(split * SPLIT_SIZE, tl.minimum((split + 1) * SPLIT_SIZE, K), BLOCK_K):
-        offs_k = start_k + tl.arange(0, BLOCK_K)
-        x = tl.load(
-            x_ptr + rows[None, :].to(tl.int64) * stride_xm + offs_k[:, None],
-            mask=(rows < M)[None, :] & (offs_k < K)[:, None],
-            other=0.0,
-        ).to(DOT)
-        sums = ()
-        for i in tl.static_range(len(NS)):
-            acc = _dot_add(
-                accs[i], x, matrices[i], start_k, NS[i], K, FORMATS[i], ACTIVATIONS[i], BLOCK_K, DOT, PRECISION
-            )
-            sums = sums + (acc,)
-        accs = sums
+    """Grid: (tiles of columns, SPLIT_K, cdiv(M, BLOCK_M)).
 
-    if SPLIT_K == 1:
-        for i in tl.static_range(len(NS)):
-            store_tile(outs[i], accs[i], matrices[i], _columns(NS[i]), rows, M, NS[i], strides_om[i], FACTORS[i])
+    BLOCK_N: columns per program, 0 for all. BLOCK_NS: columns of each matrix in a program.
+    ACC_SIZE: elements of all accumulators.
+    """
+    if BLOCK_N == 0:
+        _project_tile(
+            x_ptr, matrices, outs, partial_ptr, arrived_ptr, 0, M, stride_xm, strides_om, 0, len(NS),
+            NS, FORMATS, ACTIVATIONS, FACTORS, K, BLOCK_M, BLOCK_NS, BLOCK_K, SPLIT_K, ACC_SIZE, DOT, PACKED, AMD,
+        )  # fmt: skip
     else:
-        partials = partial_ptr + tile.to(tl.int64) * (SPLIT_K * ACC_SIZE)
-        own = partials + split * ACC_SIZE
+        tile_n = tl.program_id(0)
+        first = 0  # tile of matrix i
         for i in tl.static_range(len(NS)):
-            tl.store(own + tile_offsets(accs[i].shape[0], BLOCK_M), accs[i])
-            own += accs[i].shape[0] * BLOCK_M
-        if last_to_arrive(arrived_ptr + tile, SPLIT_K, AMD):
-            for i in tl.static_range(len(NS)):
-                total = sum_splits(partials, ACC_SIZE, SPLIT_K, accs[i].shape[0], BLOCK_M)
-                store_tile(outs[i], total, matrices[i], _columns(NS[i]), rows, M, NS[i], strides_om[i], FACTORS[i])
-                partials += accs[i].shape[0] * BLOCK_M
-            tl.store(arrived_ptr + tile, 0)
+            tiles = tl.cdiv(NS[i], BLOCK_N)
+            if (tile_n >= first) & (tile_n < first + tiles):
+                _project_tile(
+                    x_ptr, matrices, outs, partial_ptr, arrived_ptr, (tile_n - first) * BLOCK_N, M, stride_xm,
+                    strides_om, i, i + 1, NS, FORMATS, ACTIVATIONS, FACTORS, K, BLOCK_M, BLOCK_NS, BLOCK_K, SPLIT_K,
+                    ACC_SIZE, DOT, PACKED, AMD,
+                )  # fmt: skip
+            first += tiles

@@ -15,11 +15,13 @@ from .tile import (
     FP8_BLOCK,
     SCALE_BLOCK,
     UNCHANGED,
+    decode,
     dot,
     last_to_arrive,
     launch_dependents,
     load_block_scales,
-    load_weights,
+    load_codes,
+    load_row_scales,
     quantize,
     store_tile,
     sum_splits,
@@ -29,42 +31,81 @@ from .tile import (
 
 
 @triton.jit
+def _load_x(
+    x_ptr, rows, first, M, stride_xm,
+    K: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """[SLICES, BLOCK_K, BLOCK_M], transposed blocks of K from block first on, and [GROUPS, 1, BLOCK_M] scales of it.
+
+    Unchanged x takes the place of its scales.
+    """
+    BLOCK_M: tl.constexpr = rows.shape[0]
+    offs_k = ((first + tl.arange(0, SLICES)) * BLOCK_K)[:, None, None] + tl.arange(0, BLOCK_K)[None, :, None]
+    inside = (rows < M)[None, None, :] & (offs_k < K)
+    x = tl.load(x_ptr + rows[None, None, :].to(tl.int64) * stride_xm + offs_k, mask=inside, other=0.0)
+    if ACTIVATION == UNCHANGED:
+        x = x.to(DOT)
+        return x, x
+    else:
+        groups = tl.reshape(x, (SLICES * BLOCK_K // SCALE_BLOCK, SCALE_BLOCK, BLOCK_M))
+        values, scales = quantize(groups, 1, ACTIVATION)
+        return tl.reshape(values, (SLICES, BLOCK_K, BLOCK_M)).to(DOT), scales
+
+
+@triton.jit
+def _dot_step(
+    x_ptr, w, cols, rows, first, M, stride_xm,
+    N: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """w @ x.T of one tile over each of SLICES blocks of K, from block first on: [SLICES, BLOCK_N, BLOCK_M] fp32."""
+    # x comes first where it may: weights pass through shared memory behind a barrier, and loads below it would wait.
+    if not PDL:
+        x, x_scales = _load_x(x_ptr, rows, first, M, stride_xm, K, ACTIVATION, BLOCK_K, SLICES, DOT)
+    # load_codes takes one row per slice and column.
+    w_cols = tl.reshape(tl.broadcast_to(cols[None, :], (SLICES, BLOCK_N)), (SLICES * BLOCK_N,))
+    w_slices = tl.reshape(tl.broadcast_to(tl.arange(0, SLICES)[:, None], (SLICES, BLOCK_N)), (SLICES * BLOCK_N,))
+    start_k = (first + w_slices) * BLOCK_K
+    if FORMAT == FP8_BLOCK:  # before the weights, to arrive with them
+        scales = load_block_scales(w, w_cols, start_k, N, K)
+    codes, group_scales = load_codes(w, w_cols, start_k, N, K, BLOCK_K, FORMAT)
+    if PDL:
+        wait_for_dependencies(PDL)
+        x, x_scales = _load_x(x_ptr, rows, first, M, stride_xm, K, ACTIVATION, BLOCK_K, SLICES, DOT)
+    weights = tl.reshape(decode(codes, group_scales, FORMAT, DOT), (SLICES, BLOCK_N, BLOCK_K))
+    product = dot(weights, x, PRECISION)
+    if FORMAT == FP8_BLOCK:
+        product *= tl.reshape(scales, (SLICES, BLOCK_N))[:, :, None]
+    if ACTIVATION != UNCHANGED:
+        GROUPS: tl.constexpr = x_scales.shape[0]
+        x_scales = tl.broadcast_to(x_scales, (GROUPS, SLICES // GROUPS, BLOCK_M))
+        product *= tl.reshape(x_scales, (SLICES, BLOCK_M))[:, None, :]
+    return product
+
+
+@triton.jit
 def _dot_split(
     x_ptr, w, cols, rows, split, M, stride_xm,
     N: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr,
-    SPLIT_K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT_K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """w @ x.T of one tile over one split of K: [BLOCK_N, BLOCK_M] fp32."""
-    STEPS: tl.constexpr = tl.cdiv(K, SPLIT_K * SLICES * BLOCK_K)
-    slices = tl.arange(0, SLICES)
-    # load_weights takes one row per slice and column.
-    w_cols = tl.reshape(tl.broadcast_to(cols[None, :], (SLICES, BLOCK_N)), (SLICES * BLOCK_N,))
-    w_slices = tl.reshape(tl.broadcast_to(slices[:, None], (SLICES, BLOCK_N)), (SLICES * BLOCK_N,))
-    acc = tl.zeros((SLICES, BLOCK_N, BLOCK_M), tl.float32)
-    for step in range(STEPS):
-        first = (split * STEPS + step) * SLICES
-        offs_k = ((first + slices) * BLOCK_K)[:, None, None] + tl.arange(0, BLOCK_K)[None, :, None]
-        x = tl.load(
-            x_ptr + rows[None, None, :].to(tl.int64) * stride_xm + offs_k,
-            mask=(rows < M)[None, None, :] & (offs_k < K),
-            other=0.0,
-        )
-        if ACTIVATION != UNCHANGED:
-            GROUPS: tl.constexpr = SLICES * BLOCK_K // SCALE_BLOCK
-            x, x_scales = quantize(tl.reshape(x, (GROUPS, SCALE_BLOCK, BLOCK_M)), 1, ACTIVATION)
-            x = tl.reshape(x, (SLICES, BLOCK_K, BLOCK_M))
-        x = x.to(DOT)
-        start_k = (first + w_slices) * BLOCK_K
-        weights = tl.reshape(load_weights(w, w_cols, start_k, N, K, BLOCK_K, FORMAT, DOT), (SLICES, BLOCK_N, BLOCK_K))
-        product = dot(weights, x, PRECISION)
-        if FORMAT == FP8_BLOCK:
-            scales = load_block_scales(w, w_cols, start_k, N, K)
-            product *= tl.reshape(scales, (SLICES, BLOCK_N))[:, :, None]
-        if ACTIVATION != UNCHANGED:
-            x_scales = tl.broadcast_to(x_scales, (GROUPS, SLICES // GROUPS, BLOCK_M))
-            product *= tl.reshape(x_scales, (SLICES, BLOCK_M))[:, None, :]
-        acc += product
+    STEPS: tl.constexpr = (K + SPLIT_K * SLICES * BLOCK_K - 1) // (SPLIT_K * SLICES * BLOCK_K)
+    if PDL and STEPS == 1:
+        acc = _dot_step(
+            x_ptr, w, cols, rows, split * SLICES, M, stride_xm,
+            N, K, FORMAT, ACTIVATION, BLOCK_M, BLOCK_N, BLOCK_K, SLICES, DOT, PRECISION, True,
+        )  # fmt: skip
+    else:
+        wait_for_dependencies(PDL)  # outside the loop: pipelining moves loads above a wait
+        acc = tl.zeros((SLICES, BLOCK_N, BLOCK_M), tl.float32)
+        for step in range(STEPS):
+            acc += _dot_step(
+                x_ptr, w, cols, rows, (split * STEPS + step) * SLICES, M, stride_xm,
+                N, K, FORMAT, ACTIVATION, BLOCK_M, BLOCK_N, BLOCK_K, SLICES, DOT, PRECISION, False,
+            )  # fmt: skip
     return tl.sum(acc, 0)
 
 
@@ -73,31 +114,32 @@ def _split_k_tile(
     x_ptr, w, out_ptr, partial_ptr, arrived_ptr, start_n, M, stride_xm, stride_om,
     N: tl.constexpr, FORMAT: tl.constexpr, ACTIVATION: tl.constexpr, FACTOR: tl.constexpr, K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr,
-    SPLIT_K: tl.constexpr, LOOP_SPLITS: tl.constexpr, DOT: tl.constexpr, AMD: tl.constexpr,
+    SPLIT_K: tl.constexpr, LOOP_SPLITS: tl.constexpr, DOT: tl.constexpr, AMD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Columns of one output from start_n on: one split of K, and the sum of all if this program arrives last."""
     split, tile_m = tl.program_id(1), tl.program_id(2)
     rows, cols = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
     PRECISION: tl.constexpr = "ieee" if AMD else "tf32"
+    row_scales = load_row_scales(w, cols, N)[:, None] * FACTOR
     total = _dot_split(
         x_ptr, w, cols, rows, split, M, stride_xm,
-        N, K, FORMAT, ACTIVATION, BLOCK_M, BLOCK_N, BLOCK_K, SLICES, SPLIT_K, DOT, PRECISION,
+        N, K, FORMAT, ACTIVATION, BLOCK_M, BLOCK_N, BLOCK_K, SLICES, SPLIT_K, DOT, PRECISION, PDL,
     )  # fmt: skip
     if LOOP_SPLITS:
         for later in range(1, SPLIT_K):
             total += _dot_split(
                 x_ptr, w, cols, rows, later, M, stride_xm,
-                N, K, FORMAT, ACTIVATION, BLOCK_M, BLOCK_N, BLOCK_K, SLICES, SPLIT_K, DOT, PRECISION,
+                N, K, FORMAT, ACTIVATION, BLOCK_M, BLOCK_N, BLOCK_K, SLICES, SPLIT_K, DOT, PRECISION, False,
             )  # fmt: skip
-        store_tile(out_ptr, total, w, cols, rows, M, N, stride_om, FACTOR)
+        store_tile(out_ptr, total * row_scales, rows[None, :], cols[:, None], M, N, stride_om)
     else:
         SIZE: tl.constexpr = BLOCK_N * BLOCK_M
         tile = tile_m * tl.num_programs(0) + tl.program_id(0)
         partial_ptr += tile.to(tl.int64) * (SPLIT_K * SIZE)
         tl.store(partial_ptr + split * SIZE + tile_offsets(BLOCK_N, BLOCK_M), total)
         if last_to_arrive(arrived_ptr + tile, SPLIT_K, AMD):
-            total = sum_splits(partial_ptr, SIZE, SPLIT_K, BLOCK_N, BLOCK_M)
-            store_tile(out_ptr, total, w, cols, rows, M, N, stride_om, FACTOR)
+            total = sum_splits(partial_ptr, SIZE, total, split, SPLIT_K)
+            store_tile(out_ptr, total * row_scales, rows[None, :], cols[:, None], M, N, stride_om)
             tl.store(arrived_ptr + tile, 0)
 
 
@@ -114,7 +156,6 @@ def split_k_kernel(
     SPLIT_K: tl.constexpr, LOOP_SPLITS: tl.constexpr, DOT: tl.constexpr, AMD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (sum of cdiv(N, BLOCK_N) over the matrices, 1 if LOOP_SPLITS else SPLIT_K, cdiv(M, BLOCK_M))."""
-    wait_for_dependencies(PDL)
     tile_n = tl.program_id(0)
     first = 0  # tile of matrix i
     for i in tl.static_range(len(NS)):
@@ -123,7 +164,7 @@ def split_k_kernel(
             _split_k_tile(
                 x_ptr, matrices[i], outs[i], partial_ptr, arrived_ptr, (tile_n - first) * BLOCK_N,
                 M, stride_xm, strides_om[i], NS[i], FORMATS[i], ACTIVATIONS[i], FACTORS[i], K,
-                BLOCK_M, BLOCK_N, BLOCK_K, SLICES, SPLIT_K, LOOP_SPLITS, DOT, AMD,
+                BLOCK_M, BLOCK_N, BLOCK_K, SLICES, SPLIT_K, LOOP_SPLITS, DOT, AMD, PDL,
             )  # fmt: skip
         first += tiles
     launch_dependents(PDL)

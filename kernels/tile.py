@@ -55,6 +55,79 @@ def decode_e8m0(codes):
     return tl.maximum(codes.to(tl.int32) << 23, 1 << 22).to(tl.float32, bitcast=True)
 
 
+# Prefill decodes in PTX, two codes per 32-bit register: 2.5 instructions per e4m3 code instead of 8. Each byte moves to
+# the upper half of a bf16, then as above. x * y + -0.0 is the product; sm_80 has no mul.bf16x2.
+DECODE_E4M3_PTX = tl.constexpr("""{
+    .reg .b32 pair, magnitude, sign, factor, zero;
+    mov.b32 factor, 0x7B807B80;
+    mov.b32 zero, 0x80008000;
+    prmt.b32 pair, 0, $2, 0x5140;
+    shr.u32 magnitude, pair, 4;
+    and.b32 magnitude, magnitude, 0x07F007F0;
+    and.b32 sign, pair, 0x80008000;
+    or.b32 pair, sign, magnitude;
+    fma.rn.bf16x2 $0, pair, factor, zero;
+    prmt.b32 pair, 0, $2, 0x7362;
+    shr.u32 magnitude, pair, 4;
+    and.b32 magnitude, magnitude, 0x07F007F0;
+    and.b32 sign, pair, 0x80008000;
+    or.b32 pair, sign, magnitude;
+    fma.rn.bf16x2 $1, pair, factor, zero;
+}""")
+# Codes in the lower halves of four bytes to $0 and $1, in the upper halves to $2 and $3.
+DECODE_E2M1_PTX = tl.constexpr("""{
+    .reg .b32 pair, magnitude, sign, factor, zero;
+    mov.b32 factor, 0x7E807E80;
+    mov.b32 zero, 0x80008000;
+    prmt.b32 pair, 0, $4, 0x5140;
+    shr.u32 magnitude, pair, 2;
+    and.b32 magnitude, magnitude, 0x01C001C0;
+    shl.b32 sign, pair, 4;
+    and.b32 sign, sign, 0x80008000;
+    or.b32 sign, sign, magnitude;
+    fma.rn.bf16x2 $0, sign, factor, zero;
+    shr.u32 magnitude, pair, 6;
+    and.b32 magnitude, magnitude, 0x01C001C0;
+    and.b32 sign, pair, 0x80008000;
+    or.b32 sign, sign, magnitude;
+    fma.rn.bf16x2 $2, sign, factor, zero;
+    prmt.b32 pair, 0, $4, 0x7362;
+    shr.u32 magnitude, pair, 2;
+    and.b32 magnitude, magnitude, 0x01C001C0;
+    shl.b32 sign, pair, 4;
+    and.b32 sign, sign, 0x80008000;
+    or.b32 sign, sign, magnitude;
+    fma.rn.bf16x2 $1, sign, factor, zero;
+    shr.u32 magnitude, pair, 6;
+    and.b32 magnitude, magnitude, 0x01C001C0;
+    and.b32 sign, pair, 0x80008000;
+    or.b32 sign, sign, magnitude;
+    fma.rn.bf16x2 $3, sign, factor, zero;
+}""")
+
+MULTIPLY_PTX = tl.constexpr("{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero; }")
+
+
+@triton.jit
+def decode_e4m3_packed(codes):
+    """e4m3 codes (uint8) to bf16, exactly: the same values as `decode_e4m3`."""
+    return tl.inline_asm_elementwise(DECODE_E4M3_PTX, "=r,=r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4)
+
+
+@triton.jit
+def decode_e2m1_packed(codes):
+    """Two e2m1 codes per uint8 to two bf16 tensors, those of the lower and of the upper halves, exactly."""
+    return tl.inline_asm_elementwise(
+        DECODE_E2M1_PTX, "=r,=r,=r,=r,r", [codes], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+    )
+
+
+@triton.jit
+def multiply_packed(x, y):
+    """x * y, both bf16."""
+    return tl.inline_asm_elementwise(MULTIPLY_PTX, "=r,r,r", [x, y], dtype=tl.bfloat16, is_pure=True, pack=2)
+
+
 @triton.jit
 def quantize(x, AXIS: tl.constexpr, ACTIVATION: tl.constexpr):
     """Rounds x to e4m3 as DeepSeek's W8A8 does: returns values and scales, both fp32.
@@ -76,57 +149,59 @@ def quantize(x, AXIS: tl.constexpr, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _load_group_scales(
-    sf_ptr, cols, start_k, N: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    IS_E8M0: tl.constexpr,
-):  # fmt: skip
-    """[R, BLOCK_K / GROUP] fp32."""
-    groups = start_k[:, None] // GROUP + tl.arange(0, BLOCK_K // GROUP)[None, :]
-    inside = (cols < N)[:, None] & (groups < tl.cdiv(K, GROUP))
-    codes = tl.load(sf_ptr + cols[:, None] * tl.cdiv(K, GROUP) + groups, mask=inside, other=0)
-    if IS_E8M0:
-        return decode_e8m0(codes)
+def load_codes(w, cols, start_k, N: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, FORMAT: tl.constexpr):
+    """Values or codes [R, BLOCK_K], half as many bytes of 4-bit ones, and [R, groups] codes of group scales.
+
+    Zeros beyond N and K. A format without group scales has its codes twice. `decode` is apart, so that other loads can
+    be issued before these arrive.
+    """
+    PER_BYTE: tl.constexpr = 2 if FORMAT == NVFP4 or FORMAT == MXFP4 else 1
+    SIZE: tl.constexpr = K // PER_BYTE
+    offs_k = start_k[:, None] // PER_BYTE + tl.arange(0, BLOCK_K // PER_BYTE)[None, :]
+    codes = tl.load(w[0] + cols[:, None] * SIZE + offs_k, mask=(cols < N)[:, None] & (offs_k < SIZE), other=0)
+    if FORMAT == NVFP4 or FORMAT == MXFP4 or FORMAT == MXFP8:
+        GROUP: tl.constexpr = GROUP_16 if FORMAT == NVFP4 else GROUP_32
+        groups = start_k[:, None] // GROUP + tl.arange(0, BLOCK_K // GROUP)[None, :]
+        inside = (cols < N)[:, None] & (groups < tl.cdiv(K, GROUP))
+        return codes, tl.load(w[1] + cols[:, None] * tl.cdiv(K, GROUP) + groups, mask=inside, other=0)
     else:
-        return decode_e4m3(codes)
+        return codes, codes
 
 
 @triton.jit
-def _scale_groups(values, scales):
+def _scale_groups(values, scales, PACKED: tl.constexpr):
     """[R, C] values times [R, G] scales, each of which covers C / G neighbors."""
     R: tl.constexpr = values.shape[0]
     C: tl.constexpr = values.shape[1]
     G: tl.constexpr = scales.shape[1]
-    return tl.reshape(tl.reshape(values, (R, G, C // G)) * scales[:, :, None], (R, C))
+    spread = tl.reshape(tl.broadcast_to(scales[:, :, None], (R, G, C // G)), (R, C))
+    return multiply_packed(values, spread.to(tl.bfloat16)) if PACKED else values * spread
 
 
 @triton.jit
-def load_weights(
-    w, cols, start_k, N: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, FORMAT: tl.constexpr, DOT: tl.constexpr
-):
-    """[R, BLOCK_K] in dtype DOT, decoded exactly; zeros beyond N and K.
+def decode(codes, group_scales, FORMAT: tl.constexpr, DOT: tl.constexpr, PACKED: tl.constexpr = False):
+    """[R, BLOCK_K] in dtype DOT, exactly, from what `load_codes` returns.
 
-    Applies the scales of groups. Scales of blocks and rows, which bf16 cannot hold, are left to the fp32 sums.
+    Applies the scales of groups. Scales of blocks and rows, which bf16 cannot hold, are left to the fp32 sums. PACKED
+    needs bf16 and an NVIDIA GPU.
     """
-    if FORMAT == NVFP4 or FORMAT == MXFP4:
-        GROUP: tl.constexpr = GROUP_16 if FORMAT == NVFP4 else GROUP_32
-        pairs = start_k[:, None] // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
-        inside = (cols < N)[:, None] & (pairs < K // 2)
-        codes = tl.load(w[0] + cols[:, None] * (K // 2) + pairs, mask=inside, other=0)
-        scales = _load_group_scales(w[1], cols, start_k, N, K, BLOCK_K, GROUP, FORMAT == MXFP4)
-        even = _scale_groups(decode_e2m1(codes & 0xF), scales).to(DOT)
-        odd = _scale_groups(decode_e2m1(codes >> 4), scales).to(DOT)
-        return tl.reshape(tl.join(even, odd), (cols.shape[0], BLOCK_K))
+    if FORMAT == BF16:
+        return codes.to(DOT)
+    elif FORMAT == FP8_BLOCK or FORMAT == FP8_ROW:
+        return decode_e4m3_packed(codes) if PACKED else decode_e4m3(codes).to(DOT)
     else:
-        offs_k = start_k[:, None] + tl.arange(0, BLOCK_K)[None, :]
-        codes = tl.load(w[0] + cols[:, None] * K + offs_k, mask=(cols < N)[:, None] & (offs_k < K), other=0)
-        if FORMAT == BF16:
-            return codes.to(DOT)
+        scales = decode_e4m3(group_scales) if FORMAT == NVFP4 else decode_e8m0(group_scales)
+        if FORMAT == MXFP8:
+            values = decode_e4m3_packed(codes) if PACKED else decode_e4m3(codes)
+            return _scale_groups(values, scales, PACKED).to(DOT)
         else:
-            values = decode_e4m3(codes)
-            if FORMAT == MXFP8:
-                scales = _load_group_scales(w[1], cols, start_k, N, K, BLOCK_K, GROUP_32, True)
-                values = _scale_groups(values, scales)
-            return values.to(DOT)
+            if PACKED:
+                even, odd = decode_e2m1_packed(codes)
+            else:
+                even, odd = decode_e2m1(codes & 0xF), decode_e2m1(codes >> 4)
+            even = _scale_groups(even, scales, PACKED).to(DOT)
+            odd = _scale_groups(odd, scales, PACKED).to(DOT)
+            return tl.reshape(tl.join(even, odd), (codes.shape[0], 2 * codes.shape[1]))
 
 
 @triton.jit
@@ -137,34 +212,38 @@ def load_block_scales(w, cols, start_k, N: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
-def dot(w, x, PRECISION: tl.constexpr):
-    """w @ x over one block of K, to be added outside the tensor core.
+def dot(a, b, PRECISION: tl.constexpr):
+    """a @ b over one block of K, to be added outside the tensor core.
 
     Tensor cores truncate when they accumulate, which shows over the hundreds of steps of a full K. The compiler moves
     the addition back into them unless max_num_imprecise_acc names a length.
     """
-    return tl.dot(w, x, input_precision=PRECISION, max_num_imprecise_acc=w.shape[-1])
+    return tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=a.shape[-1])
 
 
 @triton.jit
-def tile_offsets(COLS: tl.constexpr, ROWS: tl.constexpr):
-    """[COLS, ROWS] offsets into a contiguous tile."""
-    return tl.arange(0, COLS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
+def tile_offsets(R: tl.constexpr, C: tl.constexpr):
+    """[R, C] offsets into a contiguous tile."""
+    return tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]
 
 
 @triton.jit
-def store_tile(out_ptr, tile, w, cols, rows, M, N: tl.constexpr, stride_om, FACTOR: tl.constexpr):
-    """Stores [columns, rows] fp32 sums, times row scales and FACTOR, to out [M, N]."""
-    if w[2] is not None:
-        tile *= tl.load(w[2] + cols, mask=cols < N, other=0.0)[:, None]
-    if FACTOR != 1:
-        tile *= FACTOR
+def load_row_scales(w, cols, N: tl.constexpr):
+    """[R] fp32, ones for a format without row scales."""
+    if w[2] is None:
+        return tl.full(cols.shape, 1.0, tl.float32)
+    else:
+        return tl.load(w[2] + cols, mask=cols < N, other=0.0)
+
+
+@triton.jit
+def store_tile(out_ptr, tile, rows, cols, M, N: tl.constexpr, stride_om):
+    """Stores fp32 sums to out [M, N]. rows and cols broadcast to the shape of the tile."""
     if INTERPRETED and out_ptr.dtype.element_ty == tl.bfloat16:
         # The interpreter truncates where GPUs round to nearest even.
         bits = tile.to(tl.int32, bitcast=True)
         tile = tl.where(tile == tile, (bits + 0x7FFF + (bits >> 16 & 1)).to(tl.float32, bitcast=True), tile)
-    out = out_ptr + rows[None, :].to(tl.int64) * stride_om + cols[:, None]
-    tl.store(out, tile, mask=(rows < M)[None, :] & (cols < N)[:, None])
+    tl.store(out_ptr + rows.to(tl.int64) * stride_om + cols, tile, mask=(rows < M) & (cols < N))
 
 
 @triton.jit
@@ -203,12 +282,17 @@ def last_to_arrive(arrived_ptr, SPLIT_K: tl.constexpr, AMD: tl.constexpr):
 
 
 @triton.jit
-def sum_splits(partial_ptr, stride_split, SPLIT_K: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr):
-    """[COLS, ROWS] fp32, summed in the order of the splits: two runs give the same bits."""
-    partials = partial_ptr + tile_offsets(COLS, ROWS)
-    total = tl.load(partials)
-    # Loads all splits of a small tile at once; those of a large one would not fit the registers.
-    UNROLL: tl.constexpr = SPLIT_K if COLS * ROWS <= 1024 else 2
-    for split in tl.range(1, SPLIT_K, loop_unroll_factor=UNROLL):
-        total += tl.load(partials + split * stride_split)
-    return total
+def sum_splits(partial_ptr, stride_split, own, split, SPLIT_K: tl.constexpr):
+    """The sum of the partial tiles of all splits, in their order: two runs give the same bits. own is this split's."""
+    R: tl.constexpr = own.shape[0]
+    C: tl.constexpr = own.shape[1]
+    partials = partial_ptr + tile_offsets(R, C)
+    if SPLIT_K == 2:  # either order gives the same bits
+        return own + tl.load(partials + (1 - split) * stride_split)
+    else:
+        total = tl.load(partials)
+        # Loads all splits of a small tile at once; those of a large one would not fit the registers.
+        UNROLL: tl.constexpr = SPLIT_K if R * C <= 1024 else 2
+        for other in tl.range(1, SPLIT_K, loop_unroll_factor=UNROLL):
+            total += tl.load(partials + other * stride_split)
+        return total

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..kernels.dispatch import accumulator_columns
-from ..kernels.formats import MAX_ROWS, MAX_ROWS_TOGETHER
 from ..kernels.matrix import Matrix
 from ..kernels.weights import ProjectionWeights
 from .config import CONFIG, Config
@@ -233,12 +231,8 @@ class Collector:
         return LayerPlan(number, is_mtp, wk, gate, (*self.problems[number], *problems))
 
     def _check(self, wk: MatrixPlan, gate: MatrixPlan) -> list[Problem]:
-        """Checks recognized matrices against the kernels' limits, the model's sizes and quantization_config."""
+        """Checks recognized matrices against the model's sizes and quantization_config."""
         problems = []
-        rows = [plan.shape[0] for plan in (wk, gate) if plan.shape]
-        if len(rows) == 2 and max(rows) <= MAX_ROWS and accumulator_columns(*rows) > MAX_ROWS_TOGETHER:
-            expected = f"at most {MAX_ROWS_TOGETHER} rows of {WK} and {GATE}, each rounded up to a power of two"
-            problems.append(wk.wrong(expected, f"{rows[0]} and {rows[1]} rows"))
         if wk.shape and gate.shape and wk.shape[1] != gate.shape[1]:
             problems.append(gate.wrong(f"wk's K = {wk.shape[1]}"))
         for plan, axis, key in (wk, 0, "index_head_dim"), (wk, 1, "hidden_size"), (gate, 0, "index_n_heads"):
@@ -247,8 +241,6 @@ class Collector:
                 found = f"{plan.headers['weight']}, a matrix {list(plan.shape)}"
                 problems.append(plan.wrong(f"{value} in dimension {axis} of the matrix ({key})", found))
         for plan in (wk, gate)[: 1 if wk.name == gate.name else 2]:
-            if plan.shape and plan.shape[0] > MAX_ROWS:
-                problems.append(plan.wrong(f"at most {MAX_ROWS} rows"))
             for veto in self._config.vetoes:
                 header = plan.headers.get(veto.role or "weight")
                 if plan.encoding and header and (veto.role is None or header.dtype == "U8"):

@@ -47,8 +47,8 @@ def test_interpreter_is_refused(arguments, monkeypatch):
 
 def test_compile_faults_exit_with_1(monkeypatch):
     facts = {"target": "sm_90", "shape": "glm-5", "pair": "BF16, BF16", "activation": None, "gate": "fp32", "m": 4,
-             "programs": 1, "weight_reads": 1, "x_reads": 1, "bytes_per_program": 9, "registers": 255,
-             "shared_memory": 0, "per_sm": 1, "mma": 0, "loads": {"16": 3}}  # fmt: skip
+             "programs": 1, "bytes": 9, "reduced_bytes": 0, "step": 0, "load_groups": 2, "estimate_us": 3.0,
+             "registers": 255, "shared_memory": 0, "per_sm": 1, "mma": 0, "loads": {"16": 3}}  # fmt: skip
     rows = [{"kernel": "gemv", **facts, "faults": []}, {"kernel": "prefill", **facts, "faults": ["2 spills"]}]
     monkeypatch.setattr("indexproj.benchmarks.gates.rows", lambda *_: rows)
     result = invoke("compile", *SM_90)

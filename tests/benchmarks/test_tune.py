@@ -33,13 +33,13 @@ def test_candidates_start_with_default(name, shape, pair):
             assert math.prod(config.grid(m, *ns)) <= 4 * max(TARGETS[name].sm_count, m)
         everything |= set(found)
     assert {config.regime for config in everything} == {"gemv", "split_k", "prefill"}
-    assert len(everything) <= 80  # 16 cores compile all pairs in less than a minute
+    assert len(everything) <= 120  # 16 cores compile all pairs in less than a minute
 
 
 def test_candidates_fill_the_gpu_and_alternate_regimes():
     found = candidates(16, DEEPSEEK, FP8, SM_90)
-    assert [config.regime for config in found[:7]] == ["split_k", *["gemv", "split_k"] * 3]
-    assert [config.regime for config in candidates(64, DEEPSEEK, FP8, SM_90)[1:3]] == ["split_k", "prefill"]
+    assert [config.regime for config in found[:7]] == ["split_k", "split_k", *["gemv", "split_k"] * 2, "gemv"]
+    assert [config.regime for config in candidates(64, DEEPSEEK, FP8, SM_90)[2:4]] == ["split_k", "prefill"]
     programs = [math.prod(c.grid(m, 128, 64)) for m in MS for c in candidates(m, DEEPSEEK, FP8, SM_90)]
     assert 132 / 4 <= min(programs) < 132 / 3
     assert KernelConfig("split_k", 16, 64, 4, 2, 8, 32, 8) not in found  # 6 * 4 programs, a fifth of a wave
@@ -177,7 +177,7 @@ def test_tune_measures_every_case_in_time(clock, tune_both, seconds):
             assert entry["torch_us"] == ({"fp32": 7.0, "bf16": 2.0} if formats == DENSE else {})
             assert entry["torch_for"] == (["bf16"] if formats == DENSE else [])
     tried = [entry["tried"] for entry in entries]
-    assert min(tried) == (3 if seconds == 110 else 1)
+    assert min(tried) == (6 if seconds == 110 else 1)
     assert seconds == 110 or max(tried) <= 4  # a share of the time for each case
 
 

@@ -22,7 +22,7 @@ if __name__ == "__main__":
     for target in (TARGETS["sm_90"], TARGETS["gfx942"]):
         for pair in PAIRS:
             problem = replace(signature(SHAPE, parse_pair(pair)), factors=(1.0, 0.0110485))
-            for m in (4, 16, 1000):
+            for m in (4, 16, 1000, 8192):
                 config = choose(m, SHAPE, problem.formats, target)
                 binary = Binary.of(warm_up(target, config, problem), target)
                 found += [f"{target.name} {pair} {config}: {f}" for f in faults(target, problem.ns, m, config, binary)]

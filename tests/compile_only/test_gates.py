@@ -82,6 +82,29 @@ def test_resources_of_more_matrices_and_rows(name, ns, activation):
         assert faults(TARGETS[name], ns, at_once, config, binary_of(name, config, problem)) == [], config
 
 
+@pytest.mark.parametrize("name", TARGETS)
+def test_resources_of_deepseek_v4(name):
+    """Two compressors with fp32 outputs, and weights_proj."""
+    ns, fp32 = (2048, 64, 512), torch.float32
+    problem = signature((*ns, 7168), (DENSE[0],) * 3, None, (fp32, torch.bfloat16, fp32))
+    for config, m in configs(TARGETS[name], problem).items():
+        if config.regime == "gemv":
+            assert config.grid(m, *ns) == (sum(ns), 1, 1)  # in several waves
+        else:
+            assert faults(TARGETS[name], ns, m, config, binary_of(name, config, problem)) == [], config
+
+
+# Instructions per 64 rows of x and 64 of K, all columns included, where the tensor core reads shared memory.
+@pytest.mark.parametrize(("pair", "limit"), [("BF16, BF16", 130), ("FP8 128x128, BF16", 170), ("NVFP4, NVFP4", 220)])
+@pytest.mark.parametrize("name", ["sm_90", "sm_100", "gfx942", "gfx950"])
+def test_instructions_per_step_of_prefill(name, pair, limit):
+    problem = signature(DEEPSEEK, parse_pair(pair))
+    config = choose(16384, DEEPSEEK, problem.formats, TARGETS[name])
+    assert (config.block_m, config.block_n, config.block_k) == (128, 0, 64)
+    if TARGETS[name].is_cuda() or pair != "NVFP4, NVFP4":  # AMD decodes without PTX
+        assert 0 < binary_of(name, config, problem).step * 64 / config.block_m <= limit
+
+
 @pytest.mark.parametrize(
     "case",
     [
@@ -144,7 +167,7 @@ def test_dense_loads_are_16_bytes(name):
 
 def arrivals_in(config):
     """Where the code of a kernel for two matrices increments an arrival counter."""
-    return 0 if not config.has_workspace else 2 if config.regime == "split_k" else 1
+    return 0 if not config.has_workspace else 2 if config.block_n else 1
 
 
 @pytest.mark.parametrize("name", AMD)
@@ -206,7 +229,7 @@ def test_prefill_accumulates_outside_the_tensor_core(name):
     """Inside, sums over K would be truncated hundreds of times; see `dot` in kernels/tile.py."""
     for config, _, binary in binaries(name, signature(DEEPSEEK, DENSE)):
         if config.regime == "prefill":
-            per_thread = config.block_m * (128 + 64) // (32 * config.num_warps)
+            per_thread = config.acc_size(128, 64) // (32 * config.num_warps)
             assert count(binary, r"\bFADD") >= per_thread, config
 
 

@@ -67,8 +67,8 @@ def test_every_pair_at_ragged_sizes(pair, k, m):
         KernelConfig("split_k", block_m=8, block_k=64, slices=2, num_stages=2),
         KernelConfig("split_k", block_m=16, block_k=128, slices=1, num_stages=2, block_n=32),
         KernelConfig("split_k", block_m=16, block_k=64, slices=2, num_stages=2, loop_splits=True),
-        KernelConfig("prefill", block_m=16, block_k=64, num_stages=3),
-        KernelConfig("prefill", block_m=64, block_k=128, num_stages=3),
+        KernelConfig("prefill", block_m=16, block_k=64, block_n=0),
+        KernelConfig("prefill", block_m=64, block_k=128, block_n=32),
     ],
     ids=str,
 )
@@ -140,8 +140,20 @@ def test_three_matrices(m):
     outputs = project_all(x, (w.wk, w.gate, third), dtypes=[torch.float32] * 3)
     exact = (*reference(x, w), x.double() @ third.dequantize(torch.float64).T)
     assert relative_error(outputs, exact) <= 2e-6
-    for output, alone in zip(outputs, project(x, w, k_dtype=torch.float32), strict=False):
-        assert torch.equal(output, alone)
+    if m <= 64:  # beyond, tiles depend on the number of columns
+        for output, alone in zip(outputs, project(x, w, k_dtype=torch.float32), strict=False):
+            assert torch.equal(output, alone)
+
+
+@pytest.mark.parametrize("m", [3, 20, 100])
+@pytest.mark.usefixtures("poison")
+def test_matrices_with_many_rows(m):
+    """As in DeepSeek-V4, where two compressors and weights_proj read the same x."""
+    matrices = dense(600, 200), dense(64, 200), dense(270, 200)
+    x = torch.randn(m, 200, dtype=torch.bfloat16)
+    outputs = project_all(x, matrices, dtypes=[torch.float32] * 3)
+    exact = [x.double() @ matrix.dequantize(torch.float64).T for matrix in matrices]
+    assert relative_error(outputs, exact) <= 2e-6
 
 
 @pytest.mark.parametrize("m", [3, 20, 100])
@@ -164,7 +176,7 @@ def test_bytes_loaded_are_those_that_dispatch_counts(pair, m, monkeypatch):
     every = np.concatenate([np.unique(np.concatenate(pieces)) for pieces in loaded.values()])
     config = choose(m, w.shape, w.formats, SM90)
     tiles_m = -(-m // config.block_m)
-    x_reads = 1 if config.regime == "prefill" else config.grid(m, 128, 32)[0]
+    x_reads = config.grid(m, 128, 32)[0]
     for times, tensors in ((x_reads, [x]), (tiles_m, [wk.tensors[0], gate.tensors[0]])):
         for tensor in tensors:
             inside = (every >= tensor.data_ptr()) & (every < tensor.data_ptr() + tensor.nbytes)

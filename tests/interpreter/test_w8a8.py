@@ -53,8 +53,8 @@ def test_each_matrix_has_its_own_activation(m):
         KernelConfig("split_k", block_m=8, block_k=64, slices=2, split_k=3),
         KernelConfig("split_k", block_m=16, block_k=128, slices=2, split_k=3, block_n=32),
         KernelConfig("split_k", block_m=16, block_k=64, slices=8, split_k=2, loop_splits=True),
-        KernelConfig("prefill", block_m=16, block_k=128, split_k=1),
-        KernelConfig("prefill", block_m=32, block_k=128, split_k=3),
+        KernelConfig("prefill", block_m=16, block_k=128, block_n=0),
+        KernelConfig("prefill", block_m=32, block_k=128, block_n=32, split_k=3),
     ],
     ids=str,
 )

@@ -11,7 +11,7 @@ import torch
 from indexproj.benchmarks.stub import stub_driver
 from indexproj.indexer.models import PAIRS
 from indexproj.kernels import TARGETS, DenseMatrix, KernelConfig, ProjectionWeights, choose, dispatch, launch, project
-from indexproj.kernels.dispatch import TunedTable, cdiv, limits, next_power_of_2
+from indexproj.kernels.dispatch import TunedTable, cdiv, next_power_of_2
 from indexproj.kernels.formats import Format, parse_pair
 from indexproj.kernels.target import Target
 from support import DEEPSEEK, GLM, weights
@@ -19,15 +19,16 @@ from support import DEEPSEEK, GLM, weights
 FP8 = (Format.FP8_BLOCK, Format.BF16)
 SM90 = TARGETS["sm_90"]
 BF16, FP32 = torch.bfloat16, torch.float32
+V4 = (2048, 64, 512, 7168)  # DeepSeek-V4's three projections of one x
 
 
-@pytest.mark.parametrize("shape", [DEEPSEEK, GLM, (128, 32, 128, 6144)], ids=str)
+@pytest.mark.parametrize("shape", [DEEPSEEK, GLM, (128, 32, 128, 6144), V4], ids=str)
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
 @pytest.mark.parametrize("quantize_x", [False, True])
 def test_every_m_has_a_regime_and_every_split_has_work(name, shape, dtype, quantize_x):
     target = TARGETS[name]
-    gemv_rows, split_k_rows = (1, 32) if quantize_x else (8 if name in ("sm_100", "sm_120") else 4, 64)
+    gemv_rows, split_k_rows = (1, 32) if quantize_x else (4, 64)
     around = [2**power + offset for power in range(6, 17) for offset in (-1, 0, 1)][:-1]
     for pair in ["FP8 128x128, BF16"] if quantize_x else PAIRS:
         for m in [*range(1, 70), *around]:
@@ -35,17 +36,20 @@ def test_every_m_has_a_regime_and_every_split_has_work(name, shape, dtype, quant
             step = config.block_k * config.slices
             steps = cdiv(shape[-1], step * config.split_k)
             assert (config.split_k - 1) * steps * step < shape[-1]
-            assert config.regime == ("gemv" if m <= gemv_rows else "split_k" if m <= split_k_rows else "prefill")
+            if shape == V4:  # tiles of split_k do not fit in one wave
+                assert config.regime == ("gemv" if m <= gemv_rows else "prefill")
+            elif len(shape) == 3 or not quantize_x:
+                assert config.regime == ("gemv" if m <= gemv_rows else "split_k" if m <= split_k_rows else "prefill")
             assert step % 128 == 0 or not quantize_x  # scale groups of x
-            if config.regime != "prefill":
-                assert math.prod(config.grid(m, *shape[:-1])) <= 3 * target.sm_count
+            if config.regime == "split_k":
+                assert math.prod(config.grid(m, *shape[:-1])) <= 2 * target.sm_count
             if config.regime == "gemv":
                 assert config.grid(m, *shape[:-1]) == (sum(shape[:-1]), 1, 1)  # loads weights once
 
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_few_kernels_serve_all_batch_sizes(name):
-    assert len({choose(m, DEEPSEEK, FP8, TARGETS[name]) for m in (*range(1, 600), *range(600, 65537, 100))}) <= 14
+    assert len({choose(m, DEEPSEEK, FP8, TARGETS[name]) for m in (*range(1, 600), *range(600, 65537, 100))}) <= 15
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -65,10 +69,11 @@ def test_batch_invariant_sums_have_the_same_order_for_every_m(name):
         (4, 192, (0, 0)),
         (16, 12 * 14, (12 * 14 * 16 * 16, 12)),
         (64, 2 * 12 * 7, (24 * 7 * 16 * 32, 24)),
-        (100, 7 * 16, (7 * 16 * 16 * 192, 7)),
-        (512, 8 * 16, (8 * 16 * 64 * 192, 8)),
-        (4096, 64 * 2, (64 * 2 * 64 * 192, 64)),
-        (65536, 1024, (0, 0)),
+        (100, 4 * 3 * 11, (4 * 3 * 11 * 32 * 64, 12)),
+        (512, 8 * 3 * 5, (8 * 3 * 5 * 64 * 64, 24)),
+        (4096, 32 * 2, (32 * 2 * 128 * 192, 32)),
+        (8192, 64 * 2, (64 * 2 * 128 * 192, 64)),
+        (65536, 512, (0, 0)),
     ],
 )
 def test_grid_and_workspace_on_an_h100(m, programs, workspace):
@@ -79,12 +84,27 @@ def test_grid_and_workspace_on_an_h100(m, programs, workspace):
     assert looped.workspace_size(65536, 128, 64) == (0, 0)
 
 
-def test_prefill_blocks_shrink_for_fp16_and_for_decoded_weights_on_sm_120():
+@pytest.mark.parametrize("shape", [DEEPSEEK, GLM, (128, 32, 128, 6144), (128, 256, 6144), V4], ids=str)
+@pytest.mark.parametrize("quantize_x", [False, True])
+@pytest.mark.parametrize("name", TARGETS)
+def test_last_program_reads_at_most_100_kb(name, quantize_x, shape):
+    for m in (2**power for power in range(17)):
+        config = choose(m, shape, FP8, TARGETS[name], quantize_x=quantize_x)
+        read = 1 if config.split_k == 2 and config.regime == "prefill" else config.split_k
+        assert not config.has_workspace or 4 * read * config.acc_size(*shape[:-1]) <= 100_000
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_prefill_fills_the_gpu(name):
+    target = TARGETS[name]
+    for m in (2**power for power in range(7, 17)):
+        config = choose(m, DEEPSEEK, FP8, target)
+        assert math.prod(config.grid(m, *DEEPSEEK[:-1])) >= dispatch.FILLED * target.sm_count, config
+
+
+def test_fp16_takes_half_of_k_per_step():
     for m in (100, 10_000):
         assert [choose(m, GLM, FP8, SM90, dtype).block_k for dtype in (torch.float16, BF16)] == [32, 64]
-    for pair in PAIRS:
-        rows = choose(65536, DEEPSEEK, parse_pair(pair), TARGETS["sm_120"]).block_m
-        assert rows == (64 if pair == "BF16, BF16" else 32)
 
 
 def test_small_k_is_not_split_beyond_its_blocks():
@@ -92,10 +112,10 @@ def test_small_k_is_not_split_beyond_its_blocks():
     assert choose(100, (128, 16, 100), FP8, SM90).split_k == 2
 
 
-def test_newer_gpus_have_the_limits_of_their_generation():
-    assert limits(Target("cuda", 89, 142)) == limits(TARGETS["sm_80"])
-    assert limits(Target("cuda", 103, 148)) == limits(TARGETS["sm_100"])
-    assert limits(Target("cuda", 121, 48)) == limits(TARGETS["sm_120"])
+def test_newer_gpus_have_the_tiles_of_their_generation():
+    """One program computes all columns where the tensor core reads weights from shared memory."""
+    for arch, block_n in ((80, 64), (89, 64), (90, 0), (100, 0), (103, 0), (120, 64), (121, 64)):
+        assert choose(65536, DEEPSEEK, FP8, Target("cuda", arch, 140)).block_n == block_n
 
 
 @pytest.mark.parametrize(

@@ -144,4 +144,4 @@ def test_config_with_half_a_scale_group_of_x_does_not_compile(driver):
     signature = replace(module.signature_of(w, torch.bfloat16, torch.float32), activations=("fp8", None))
     with pytest.raises(CompilationError) as caught:
         module.launch(x_of(16), (w.wk.operands, w.gate.operands), outs, signature, KernelConfig("prefill", 16, 64))
-    assert "static_assert" in str(caught.value.__cause__.__cause__)
+    assert "static_assert" in str(caught.value.__cause__.__cause__.__cause__)

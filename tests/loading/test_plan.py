@@ -45,14 +45,9 @@ def test_layer_unlike_the_others(tmp_path, d, h, k):
     assert {problem.subject for problem in problems_of(path)} > {WK}
 
 
-@pytest.mark.parametrize(("d", "h", "faulty"), [(256, 128, None), (257, 16, WK), (128, 257, GATE)])
-def test_at_most_256_rows(tmp_path, d, h, faulty):
-    path = write_checkpoint(tmp_path, bf16_layer(d=d, h=h))
-    if faulty is None:
-        assert load(path)[0].shape == (d, h, 256)
-    else:
-        problem = only(problems_of(path))
-        assert (problem.subject, problem.expected) == (faulty, "at most 256 rows")
+def test_any_number_of_rows(tmp_path):
+    path = write_checkpoint(tmp_path, bf16_layer(d=300, h=257))
+    assert load(path)[0].shape == (300, 257, 256)
 
 
 @pytest.mark.parametrize(("old", "new"), [("model.", "language_model.model."), ("layers.0.", "layers.00.")])

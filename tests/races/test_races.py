@@ -29,8 +29,9 @@ LAUNCHES = {
     "gemv": (KernelConfig("gemv", block_m=4, block_k=64, slices=8), 6),
     "split_k": (KernelConfig("split_k", block_m=8, block_k=32, slices=2, split_k=3), 11),
     "looped": (KernelConfig("split_k", block_m=8, block_k=32, slices=2, split_k=3, loop_splits=True), 11),
-    "prefill": (KernelConfig("prefill", block_m=16, block_k=64), 19),
-    "splits": (KernelConfig("prefill", block_m=16, block_k=64, split_k=3), 19),
+    "prefill": (KernelConfig("prefill", block_m=16, block_k=64, block_n=0), 19),
+    "splits": (KernelConfig("prefill", block_m=16, block_k=64, block_n=0, split_k=3), 19),
+    "halves": (KernelConfig("prefill", block_m=16, block_k=64, block_n=16, split_k=2), 19),
 }
 
 
@@ -52,6 +53,7 @@ def run(ttsem, monkeypatch):
 
         monkeypatch.setattr(module, "workspace", workspace)  # the real one returns larger buffers
         monkeypatch.setattr(module, "target_of", lambda device: TARGETS["sm_90"])
+        monkeypatch.setattr(module, "has_packed_decode", lambda *_: False)  # ttsem runs no inline assembly
         module.plan_of.cache_clear()
         labels = labels.split(", ")
         is_w8a8 = labels[0] == "W8A8"
@@ -126,35 +128,44 @@ BARRIER = ("tile.py", "    tl.debug_barrier()\n")
 ORDER, SCOPE, LAST = ("tile.py", '"acq_rel"'), ("tile.py", '"gpu"'), ("tile.py", "== SPLIT_K - 1")
 ATOMIC = ("tile.py", 'return tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu")')
 PLAIN = "arrived = tl.load(arrived_ptr); tl.store(arrived_ptr, arrived + 1); return arrived"
-SLOT, PREFILL_SLOT = ("split_k.py", "partial_ptr + split * SIZE +"), ("prefill.py", "partials + split * ACC_SIZE")
+SLOT, PREFILL_SLOT = ("split_k.py", "partial_ptr + split * SIZE +"), ("prefill.py", "partial_ptr + split * ACC_SIZE")
 RESET, PREFILL_RESET = ((file, "tl.store(arrived_ptr + tile, 0)") for file in ("split_k.py", "prefill.py"))
-WEIGHTS = ("tile.py", "(cols < N)[:, None] & (offs_k < K)")
-PAIRS = ("tile.py", "(cols < N)[:, None] & (pairs < K // 2)")
+TILE, OTHER = ("prefill.py", "tile_m * tl.num_programs(0) + tl.program_id(0)"), ("tile.py", "(1 - split)")
+WEIGHTS = ("tile.py", "(cols < N)[:, None] & (offs_k < SIZE)")
 GROUPS = ("tile.py", "(cols < N)[:, None] & (groups < tl.cdiv(K, GROUP))")
 BLOCKS, SCALES = ("tile.py", "tl.minimum(start_k, K - 1)"), ("tile.py", "w[2] + cols, mask=cols < N, other=0.0")
-OUT = ("tile.py", "(rows < M)[None, :] & (cols < N)[:, None]")
-GEMV_X = ("gemv.py", "(rows < M)[:, None, None] & (offs_k < K)[None, :, :]")
+OUT = ("tile.py", "(rows < M) & (cols < N)")
+GEMV_X, STACK = ("gemv.py", "(row < M)[:, None] & (offs_k < K)"), ("gemv.py", "tiles[i + HALF]")
 X = ("split_k.py", "(rows < M)[None, None, :] & (offs_k < K)")
-PREFILL_X = ("prefill.py", "(rows < M)[None, :] & (offs_k < K)[:, None]")
+PREFILL_X = ("prefill.py", "(rows < M)[:, None] & (offs_k < K)[None, :]")
 AMAX = ("tile.py", "tl.max(tl.abs(x), AXIS, keep_dims=True)")
 
 # (file, text that occurs once), replacement, finding, launches, matrices. Left out are launches where a mask changes
 # nothing: a gemv program has no extra column, and no tile reaches a block of 128 rows beyond the matrix.
 MUTANTS = {
     "unchanged": (ORDER, '"acq_rel"', "nothing", "gemv split_k looped prefill splits", "BF16"),
-    "no barrier": (BARRIER, "", "race partial_ptr", "split_k splits", "BF16, BF16"),
-    "relaxed": (ORDER, '"relaxed"', "race partial_ptr", "split_k splits", "BF16, BF16"),
-    "no acquire": (ORDER, '"release"', "race partial_ptr", "split_k splits", "BF16, BF16"),
-    "no release": (ORDER, '"acquire"', "race partial_ptr", "split_k splits", "BF16, BF16"),
-    "scope": (SCOPE, '"cta"', "race arrived_ptr", "split_k splits", "BF16, BF16"),
-    "not atomic": (ATOMIC, PLAIN, "race arrived_ptr", "split_k splits", "BF16, BF16"),
-    "no waiting": (LAST, ">= 0", "race partial_ptr", "split_k splits", "BF16, BF16"),
-    "first to arrive": (LAST, "== 0", "race partial_ptr", "split_k splits", "BF16, BF16"),
+    "no barrier": (BARRIER, "", "race partial_ptr", "split_k splits halves", "BF16, BF16"),
+    "relaxed": (ORDER, '"relaxed"', "race partial_ptr", "split_k splits halves", "BF16, BF16"),
+    "no acquire": (ORDER, '"release"', "race partial_ptr", "split_k splits halves", "BF16, BF16"),
+    "no release": (ORDER, '"acquire"', "race partial_ptr", "split_k splits halves", "BF16, BF16"),
+    "scope": (SCOPE, '"cta"', "race arrived_ptr", "split_k splits halves", "BF16, BF16"),
+    "not atomic": (ATOMIC, PLAIN, "race arrived_ptr", "split_k splits halves", "BF16, BF16"),
+    "no waiting": (LAST, ">= 0", "race partial_ptr", "split_k splits halves", "BF16, BF16"),
+    "first to arrive": (LAST, "== 0", "race partial_ptr", "split_k splits halves", "BF16, BF16"),
     "one slot": (SLOT, "partial_ptr +", "race partial_ptr", "split_k", "BF16, BF16"),
-    "one slot, prefill": (PREFILL_SLOT, "partials", "race partial_ptr", "splits", "BF16, BF16"),
+    "one slot, prefill": (PREFILL_SLOT, "partial_ptr", "race partial_ptr", "splits halves", "BF16, BF16"),
     "no reset": (RESET, "pass", "counters", "split_k", "BF16, BF16"),
-    "no reset, prefill": (PREFILL_RESET, "pass", "counters", "splits", "BF16, BF16"),
-    "weights, rows": (WEIGHTS, "(offs_k < K)", "oob_read matrices.0.0", "split_k looped prefill splits", "BF16"),
+    "no reset, prefill": (PREFILL_RESET, "pass", "counters", "splits halves", "BF16, BF16"),
+    "one tile, prefill": (TILE, "tile_m", "race partial_ptr", "halves", "BF16, BF16"),
+    "own half twice": (OTHER, "split", "error", "halves", "BF16"),
+    "stack": (STACK, "tiles[i]", "error", "gemv", "BF16"),
+    "weights, rows": (
+        WEIGHTS,
+        "(offs_k < SIZE)",
+        "oob_read matrices.0.0",
+        "split_k looped prefill splits halves",
+        "BF16",
+    ),
     "weights, K": (
         WEIGHTS,
         "(cols < N)[:, None]",
@@ -162,26 +173,26 @@ MUTANTS = {
         "gemv split_k looped prefill splits",
         "BF16",
     ),
-    "pairs, rows": (PAIRS, "(pairs < K // 2)", "oob_read matrices.0.0", "split_k prefill", "MXFP4"),
-    "pairs, K": (PAIRS, "(cols < N)[:, None]", "oob_read matrices.0.0", "gemv split_k prefill", "MXFP4"),
+    "pairs, rows": (WEIGHTS, "(offs_k < SIZE)", "oob_read matrices.0.0", "split_k prefill", "MXFP4"),
+    "pairs, K": (WEIGHTS, "(cols < N)[:, None]", "oob_read matrices.0.0", "gemv split_k prefill", "MXFP4"),
     "groups, rows": (GROUPS, "(groups < tl.cdiv(K, GROUP))", "oob_read matrices.0.1", "split_k prefill", "NVFP4"),
     "groups, K": (GROUPS, "(cols < N)[:, None]", "oob_read matrices.0.1", "gemv split_k prefill", "NVFP4"),
     "blocks, K": (BLOCKS, "start_k", "oob_read matrices.0.1", "gemv split_k looped", "FP8 128x128"),
     "scales of rows": (SCALES, "w[2] + cols", "oob_read matrices.0.2", "split_k prefill", "FP8 per row"),
-    "out, rows": (OUT, "(cols < N)[:, None]", "oob_write outs.0", "gemv split_k looped prefill splits", "BF16"),
-    "out, columns": (OUT, "(rows < M)[None, :]", "oob_write outs.0", "split_k looped", "BF16"),
+    "out, rows": (OUT, "(cols < N)", "oob_write outs.0", "gemv split_k looped prefill splits", "BF16"),
+    "out, columns": (OUT, "(rows < M)", "oob_write outs.0", "split_k looped", "BF16"),
     # Extra columns are the first ones of the next row: two values are stored to one address.
-    "out, columns, prefill": (OUT, "(rows < M)[None, :]", "poison None", "prefill splits", "BF16"),
+    "out, columns, prefill": (OUT, "(rows < M)", "poison None", "prefill splits", "BF16"),
     "x, rows": (X, "(offs_k < K)", "oob_read x_ptr", "split_k looped", "BF16"),
     "x, K": (X, "(rows < M)[None, None, :]", "oob_read x_ptr", "split_k looped", "BF16"),
-    "x, rows, gemv": (GEMV_X, "(offs_k < K)[None, :, :]", "oob_read x_ptr", "gemv", "BF16"),
-    "x, K, gemv": (GEMV_X, "(rows < M)[:, None, None]", "oob_read x_ptr", "gemv", "BF16"),
-    "x, rows, prefill": (PREFILL_X, "(offs_k < K)[:, None]", "oob_read x_ptr", "prefill splits", "BF16"),
-    "x, K, prefill": (PREFILL_X, "(rows < M)[None, :]", "oob_read x_ptr", "prefill splits", "BF16"),
+    "x, rows, gemv": (GEMV_X, "(offs_k < K)", "oob_read x_ptr", "gemv", "BF16"),
+    "x, K, gemv": (GEMV_X, "(row < M)[:, None]", "oob_read x_ptr", "gemv", "BF16"),
+    "x, rows, prefill": (PREFILL_X, "(offs_k < K)[None, :]", "oob_read x_ptr", "prefill splits", "BF16"),
+    "x, K, prefill": (PREFILL_X, "(rows < M)[:, None]", "oob_read x_ptr", "prefill splits", "BF16"),
     "x, rows, w8a8": (X, "(offs_k < K)", "oob_read x_ptr", "split_k looped", "W8A8"),
     "x, K, w8a8": (X, "(rows < M)[None, None, :]", "oob_read x_ptr", "split_k looped", "W8A8"),
-    "x, K, gemv, w8a8": (GEMV_X, "(rows < M)[:, None, None]", "oob_read x_ptr", "gemv", "W8A8"),
-    "x, K, prefill, w8a8": (PREFILL_X, "(rows < M)[None, :]", "oob_read x_ptr", "prefill splits", "W8A8"),
+    "x, K, gemv, w8a8": (GEMV_X, "(row < M)[:, None]", "oob_read x_ptr", "gemv", "W8A8"),
+    "x, K, prefill, w8a8": (PREFILL_X, "(rows < M)[:, None]", "oob_read x_ptr", "prefill splits", "W8A8"),
     "amax, w8a8": (AMAX, "tl.max(x, AXIS, keep_dims=True)", "error", "gemv split_k looped prefill splits", "W8A8"),
 }
 
