@@ -57,7 +57,8 @@ class KernelConfig:
     pdl: bool = False
 
     def __post_init__(self) -> None:
-        sizes = self.block_m, self.block_n, self.slices, self.num_warps
+        all_columns = self.regime == "prefill" and self.block_n == 0
+        sizes = self.block_m, self.block_n or int(all_columns), self.slices, self.num_warps
         if self.regime not in ("gemv", "split_k", "prefill") or any(size & (size - 1) or size < 1 for size in sizes):
             raise ValueError(
                 f"KernelConfig: expected regime gemv, split_k or prefill and powers of two as sizes, got {self!r}"
