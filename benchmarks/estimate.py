@@ -93,7 +93,7 @@ def l2_bytes(m: int, shape: tuple[int, ...], formats: tuple[Format, ...], config
     """Bytes of weights and x that all programs of a launch read, from caches or memory."""
     *ns, k = shape
     weights = sum(nbytes(format, n, k) for format, n in zip(formats, ns, strict=True))
-    return weights * cdiv(m, config.block_m) + 2 * m * k * config.tiles_n(*ns)
+    return weights * cdiv(m, config.block_m) + 2 * m * k * config.grid(m, *ns)[0]
 
 
 def reduced_bytes(config: KernelConfig, ns: tuple[int, ...]) -> int:

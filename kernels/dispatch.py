@@ -58,7 +58,7 @@ class KernelConfig:
 
     def __post_init__(self) -> None:
         all_columns = self.regime == "prefill" and self.block_n == 0
-        sizes = self.block_m, self.block_n or int(all_columns), self.slices, self.num_warps
+        sizes = self.block_m, 1 if all_columns else self.block_n, self.slices, self.num_warps
         if self.regime not in ("gemv", "split_k", "prefill") or any(size & (size - 1) or size < 1 for size in sizes):
             raise ValueError(
                 f"KernelConfig: expected regime gemv, split_k or prefill and powers of two as sizes, got {self!r}"
@@ -88,20 +88,10 @@ class KernelConfig:
         return not self.loop_splits and (self.split_k > 1 or self.regime == "split_k")
 
     def grid(self, m: int, *ns: int) -> tuple[int, int, int]:
-        """Programs of a launch with m rows of x."""
-        return self.grid_of_tiles(cdiv(m, self.block_m), self.tiles_n(*ns))
-
-    def tiles_n(self, *ns: int) -> int:
-        """Tiles of the outputs' columns."""
-        if self.regime == "gemv":
-            return sum(ns)
-        return sum([cdiv(n, self.block_n) for n in ns]) if self.block_n else 1
-
-    def grid_of_tiles(self, tiles_m: int, tiles_n: int) -> tuple[int, int, int]:
-        """Programs of a launch with these tiles of x's rows and of the outputs' columns."""
-        if self.regime == "gemv":
-            return tiles_n, tiles_m, 1
-        return tiles_n, 1 if self.loop_splits else self.split_k, tiles_m
+        """Programs of a launch with m rows of x: (tiles of the outputs' columns, splits, tiles of rows)."""
+        block_n = 1 if self.regime == "gemv" else self.block_n
+        tiles_n = sum([cdiv(n, block_n) for n in ns]) if block_n else 1
+        return tiles_n, 1 if self.loop_splits else self.split_k, cdiv(m, self.block_m)
 
     def workspace_size(self, m: int, *ns: int) -> tuple[int, int]:
         """(fp32 partial sums, int32 arrival counters) of a launch with m rows of x."""

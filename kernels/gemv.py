@@ -40,7 +40,7 @@ def _gemv_row(
         weights = weights + (decode(codes, group_scales, FORMAT, tl.float32) * scales[:, None],)
 
     wait_for_dependencies(PDL)
-    first = tl.program_id(1) * BLOCK_M
+    first = tl.program_id(2) * BLOCK_M
     # Row by row: the compiler would spread rows of a 3-D tile over warps and pass each weight through shared memory.
     sums = ()
     for m in tl.static_range(BLOCK_M):
@@ -82,7 +82,7 @@ def gemv_kernel(
     NS: tl.constexpr, FORMATS: tl.constexpr, ACTIVATIONS: tl.constexpr, FACTORS: tl.constexpr, K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (sum of N over the matrices, cdiv(M, BLOCK_M))."""
+    """Grid: (sum of N over the matrices, 1, cdiv(M, BLOCK_M))."""
     row_n = tl.program_id(0)
     first = 0  # row of matrix i
     for i in tl.static_range(len(NS)):

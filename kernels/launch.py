@@ -131,7 +131,7 @@ class Plan:
         self.config = config
         self.prefers_torch = prefers_torch
         self._device = signature.device
-        self._block_m, self._tiles_n = config.block_m, config.tiles_n(*signature.ns)
+        *self._tiles_n_and_splits, _ = config.grid(1, *signature.ns)
         self._kernel = KERNELS[config.regime]
         self._constants = tuple(constants(config, signature, target).values())
         self._options = options(config, target)
@@ -142,7 +142,7 @@ class Plan:
     def run(self, m: int, x: Tensor, matrices: tuple[Operands, ...], outs: tuple[Tensor, ...]) -> None:
         """Launches for the m rows of x. The first launch compiles, or finds the kernel in Triton's cache."""
         stride_xm, strides_om = x.stride(0), tuple([out.stride(0) for out in outs])
-        grid = self.config.grid_of_tiles(-(-m // self._block_m), self._tiles_n)
+        grid = *self._tiles_n_and_splits, -(-m // self.config.block_m)
         with _device_guard(self._device):
             buffers = workspace(self._device, *self._workspace_size) if self._takes_workspace else ()
             arguments = x, matrices, outs, *buffers, m, stride_xm, strides_om, *self._constants
@@ -237,7 +237,8 @@ def constants(config: KernelConfig, signature: Signature, target: Target) -> dic
         "ACC_SIZE": config.acc_size(*signature.ns),
         # fp16 has 11 significand bits: exact in tf32, not in bf16. Triton's interpreter computes bf16 wrongly.
         "DOT": tl.bfloat16 if signature.x_dtype == torch.bfloat16 and not INTERPRETED else tl.float32,
-        "PACKED": has_packed_decode(signature, target),
+        # In PTX, which Triton's interpreter does not run.
+        "PACKED": target.backend == "cuda" and signature.x_dtype == torch.bfloat16 and not INTERPRETED,
         "AMD": target.backend == "hip",
         "PDL": _has_pdl(config, target),
     }
@@ -255,11 +256,6 @@ def options(config: KernelConfig, target: Target) -> dict[str, Any]:
     # By default ptxas spills a few registers to fit one more program. `choose` counts on two programs of split_k.
     chosen["maxnreg"] = 128 if config.regime == "split_k" and not config.loop_splits else 255
     return chosen | ({"launch_pdl": True} if _has_pdl(config, target) else {})
-
-
-def has_packed_decode(signature: Signature, target: Target) -> bool:
-    """Whether prefill decodes FP8 in PTX, which Triton's interpreter does not run."""
-    return target.backend == "cuda" and signature.x_dtype == torch.bfloat16 and not INTERPRETED
 
 
 def _has_pdl(config: KernelConfig, target: Target) -> bool:

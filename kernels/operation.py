@@ -143,16 +143,8 @@ for _operation in ("project", "project_out"):
 
 
 @torch.library.impl("indexproj::project", ("CPU", "CUDA"))
-def _project(
-    x: Tensor,
-    operands: list[Tensor],
-    formats: list[str],
-    fp32: list[bool],
-    factors: list[float] | None = None,
-    activations: list[str] | None = None,
-    batch_invariant: bool = False,
-) -> list[Tensor]:
-    signature, matrices = resolve(x, operands, formats, fp32, factors, activations, batch_invariant)
+def _project(x: Tensor, operands: list[Tensor], formats: list[str], fp32: list[bool], *options: Any) -> list[Tensor]:
+    signature, matrices = resolve(x, operands, formats, fp32, *options)
     outs = _allocate(x, signature)
     launch(_rows(x), matrices, tuple([_rows(out) for out in outs]), signature)
     return outs
@@ -166,17 +158,8 @@ def _fake_project(
 
 
 @torch.library.impl("indexproj::project_out", ("CPU", "CUDA"))
-def _project_out(
-    x: Tensor,
-    operands: list[Tensor],
-    formats: list[str],
-    out: Tensor,
-    factors: list[float] | None = None,
-    activations: list[str] | None = None,
-    batch_invariant: bool = False,
-) -> None:
-    fp32 = [out.dtype == torch.float32] * len(formats)
-    signature, matrices = resolve(x, operands, formats, fp32, factors, activations, batch_invariant)
+def _project_out(x: Tensor, operands: list[Tensor], formats: list[str], out: Tensor, *options: Any) -> None:
+    signature, matrices = resolve(x, operands, formats, [out.dtype == torch.float32] * len(formats), *options)
     check_out(out, x, sum(signature.ns))
     if x.numel() and share_storage(out, [x, *operands]):
         raise ValueError("project: out shares storage with x or the weights; give it memory of its own")

@@ -28,16 +28,6 @@ from .tile import (
 
 
 @triton.jit
-def _zeros(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    return tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-
-
-@triton.jit
-def _columns(start_n, BLOCK_N: tl.constexpr):
-    return start_n + tl.arange(0, BLOCK_N)
-
-
-@triton.jit
 def _dot_step(
     x, w, cols, start_k,
     N: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -73,7 +63,7 @@ def _project_tile(
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     accs = ()
     for i in tl.static_range(FIRST, END):
-        accs = accs + (_zeros(BLOCK_M, BLOCK_NS[i]),)
+        accs = accs + (tl.zeros((BLOCK_M, BLOCK_NS[i]), tl.float32),)
     # With an end known at compile time, the compiler would unroll a short loop until it spills.
     for start_k in range(split * SPLIT_SIZE, tl.minimum((split + 1) * SPLIT_SIZE, K), BLOCK_K):
         offs_k = start_k + tl.arange(0, BLOCK_K)
@@ -85,7 +75,7 @@ def _project_tile(
         sums = ()
         for i in tl.static_range(FIRST, END):
             product = _dot_step(
-                x, matrices[i], _columns(start_n, BLOCK_NS[i]), start_k,
+                x, matrices[i], start_n + tl.arange(0, BLOCK_NS[i]), start_k,
                 NS[i], K, FORMATS[i], ACTIVATIONS[i], BLOCK_K, DOT, PACKED, PRECISION,
             )  # fmt: skip
             sums = sums + (accs[i - FIRST] + product,)
@@ -106,7 +96,7 @@ def _project_tile(
             if SPLIT_K > 1:
                 total = sum_splits(partial_ptr, ACC_SIZE, total, split, SPLIT_K)
                 partial_ptr += BLOCK_M * BLOCK_NS[i]
-            cols = _columns(start_n, BLOCK_NS[i])
+            cols = start_n + tl.arange(0, BLOCK_NS[i])
             total *= load_row_scales(matrices[i], cols, NS[i])[None, :] * FACTORS[i]
             store_tile(outs[i], total, rows[:, None], cols[None, :], M, NS[i], strides_om[i])
         if SPLIT_K > 1:

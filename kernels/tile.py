@@ -55,70 +55,47 @@ def decode_e8m0(codes):
     return tl.maximum(codes.to(tl.int32) << 23, 1 << 22).to(tl.float32, bitcast=True)
 
 
-# Prefill decodes in PTX, two codes per 32-bit register: 2.5 instructions per e4m3 code instead of 8. Each byte moves to
-# the upper half of a bf16, then as above. x * y + -0.0 is the product; sm_80 has no mul.bf16x2.
-DECODE_E4M3_PTX = tl.constexpr("""{
-    .reg .b32 pair, magnitude, sign, factor, zero;
-    mov.b32 factor, 0x7B807B80;
-    mov.b32 zero, 0x80008000;
-    prmt.b32 pair, 0, $2, 0x5140;
-    shr.u32 magnitude, pair, 4;
-    and.b32 magnitude, magnitude, 0x07F007F0;
+# Prefill decodes in PTX, two codes per 32-bit register: 2.5 instructions per e4m3 code instead of 8. Codes start in the
+# upper byte of a bf16 and move as above. x * y + -0.0 is x * y; sm_80 has no mul.bf16x2.
+def _decode_pair(out: str, shift: int, magnitude: str, factor: str) -> str:
+    return f"""
+    shr.u32 bits, pair, {shift};
+    and.b32 bits, bits, {magnitude};
     and.b32 sign, pair, 0x80008000;
-    or.b32 pair, sign, magnitude;
-    fma.rn.bf16x2 $0, pair, factor, zero;
-    prmt.b32 pair, 0, $2, 0x7362;
-    shr.u32 magnitude, pair, 4;
-    and.b32 magnitude, magnitude, 0x07F007F0;
-    and.b32 sign, pair, 0x80008000;
-    or.b32 pair, sign, magnitude;
-    fma.rn.bf16x2 $1, pair, factor, zero;
-}""")
-# Codes in the lower halves of four bytes to $0 and $1, in the upper halves to $2 and $3.
-DECODE_E2M1_PTX = tl.constexpr("""{
-    .reg .b32 pair, magnitude, sign, factor, zero;
-    mov.b32 factor, 0x7E807E80;
-    mov.b32 zero, 0x80008000;
-    prmt.b32 pair, 0, $4, 0x5140;
-    shr.u32 magnitude, pair, 2;
-    and.b32 magnitude, magnitude, 0x01C001C0;
-    shl.b32 sign, pair, 4;
-    and.b32 sign, sign, 0x80008000;
-    or.b32 sign, sign, magnitude;
-    fma.rn.bf16x2 $0, sign, factor, zero;
-    shr.u32 magnitude, pair, 6;
-    and.b32 magnitude, magnitude, 0x01C001C0;
-    and.b32 sign, pair, 0x80008000;
-    or.b32 sign, sign, magnitude;
-    fma.rn.bf16x2 $2, sign, factor, zero;
-    prmt.b32 pair, 0, $4, 0x7362;
-    shr.u32 magnitude, pair, 2;
-    and.b32 magnitude, magnitude, 0x01C001C0;
-    shl.b32 sign, pair, 4;
-    and.b32 sign, sign, 0x80008000;
-    or.b32 sign, sign, magnitude;
-    fma.rn.bf16x2 $1, sign, factor, zero;
-    shr.u32 magnitude, pair, 6;
-    and.b32 magnitude, magnitude, 0x01C001C0;
-    and.b32 sign, pair, 0x80008000;
-    or.b32 sign, sign, magnitude;
-    fma.rn.bf16x2 $3, sign, factor, zero;
-}""")
+    or.b32 bits, bits, sign;
+    mov.b32 factor, {factor};
+    fma.rn.bf16x2 {out}, bits, factor, zero;"""
 
+
+_E4M3, _E2M1 = (4, "0x07F007F0", "0x7B807B80"), (6, "0x01C001C0", "0x7E807E80")
+_SETUP = ".reg .b32 pair, bits, sign, factor, zero;\n    mov.b32 zero, 0x80008000;"
+DECODE_E4M3_PTX = tl.constexpr(f"""{{
+    {_SETUP}
+    prmt.b32 pair, 0, $2, 0x5140;{_decode_pair("$0", *_E4M3)}
+    prmt.b32 pair, 0, $2, 0x7362;{_decode_pair("$1", *_E4M3)}
+}}""")
+# Codes in the lower halves of four bytes to $0 and $1, in the upper halves to $2 and $3.
+DECODE_E2M1_PTX = tl.constexpr(f"""{{
+    {_SETUP}
+    prmt.b32 pair, 0, $4, 0x5140;{_decode_pair("$2", *_E2M1)}
+    shl.b32 pair, pair, 4;{_decode_pair("$0", *_E2M1)}
+    prmt.b32 pair, 0, $4, 0x7362;{_decode_pair("$3", *_E2M1)}
+    shl.b32 pair, pair, 4;{_decode_pair("$1", *_E2M1)}
+}}""")
 MULTIPLY_PTX = tl.constexpr("{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero; }")
 
 
 @triton.jit
 def decode_e4m3_packed(codes):
     """e4m3 codes (uint8) to bf16, exactly: the same values as `decode_e4m3`."""
-    return tl.inline_asm_elementwise(DECODE_E4M3_PTX, "=r,=r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4)
+    return tl.inline_asm_elementwise(DECODE_E4M3_PTX, "=&r,=&r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4)
 
 
 @triton.jit
 def decode_e2m1_packed(codes):
     """Two e2m1 codes per uint8 to two bf16 tensors, those of the lower and of the upper halves, exactly."""
     return tl.inline_asm_elementwise(
-        DECODE_E2M1_PTX, "=r,=r,=r,=r,r", [codes], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+        DECODE_E2M1_PTX, "=&r,=&r,=&r,=&r,r", [codes], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
     )
 
 

@@ -121,7 +121,8 @@ def test_newer_gpus_have_the_tiles_of_their_generation():
 @pytest.mark.parametrize(
     "field",
     [{"block_k": 256}, {"block_k": 16}, {"split_k": 0}, {"num_stages": 0}, {"regime": "tiled"}, {"block_m": 10},
-     {"slices": 3}, {"num_warps": 3}, {"block_n": 0}],
+     {"slices": 3}, {"num_warps": 3}, {"block_n": 24},
+     {"regime": "split_k", "block_n": 0}],
     ids=str,
 )  # fmt: skip
 def test_configs_that_no_kernel_has_are_refused(field):

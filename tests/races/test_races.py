@@ -53,7 +53,12 @@ def run(ttsem, monkeypatch):
 
         monkeypatch.setattr(module, "workspace", workspace)  # the real one returns larger buffers
         monkeypatch.setattr(module, "target_of", lambda device: TARGETS["sm_90"])
-        monkeypatch.setattr(module, "has_packed_decode", lambda *_: False)  # ttsem runs no inline assembly
+        constants = module.constants  # ttsem runs no inline assembly
+        monkeypatch.setattr(
+            module,
+            "constants",
+            lambda *args: {key: key != "PACKED" and each for key, each in constants(*args).items()},
+        )
         module.plan_of.cache_clear()
         labels = labels.split(", ")
         is_w8a8 = labels[0] == "W8A8"
