@@ -22,8 +22,8 @@ def resolve(
     operands: list[Tensor],
     formats: list[str],
     fp32: list[bool],
-    factors: list[float] | None = None,
-    activations: list[str] | None = None,
+    factors: Sequence[float] = (),
+    activations: Sequence[str] | None = None,
     batch_invariant: bool = False,
     *,
     cached: bool = True,
@@ -47,8 +47,8 @@ def resolve(
         x.device,
         tuple(formats),
         tuple(fp32),
-        None if factors is None else tuple(factors),
-        None if activations is None else tuple(activations),
+        tuple(factors),
+        tuple(activations or ()),
         batch_invariant,
         *[(operand.dtype, operand.shape, operand.device, operand.is_contiguous()) for operand in operands],
     )
@@ -63,8 +63,8 @@ def _signature(
     device: torch.device,
     labels: tuple[str, ...],
     fp32: tuple[bool, ...],
-    factors: tuple[float, ...] | None,
-    activations: tuple[str, ...] | None,
+    factors: tuple[float, ...],
+    activations: tuple[str, ...],
     batch_invariant: bool,
     *found: tuple[torch.dtype, torch.Size, torch.device, bool],
 ) -> tuple[Signature, Places]:
@@ -83,10 +83,8 @@ def _signature(
         raise ValueError(f"project: expected formats among {', '.join(known)}, got {', '.join(unknown)}")
     formats = tuple([known[label] for label in labels])
     # -0.0 becomes 0.0: they are equal as keys and would share a compiled kernel.
-    factors = (1.0,) * count if factors is None else tuple([factor + 0.0 for factor in factors])
-    takes: tuple[Any, ...] = (
-        (None,) * count if activations is None else tuple([None if name == "none" else name for name in activations])
-    )
+    factors = tuple([factor + 0.0 for factor in factors or (1.0,) * count])
+    takes: tuple[Any, ...] = tuple([None if name == "none" else name for name in activations or ("none",) * count])
     for name, values in (("dtypes", fp32), ("factors", factors), ("activations", takes)):
         if len(values) != count:
             raise ValueError(f"project: expected one of {name} per matrix, {count} in all, got {len(values)}")

@@ -11,7 +11,6 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -57,15 +56,13 @@ class KernelConfig:
     pdl: bool = False
 
     def __post_init__(self) -> None:
-        all_columns = self.regime == "prefill" and self.block_n == 0
-        sizes = self.block_m, 1 if all_columns else self.block_n, self.slices, self.num_warps
-        if self.regime not in ("gemv", "split_k", "prefill") or any(size & (size - 1) or size < 1 for size in sizes):
+        block_n = 1 if self.regime == "prefill" and self.block_n == 0 else self.block_n
+        sizes = self.block_m, block_n, self.slices, self.num_warps
+        is_regime = self.regime in ("gemv", "split_k", "prefill") and self.block_k in (32, 64, 128)
+        if not is_regime or min(*sizes, self.split_k, self.num_stages) < 1 or any(n & (n - 1) for n in sizes):
             raise ValueError(
-                f"KernelConfig: expected regime gemv, split_k or prefill and powers of two as sizes, got {self!r}"
-            )
-        if self.block_k not in (32, 64, 128) or self.split_k < 1 or self.num_stages < 1:
-            raise ValueError(
-                f"KernelConfig: expected block_k 32, 64 or 128, split_k >= 1 and num_stages >= 1, got {self!r}"
+                "KernelConfig: expected regime gemv, split_k or prefill, block_k 32, 64 or 128, powers of two as other "
+                f"sizes, and split_k and num_stages of at least 1, got {self!r}"
             )
 
     def __str__(self) -> str:
@@ -222,37 +219,29 @@ OUTS = {"fp32": (torch.bfloat16, torch.float32), "bf16": (torch.bfloat16, torch.
 Case = tuple[int, tuple[int, ...], tuple[Format, ...]]  # M (a power of two), shape, formats
 
 
-@dataclass(frozen=True)
-class TunedTable:
-    """The fastest config of each measured case.
+# The fastest config of each measured case, which stands for all M that round up to its M, and the dtypes of the outputs
+# for which torch.mm was faster.
+TunedTable = dict[Case, tuple[KernelConfig, tuple[tuple[torch.dtype, ...], ...]]]
 
-    Attributes:
-        configs: case -> config. The case with M stands for all that round up to it.
-        torch_for: case -> dtypes of the outputs for which torch.mm was faster. All matrices are BF16.
+
+def read_table(path: Path, gpu: str) -> TunedTable:
+    """Reads what benchmarks/tune.py wrote.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError, KeyError, TypeError, AttributeError: it is no table, or one of another GPU or other versions.
     """
-
-    configs: Mapping[Case, KernelConfig]
-    torch_for: Mapping[Case, tuple[tuple[torch.dtype, ...], ...]]
-
-    @classmethod
-    def read(cls, path: Path, gpu: str) -> TunedTable:
-        """Reads what benchmarks/tune.py wrote.
-
-        Raises:
-            OSError: the file cannot be read.
-            ValueError, KeyError, TypeError, AttributeError: it is no table, or one of another GPU or other versions.
-        """
-        found = json.loads(path.read_text(encoding="utf-8"))
-        for key, expected in (("schema", TABLE_SCHEMA), ("gpu", gpu), ("versions", versions())):
-            if found[key] != expected:
-                raise ValueError(f"expected {key} {expected}, found {found[key]}")
-        configs, torch_for = {}, {}
-        for entry in found["entries"]:
-            case = entry["m"], tuple(entry["shape"]), tuple(map(Format, entry["formats"]))
-            configs[case] = KernelConfig(**entry["config"])
-            is_bf16 = set(case[2]) == {Format.BF16}  # torch.mm takes no other weights
-            torch_for[case] = tuple(OUTS[name] for name in entry["torch_for"] if is_bf16)
-        return cls(configs, torch_for)
+    found = json.loads(path.read_text(encoding="utf-8"))
+    for key, expected in (("schema", TABLE_SCHEMA), ("gpu", gpu), ("versions", versions())):
+        if found[key] != expected:
+            raise ValueError(f"expected {key} {expected}, found {found[key]}")
+    table = {}
+    for entry in found["entries"]:
+        formats = tuple(map(Format, entry["formats"]))
+        is_bf16 = set(formats) == {Format.BF16}  # torch.mm takes no other weights
+        torch_for = tuple(OUTS[name] for name in entry["torch_for"] if is_bf16)
+        table[entry["m"], tuple(entry["shape"]), formats] = KernelConfig(**entry["config"]), torch_for
+    return table
 
 
 @functools.cache
@@ -271,20 +260,20 @@ def table_path(gpu: str) -> Path:
 
 
 @functools.cache
-def table_of(device: torch.device) -> TunedTable | None:
-    """The table for a device, read once per process; None without one, with a WARNING if it cannot be used."""
+def table_of(device: torch.device) -> TunedTable:
+    """The table for a device, read once per process; empty without one, with a WARNING if it cannot be used."""
     chosen = os.environ.get(TABLE_VARIABLE)
     if device.type != "cuda" or INTERPRETED or chosen == "":
-        return None
+        return {}
     gpu = torch.cuda.get_device_name(device)
     path: Any = chosen
     try:
         path = Path(chosen) if chosen else table_path(gpu)
         if chosen is None and not path.exists():
-            return None
-        table = TunedTable.read(path, gpu)
+            return {}
+        table = read_table(path, gpu)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:  # RuntimeError: no home
         LOGGER.warning("indexproj ignores the tuned table %s: %r; run `indexproj tune` again", path, error)
-        return None
+        return {}
     LOGGER.info("indexproj uses the tuned table %s", path)
     return table

@@ -11,13 +11,11 @@ from .tile import (
     FP8_BLOCK,
     UNCHANGED,
     decode,
-    launch_dependents,
     load_block_scales,
     load_codes,
     load_row_scales,
     quantize,
     store_tile,
-    wait_for_dependencies,
 )
 
 
@@ -39,7 +37,8 @@ def _gemv_row(
         codes, group_scales = load_codes(w, cols, start_k, N, K, BLOCK_K, FORMAT)
         weights = weights + (decode(codes, group_scales, FORMAT, tl.float32) * scales[:, None],)
 
-    wait_for_dependencies(PDL)
+    if PDL:  # programmatic dependent launch: what earlier kernels wrote is visible from here on
+        tl.extra.cuda.gdc_wait()
     first = tl.program_id(2) * BLOCK_M
     # Row by row: the compiler would spread rows of a 3-D tile over warps and pass each weight through shared memory.
     sums = ()
@@ -55,7 +54,8 @@ def _gemv_row(
                 x *= x_scales
             acc += x.to(tl.float32) * weights[step]
         sums = sums + (acc,)
-    launch_dependents(PDL)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     total = tl.sum(tl.reshape(_stack(sums, BLOCK_M), (SLICES * BLOCK_K, BLOCK_M)), 0)
     store_tile(out_ptr, total * FACTOR, first + tl.arange(0, BLOCK_M), row_n + tl.arange(0, 1), M, N, stride_om)
 

@@ -93,12 +93,10 @@ def plan_of(signature: Signature, bucket: int, config: KernelConfig | None = Non
     """The plan for up to bucket rows of x, a power of two."""
     case = bucket, signature.shape, signature.formats
     is_tuned = signature.x_dtype == torch.bfloat16 and not (signature.batch_invariant or any(signature.activations))
-    table = table_of(signature.device) if is_tuned and config is None else None
-    if table is None or case not in table.configs:
-        return Plan(signature, bucket, config or _choose(signature, bucket), prefers_torch=False)
+    tuned, torch_for = table_of(signature.device).get(case, (None, ())) if is_tuned and config is None else (None, ())
     # torch would round before it multiplies by a factor.
-    prefers_torch = signature.dtypes in table.torch_for[case] and set(signature.factors) == {1.0}
-    return Plan(signature, bucket, table.configs[case], prefers_torch)
+    prefers_torch = signature.dtypes in torch_for and set(signature.factors) == {1.0}
+    return Plan(signature, bucket, config or tuned or _choose(signature, bucket), prefers_torch)
 
 
 def decide(m: int, signature: Signature) -> KernelConfig:
@@ -146,7 +144,7 @@ class Plan:
         with _device_guard(self._device):
             buffers = workspace(self._device, *self._workspace_size) if self._takes_workspace else ()
             arguments = x, matrices, outs, *buffers, m, stride_xm, strides_om, *self._constants
-            if not _is_aligned(m, x, matrices, outs, stride_xm, strides_om):
+            if not _is_aligned(m, x, matrices, outs, (stride_xm, *strides_om)):
                 self._kernel[grid](*arguments, **self._options)
             elif self._compiled is None:
                 self._compiled = self._kernel[grid](*arguments, **self._options)
@@ -166,21 +164,16 @@ class Plan:
 
 
 def _is_aligned(
-    m: int,
-    x: Tensor,
-    matrices: tuple[Operands, ...],
-    outs: tuple[Tensor, ...],
-    stride_xm: int,
-    strides_om: tuple[int, ...],
+    m: int, x: Tensor, matrices: Sequence[Operands], outs: Sequence[Tensor], strides: Sequence[int]
 ) -> bool:
     """Whether the one compiled kernel of a plan may run: Triton specializes on what this tests.
 
     Addresses and strides are multiples of 16, and tensors are smaller than 2 GB, within which Triton uses 32-bit
     offsets on AMD. Otherwise Triton's own launcher, which looks at each argument, finds or compiles a kernel.
     """
-    bits = stride_xm | x.data_ptr()
-    for stride_om in strides_om:
-        bits |= stride_om
+    bits = x.data_ptr()
+    for stride in strides:
+        bits |= stride
     for out in outs:
         bits |= out.data_ptr()
     for operands in matrices:
@@ -188,7 +181,7 @@ def _is_aligned(
             if operand is not None:
                 bits |= operand.data_ptr()
     # 4 bytes per element at most.
-    return not (bits & 15 or INTERPRETED) and m * max(stride_xm, *strides_om) < 2**29
+    return not (bits & 15 or INTERPRETED) and m * max(strides) < 2**29
 
 
 @torch.no_grad()

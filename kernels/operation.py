@@ -108,7 +108,7 @@ def project_all(
         )
     formats = [matrix.format.value for matrix in matrices]
     options = (
-        None if factors is None else list(map(float, factors)),
+        [] if factors is None else list(map(float, factors)),
         None if activations is None else ["none" if name is None else name for name in activations],
         batch_invariant,
     )
@@ -125,9 +125,9 @@ def project_all(
 
 
 # operands: the operands of all matrices in a row, without the None ones. formats: per matrix, as `Format` spells them.
-# fp32: per output, False for x.dtype. activations: per matrix, "none" for None.
+# fp32: per output, False for x.dtype. factors: per output, or none. activations: per matrix, "none" for None, or none.
 # "CUDA" is also ROCm's dispatch key. On the CPU the kernels run in Triton's interpreter or not at all.
-_INPUTS, _OPTIONS = "Tensor x, Tensor[] operands, str[] formats", "float[]? factors=None, str[]? activations=None"
+_INPUTS, _OPTIONS = "Tensor x, Tensor[] operands, str[] formats", "float[] factors=[], str[]? activations=None"
 torch.library.define(
     "indexproj::project", f"({_INPUTS}, bool[] fp32, {_OPTIONS}, bool batch_invariant=False) -> Tensor[]"
 )

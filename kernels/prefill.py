@@ -120,20 +120,14 @@ def prefill_kernel(
     BLOCK_N: columns per program, 0 for all. BLOCK_NS: columns of each matrix in a program.
     ACC_SIZE: elements of all accumulators.
     """
-    if BLOCK_N == 0:
-        _project_tile(
-            x_ptr, matrices, outs, partial_ptr, arrived_ptr, 0, M, stride_xm, strides_om, 0, len(NS),
-            NS, FORMATS, ACTIVATIONS, FACTORS, K, BLOCK_M, BLOCK_NS, BLOCK_K, SPLIT_K, ACC_SIZE, DOT, PACKED, AMD,
-        )  # fmt: skip
-    else:
-        tile_n = tl.program_id(0)
-        first = 0  # tile of matrix i
-        for i in tl.static_range(len(NS)):
-            tiles = tl.cdiv(NS[i], BLOCK_N)
-            if (tile_n >= first) & (tile_n < first + tiles):
-                _project_tile(
-                    x_ptr, matrices, outs, partial_ptr, arrived_ptr, (tile_n - first) * BLOCK_N, M, stride_xm,
-                    strides_om, i, i + 1, NS, FORMATS, ACTIVATIONS, FACTORS, K, BLOCK_M, BLOCK_NS, BLOCK_K, SPLIT_K,
-                    ACC_SIZE, DOT, PACKED, AMD,
-                )  # fmt: skip
-            first += tiles
+    tile_n = tl.program_id(0)
+    first = 0  # tile of matrix i
+    for i in tl.static_range(len(NS) if BLOCK_N else 1):
+        tiles = tl.cdiv(NS[i], BLOCK_N) if BLOCK_N else 1
+        if (tile_n >= first) & (tile_n < first + tiles):
+            _project_tile(
+                x_ptr, matrices, outs, partial_ptr, arrived_ptr, (tile_n - first) * BLOCK_N, M, stride_xm, strides_om,
+                i, i + 1 if BLOCK_N else len(NS), NS, FORMATS, ACTIVATIONS, FACTORS, K,
+                BLOCK_M, BLOCK_NS, BLOCK_K, SPLIT_K, ACC_SIZE, DOT, PACKED, AMD,
+            )  # fmt: skip
+        first += tiles

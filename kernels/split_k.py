@@ -18,7 +18,6 @@ from .tile import (
     decode,
     dot,
     last_to_arrive,
-    launch_dependents,
     load_block_scales,
     load_codes,
     load_row_scales,
@@ -26,7 +25,6 @@ from .tile import (
     store_tile,
     sum_splits,
     tile_offsets,
-    wait_for_dependencies,
 )
 
 
@@ -71,7 +69,7 @@ def _dot_step(
         scales = load_block_scales(w, w_cols, start_k, N, K)
     codes, group_scales = load_codes(w, w_cols, start_k, N, K, BLOCK_K, FORMAT)
     if PDL:
-        wait_for_dependencies(PDL)
+        tl.extra.cuda.gdc_wait()
         x, x_scales = _load_x(x_ptr, rows, first, M, stride_xm, K, ACTIVATION, BLOCK_K, SLICES, DOT)
     weights = tl.reshape(decode(codes, group_scales, FORMAT, DOT), (SLICES, BLOCK_N, BLOCK_K))
     product = dot(weights, x, PRECISION)
@@ -93,19 +91,15 @@ def _dot_split(
 ):  # fmt: skip
     """w @ x.T of one tile over one split of K: [BLOCK_N, BLOCK_M] fp32."""
     STEPS: tl.constexpr = (K + SPLIT_K * SLICES * BLOCK_K - 1) // (SPLIT_K * SLICES * BLOCK_K)
-    if PDL and STEPS == 1:
-        acc = _dot_step(
-            x_ptr, w, cols, rows, split * SLICES, M, stride_xm,
-            N, K, FORMAT, ACTIVATION, BLOCK_M, BLOCK_N, BLOCK_K, SLICES, DOT, PRECISION, True,
+    # A wait inside a loop would not do: pipelining moves loads above it. A loop of one step is none.
+    if PDL and STEPS > 1:
+        tl.extra.cuda.gdc_wait()
+    acc = tl.zeros((SLICES, BLOCK_N, BLOCK_M), tl.float32)
+    for step in range(STEPS):
+        acc += _dot_step(
+            x_ptr, w, cols, rows, (split * STEPS + step) * SLICES, M, stride_xm, N, K, FORMAT, ACTIVATION,
+            BLOCK_M, BLOCK_N, BLOCK_K, SLICES, DOT, PRECISION, PDL and STEPS == 1,
         )  # fmt: skip
-    else:
-        wait_for_dependencies(PDL)  # outside the loop: pipelining moves loads above a wait
-        acc = tl.zeros((SLICES, BLOCK_N, BLOCK_M), tl.float32)
-        for step in range(STEPS):
-            acc += _dot_step(
-                x_ptr, w, cols, rows, (split * STEPS + step) * SLICES, M, stride_xm,
-                N, K, FORMAT, ACTIVATION, BLOCK_M, BLOCK_N, BLOCK_K, SLICES, DOT, PRECISION, False,
-            )  # fmt: skip
     return tl.sum(acc, 0)
 
 
@@ -167,4 +161,5 @@ def split_k_kernel(
                 BLOCK_M, BLOCK_N, BLOCK_K, SLICES, SPLIT_K, LOOP_SPLITS, DOT, AMD, PDL,
             )  # fmt: skip
         first += tiles
-    launch_dependents(PDL)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()

@@ -224,20 +224,6 @@ def store_tile(out_ptr, tile, rows, cols, M, N: tl.constexpr, stride_om):
 
 
 @triton.jit
-def wait_for_dependencies(PDL: tl.constexpr):
-    """Programmatic dependent launch: what earlier kernels write (x, the workspace) is visible from here on."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
-def launch_dependents(PDL: tl.constexpr):
-    """Programmatic dependent launch: lets the next kernel begin; it waits as this one did."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
 def last_to_arrive(arrived_ptr, SPLIT_K: tl.constexpr, AMD: tl.constexpr):
     """Counts this program's stored partials in; True for the last program of the tile.
 
@@ -246,13 +232,9 @@ def last_to_arrive(arrived_ptr, SPLIT_K: tl.constexpr, AMD: tl.constexpr):
     if AMD:
         # The barrier alone does not make a wave wait for its own stores there.
         tl.inline_asm_elementwise(
-            "s_waitcnt vmcnt(0)\n\tv_mov_b32 $0, $1",
-            "=v,v,~{memory}",
-            [tl.arange(0, 64)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+            "s_waitcnt vmcnt(0)\n\tv_mov_b32 $0, $1", "=v,v,~{memory}", [tl.arange(0, 64)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
     # The stores of all warps precede the release, which one thread does.
     tl.debug_barrier()
     return tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu") == SPLIT_K - 1

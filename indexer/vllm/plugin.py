@@ -215,7 +215,7 @@ def _unsupported(model: Any, vllm_config: Any, indexers: dict[str, Any]) -> str 
             return f"{module} is on {device}, maybe because its weights are offloaded: {error}"
         if type(method) is not UnquantizedLinearMethod:
             tuned = type(method).__name__
-            if shape not in (measured for _, measured, _ in getattr(table_of(device), "configs", ())):
+            if shape not in (measured for _, measured, _ in table_of(device)):
                 return f"{module} has {tuned} for this GPU, and `indexproj tune` has not measured {shape}"
             LOGGER.info("indexproj replaces %s of %s: its tuned table has %s", tuned, module, shape)
     return None

@@ -11,7 +11,7 @@ from indexproj.__main__ import app
 from indexproj.benchmarks import tune
 from indexproj.benchmarks.tune import Case, WrongError
 from indexproj.kernels import TARGETS, choose, dispatch
-from indexproj.kernels.dispatch import OUTS, TunedTable
+from indexproj.kernels.dispatch import OUTS, read_table
 from indexproj.kernels.formats import parse_pair
 from support import DEEPSEEK, GLM
 
@@ -60,12 +60,12 @@ def test_tune_writes_what_dispatch_reads(h100, tmp_path):
     assert f"Kept in {path}." in result.stdout
     cases = [Case(m, GLM, formats) for formats in (DENSE, FP8) for m in (1, 16)]
     assert h100 == [(cases, torch.device("cuda", 0), 110)]
-    for text in ("glm-5, BF16, BF16; us", "gemv 1x1024", " 0.50* ", "dispatches to torch.mm"):
+    for text in ("glm-5, BF16, BF16; us", "gemv 1x2048", " 0.50* ", "dispatches to torch.mm"):
         assert text in result.stdout
     assert max(map(len, result.stdout.splitlines()[:-1])) <= 100
-    table = TunedTable.read(path, GPU)
-    assert table.configs == {case: choose(*case, SM_90) for case in cases}
-    assert table.torch_for == {case: (OUTS["bf16"],) if case.formats == DENSE else () for case in cases}
+    assert read_table(path, GPU) == {
+        case: (choose(*case, SM_90), (OUTS["bf16"],) if case.formats == DENSE else ()) for case in cases
+    }
     assert len(path.read_text().splitlines()) == 6  # one entry per line
 
 

@@ -11,7 +11,7 @@ import torch
 from indexproj.benchmarks.stub import stub_driver
 from indexproj.indexer.models import PAIRS
 from indexproj.kernels import TARGETS, DenseMatrix, KernelConfig, ProjectionWeights, choose, dispatch, launch, project
-from indexproj.kernels.dispatch import TunedTable, cdiv, next_power_of_2
+from indexproj.kernels.dispatch import cdiv, next_power_of_2
 from indexproj.kernels.formats import Format, parse_pair
 from indexproj.kernels.target import Target
 from support import DEEPSEEK, GLM, weights
@@ -167,26 +167,24 @@ def gpu(monkeypatch, tmp_path):
 
 
 def test_table_is_found_by_default_and_by_variable(gpu, monkeypatch, tmp_path):
-    assert dispatch.table_of(gpu) is None
+    assert dispatch.table_of(gpu) == {}
     path = dispatch.table_path(GPU)
     assert path == tmp_path / "config/indexproj/nvidia-h100-80gb-hbm3.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(content()))
     other = tmp_path / "other.json"
     other.write_text(json.dumps(content(entries=[])))
-    for value, configs in (
-        (None, dict.fromkeys(CASES.values(), SPLIT)), (str(other), {}), ("", None),
-    ):  # fmt: skip
+    expected = {CASES["fp8"]: (SPLIT, ()), CASES["bf16"]: (SPLIT, ((BF16, BF16),))}
+    for value, table in ((None, expected), (str(other), {}), ("", {})):
         dispatch.table_of.cache_clear()
         if value is not None:
             monkeypatch.setenv(dispatch.TABLE_VARIABLE, value)
-        table = dispatch.table_of(gpu)
-        assert (table and table.configs) == configs
+        assert dispatch.table_of(gpu) == table
     monkeypatch.delenv(dispatch.TABLE_VARIABLE)
-    assert dispatch.table_of(torch.device("cpu")) is None
+    assert dispatch.table_of(torch.device("cpu")) == {}
     monkeypatch.setattr(dispatch, "INTERPRETED", True)
     dispatch.table_of.cache_clear()
-    assert dispatch.table_of(gpu) is None
+    assert dispatch.table_of(gpu) == {}
 
 
 @pytest.mark.parametrize(
@@ -213,8 +211,8 @@ def test_unusable_table_is_one_warning(gpu, monkeypatch, tmp_path, caplog, text)
         path.write_bytes(text.encode("utf-8", "surrogatepass"))
     monkeypatch.setenv(dispatch.TABLE_VARIABLE, str(path))
     with caplog.at_level(logging.INFO, "indexproj"):
-        assert dispatch.table_of(gpu) is None
-        assert dispatch.table_of(gpu) is None
+        assert dispatch.table_of(gpu) == {}
+        assert dispatch.table_of(gpu) == {}
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert str(path) in record.getMessage()
@@ -222,13 +220,13 @@ def test_unusable_table_is_one_warning(gpu, monkeypatch, tmp_path, caplog, text)
 
 def test_no_home_folder_is_no_error(gpu, monkeypatch):
     monkeypatch.setattr(dispatch, "table_path", mock.Mock(side_effect=RuntimeError("no home directory")))
-    assert dispatch.table_of(gpu) is None
+    assert dispatch.table_of(gpu) == {}
 
 
 @pytest.fixture
 def driver(tmp_path, monkeypatch):
     """A stub driver, and a table that prefers torch for BF16 with one output tensor."""
-    table = TunedTable(dict.fromkeys(CASES.values(), SPLIT), {CASES["fp8"]: (), CASES["bf16"]: ((BF16, BF16),)})
+    table = {CASES["fp8"]: (SPLIT, ()), CASES["bf16"]: (SPLIT, ((BF16, BF16),))}
     monkeypatch.setattr(launch, "table_of", lambda device: table)
     with stub_driver(tmp_path / "cache") as stub:
         yield stub
@@ -317,8 +315,7 @@ def test_torch_mm_is_left_out_for_gate_scale_and_deterministic_algorithms(driver
 
 @pytest.mark.usefixtures("mm_to_fp32")
 def test_torch_mm_gives_the_gate_in_fp32(driver, monkeypatch):
-    table = TunedTable({CASES["bf16"]: SPLIT}, {CASES["bf16"]: ((BF16, FP32),)})
-    monkeypatch.setattr(launch, "table_of", lambda device: table)
+    monkeypatch.setattr(launch, "table_of", lambda device: {CASES["bf16"]: (SPLIT, ((BF16, FP32),))})
     w, x = weights("BF16, BF16", GLM), torch.randn(13, GLM[2]).bfloat16()
     before = driver.launches
     _, gate = project(x, w)

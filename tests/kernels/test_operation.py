@@ -85,7 +85,7 @@ def test_operation_refuses_too_few_and_too_many_operands(count, message):
         (["FP9", "BF16"], {}, "expected formats among BF16, FP8 128x128, .*, got FP9"),
         (["FP8_BLOCK", "BF16"], {}, "got FP8_BLOCK"),
         ([], {}, "at least one matrix"),
-        (None, {"factors": []}, "one of factors per matrix, 2 in all, got 0"),
+        (None, {"factors": [1.0]}, "one of factors per matrix, 2 in all, got 1"),
         (None, {"factors": [1.0] * 3}, "one of factors per matrix"),
         (None, {"factors": [1.0, float("nan")]}, "finite in fp32"),
         (None, {"factors": [float("inf"), 1.0]}, "finite in fp32"),

@@ -22,7 +22,6 @@ from indexproj.indexer.vllm import plugin as vllm_plugin
 from indexproj.indexer.vllm.glm5next import GLM5NEXT, ONE_LAUNCH, TWO_GEMMS, UnexpectedError, one_launch
 from indexproj.indexer.vllm.plugin import register
 from indexproj.kernels import dispatch, target
-from indexproj.kernels.dispatch import TunedTable
 
 
 def is_swapped(model):
@@ -136,7 +135,7 @@ class TunedMethod(UnquantizedLinearMethod):
 @pytest.mark.parametrize("shape", [None, (D, H, 2 * K), (D, H, K)])
 def test_tuned_linear_method_stays_unless_measured(vllm, monkeypatch, caplog, shape):
     register()
-    table = TunedTable({(1, shape, ()): None}, {}) if shape else None
+    table = {(1, shape, ()): (None, ())} if shape else {}
     monkeypatch.setattr(dispatch, "table_of", lambda device: table)
     model = Model()
     model.projection().quant_method = TunedMethod()
