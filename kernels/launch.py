@@ -96,24 +96,16 @@ def plan_of(signature: Signature, bucket: int, config: KernelConfig | None = Non
     tuned, torch_for = table_of(signature.device).get(case, (None, ())) if is_tuned and config is None else (None, ())
     # torch would round before it multiplies by a factor.
     prefers_torch = signature.dtypes in torch_for and set(signature.factors) == {1.0}
-    return Plan(signature, bucket, config or tuned or _choose(signature, bucket), prefers_torch)
+    config = config or tuned or choose(
+        bucket, *case[1:], target_of(signature.device), signature.x_dtype,
+        quantize_x=any(signature.activations), batch_invariant=signature.batch_invariant,
+    )  # fmt: skip
+    return Plan(signature, bucket, config, prefers_torch)
 
 
 def decide(m: int, signature: Signature) -> KernelConfig:
     """The config that a launch with m >= 1 rows uses."""
     return plan_of(signature, next_power_of_2(m)).config
-
-
-def _choose(signature: Signature, m: int) -> KernelConfig:
-    return choose(
-        m,
-        signature.shape,
-        signature.formats,
-        target_of(signature.device),
-        signature.x_dtype,
-        quantize_x=any(signature.activations),
-        batch_invariant=signature.batch_invariant,
-    )
 
 
 class Plan:

@@ -13,31 +13,33 @@ from .formats import Format, Operands, operand_layout, scale_group, spread
 
 
 class Matrix(ABC):
-    """A weight matrix [N, K]. Subclasses are frozen dataclasses that define its tensors."""
+    """A weight matrix [N, K]. Subclasses are frozen dataclasses that define its tensors, values or codes first.
 
-    @property
-    @abstractmethod
-    def shape(self) -> tuple[int, int]:
-        """(N, K)."""
+    Attributes:
+        operands: what the kernels take, see `operand_layout`: views of the tensors.
+    """
+
+    operands: Operands
 
     @property
     @abstractmethod
     def format(self) -> Format: ...
 
-    @property
-    @abstractmethod
-    def operands(self) -> Operands:
-        """What the kernels take, see `operand_layout`."""
-
     @abstractmethod
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[N, K] in dtype; exact in fp64."""
+        """[N, K] in dtype. fp64 is exact; fp32 rounds for each of the scales; narrower dtypes once more."""
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All tensors, in the order of the constructor's arguments."""
         values = (getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
         return tuple(tensor for tensor in values if tensor is not None)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        n, k = self.tensors[0].shape
+        return n, k * (2 if self.format in (Format.NVFP4, Format.MXFP4) else 1)
 
     @property
     def group(self) -> tuple[int, int]:
@@ -79,7 +81,7 @@ class Matrix(ABC):
         ]
 
     def _check(self, **dtypes: tuple[torch.dtype, ...]) -> None:
-        """Checks each field: dtype, contiguous and 2-D, one device, and the shape in `operand_layout`."""
+        """Checks each field: dtype, contiguous and 2-D, one device, shape as in `operand_layout`. Sets operands."""
         for name, expected in dtypes.items():
             tensor, field = getattr(self, name), f"{type(self).__name__}.{name}"
             if tensor.dtype not in expected:
@@ -94,8 +96,8 @@ class Matrix(ABC):
             if tensor.device != self.device:
                 raise ValueError(f"{field}: expected it on {self.device} like the others, got {tensor.device}")
         n, k = self.shape
-        layouts = [layout for layout in operand_layout(self.format, n, k) if layout]
-        for name, (_, shape) in zip(dtypes, layouts, strict=True):
+        layouts = operand_layout(self.format, n, k)
+        for name, (_, shape) in zip(dtypes, filter(None, layouts), strict=True):
             found = tuple(getattr(self, name).shape)
             if found != shape:
                 per_row = f" or {[n, 1]}" if self.format == Format.FP8_BLOCK else ""
@@ -103,6 +105,8 @@ class Matrix(ABC):
                     f"{type(self).__name__}.{name}: expected {list(shape)}{per_row} for a matrix {[n, k]}, "
                     f"got {list(found)}"
                 )
+        views = iter([tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor for tensor in self.tensors])
+        object.__setattr__(self, "operands", tuple([next(views) if layout else None for layout in layouts]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,20 +127,10 @@ class DenseMatrix(Matrix):
         self._check(weight=(torch.bfloat16,))
 
     @property
-    def shape(self) -> tuple[int, int]:
-        n, k = self.weight.shape
-        return n, k
-
-    @property
     def format(self) -> Format:
         return Format.BF16
 
-    @property
-    def operands(self) -> Operands:
-        return self.weight, None, None
-
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[N, K] in dtype; exact in fp32 and fp64."""
         return self.weight.to(dtype)
 
 
@@ -178,26 +172,13 @@ class Fp8Matrix(Matrix):
         return cls(codes.view(torch.float8_e4m3fn), halved)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        n, k = self.codes.shape
-        return n, k
-
-    @property
     def format(self) -> Format:
         if self.scale.dtype == torch.float8_e8m0fnu:
             return Format.MXFP8
         # One row in one block has the same scale either way.
         return Format.FP8_ROW if tuple(self.scale.shape) == (self.codes.shape[0], 1) else Format.FP8_BLOCK
 
-    @property
-    def operands(self) -> Operands:
-        codes = self.codes.view(torch.uint8)
-        if self.scale.dtype == torch.float8_e8m0fnu:
-            return codes, self.scale.view(torch.uint8), None
-        return (codes, None, self.scale) if self.format == Format.FP8_ROW else (codes, self.scale, None)
-
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[N, K] in dtype. fp64 is exact; fp32 rounds each code * scale once; narrower dtypes round twice."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         table = torch.arange(256, dtype=torch.uint8, device=self.device).view(torch.float8_e4m3fn).to(wide)
         table[0x7F], table[0xFF] = 480, -480
@@ -237,20 +218,10 @@ class Fp4Matrix(Matrix):
         self._check(**fields)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        n, k = self.codes.shape
-        return n, 2 * k
-
-    @property
     def format(self) -> Format:
         return Format.MXFP4 if self.global_scale is None else Format.NVFP4
 
-    @property
-    def operands(self) -> Operands:
-        return self.codes, self.scale.view(torch.uint8), self.global_scale
-
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[N, K] in dtype. fp64 is exact; fp32 rounds once, for the global scale; narrower dtypes once more."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         positive = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=wide, device=self.device)
         table = torch.cat((positive, -positive))

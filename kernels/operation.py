@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checks import check_dtype, check_out, resolve, share_storage
-from .formats import Activation
+from .formats import ACTIVATIONS, Activation, Format, Operands, operand_layout
 from .launch import Signature, launch
 from .matrix import Matrix
 from .weights import ProjectionWeights
+
+LARGEST_FACTOR = torch.finfo(torch.float32).max
+# Per matrix, where in the operands its values, group or block scales and row scales are; -1 for none.
+Places = list[tuple[int, int, int]]
 
 
 def project(
@@ -59,7 +63,7 @@ def project(
     if out is None:
         dtypes = (k_dtype or x.dtype, gate_dtype or torch.float32)
         for name, dtype in zip(("k_dtype", "gate_dtype"), dtypes, strict=True):
-            check_dtype(name, dtype, x.dtype)
+            _check_dtype(name, dtype, x.dtype)
     elif k_dtype is not None or gate_dtype is not None:
         raise ValueError("project: k_dtype and gate_dtype must not be given with out=, whose dtype both outputs have")
     k, gate = project_all(
@@ -119,7 +123,7 @@ def project_all(
         return tuple(torch.split(out, [matrix.shape[0] for matrix in matrices], -1))
     dtypes = [x.dtype] * len(formats) if dtypes is None else dtypes
     for dtype in dtypes:
-        check_dtype("an output", dtype, x.dtype)
+        _check_dtype("an output", dtype, x.dtype)
     fp32 = [dtype == torch.float32 for dtype in dtypes]
     return tuple(torch.ops.indexproj.project.default(x, operands, formats, fp32, *options))
 
@@ -144,7 +148,7 @@ for _operation in ("project", "project_out"):
 
 @torch.library.impl("indexproj::project", ("CPU", "CUDA"))
 def _project(x: Tensor, operands: list[Tensor], formats: list[str], fp32: list[bool], *options: Any) -> list[Tensor]:
-    signature, matrices = resolve(x, operands, formats, fp32, *options)
+    signature, matrices = _resolve(x, operands, formats, fp32, *options)
     outs = _allocate(x, signature)
     launch(_rows(x), matrices, tuple([_rows(out) for out in outs]), signature)
     return outs
@@ -153,15 +157,15 @@ def _project(x: Tensor, operands: list[Tensor], formats: list[str], fp32: list[b
 def _fake_project(
     x: Tensor, operands: list[Tensor], formats: list[str], fp32: list[bool], *options: Any, **named: Any
 ) -> list[Tensor]:
-    signature, _ = resolve(x, operands, formats, fp32, *options, **named, cached=False)
+    signature, _ = _resolve(x, operands, formats, fp32, *options, **named, cached=False)
     return _allocate(x, signature)
 
 
 @torch.library.impl("indexproj::project_out", ("CPU", "CUDA"))
 def _project_out(x: Tensor, operands: list[Tensor], formats: list[str], out: Tensor, *options: Any) -> None:
-    signature, matrices = resolve(x, operands, formats, [out.dtype == torch.float32] * len(formats), *options)
-    check_out(out, x, sum(signature.ns))
-    if x.numel() and share_storage(out, [x, *operands]):
+    signature, matrices = _resolve(x, operands, formats, [out.dtype == torch.float32] * len(formats), *options)
+    _check_out(out, x, sum(signature.ns))
+    if x.numel() and _share_storage(out, [x, *operands]):
         raise ValueError("project: out shares storage with x or the weights; give it memory of its own")
     launch(_rows(x), matrices, torch.split(_rows(out), list(signature.ns), 1), signature)
 
@@ -170,8 +174,8 @@ def _fake_project_out(
     x: Tensor, operands: list[Tensor], formats: list[str], out: Tensor, *options: Any, **named: Any
 ) -> None:
     fp32 = [out.dtype == torch.float32] * len(formats)
-    signature, _ = resolve(x, operands, formats, fp32, *options, **named, cached=False)
-    check_out(out, x, sum(signature.ns))
+    signature, _ = _resolve(x, operands, formats, fp32, *options, **named, cached=False)
+    _check_out(out, x, sum(signature.ns))
 
 
 torch.library.register_fake("indexproj::project", _fake_project)
@@ -185,3 +189,147 @@ def _allocate(x: Tensor, signature: Signature) -> list[Tensor]:
 
 def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.ndim == 2 else tensor.reshape(-1, tensor.shape[-1])
+
+
+def _resolve(
+    x: Tensor,
+    operands: list[Tensor],
+    formats: list[str],
+    fp32: list[bool],
+    factors: Sequence[float] = (),
+    activations: Sequence[str] | None = None,
+    batch_invariant: bool = False,
+    *,
+    cached: bool = True,
+) -> tuple[Signature, tuple[Operands, ...]]:
+    """What to launch, and the operands of each matrix.
+
+    Args:
+        cached: False for fake tensors, whose sizes cannot be hashed.
+    """
+    shape = x.shape
+    if not shape:
+        raise ValueError("project: x must be [..., K] to fit the weights, got []")
+    k = shape[-1]
+    if x.stride(-1) != 1 and k > 1:
+        raise ValueError(
+            f"project: x must be contiguous in its last dimension, got strides {x.stride()}; call x.contiguous()"
+        )
+    signature, places = (_signature if cached else _signature.__wrapped__)(
+        x.dtype,
+        k,
+        x.device,
+        tuple(formats),
+        tuple(fp32),
+        tuple(factors),
+        tuple(activations or ()),
+        batch_invariant,
+        *[(operand.dtype, operand.shape, operand.device, operand.is_contiguous()) for operand in operands],
+    )
+    padded = [*operands, None]
+    return signature, tuple([(padded[a], padded[b], padded[c]) for a, b, c in places])  # type: ignore[misc]
+
+
+@functools.lru_cache(maxsize=4096)
+def _signature(
+    x_dtype: torch.dtype,
+    k: int,
+    device: torch.device,
+    labels: tuple[str, ...],
+    fp32: tuple[bool, ...],
+    factors: tuple[float, ...],
+    activations: tuple[str, ...],
+    batch_invariant: bool,
+    *found: tuple[torch.dtype, torch.Size, torch.device, bool],
+) -> tuple[Signature, Places]:
+    """Checks everything but addresses; cached, so once per kind of call.
+
+    Args:
+        found: per operand its dtype, shape, device and whether it is contiguous.
+    """
+    if x_dtype not in (torch.bfloat16, torch.float16):
+        raise TypeError(f"project: x must be torch.bfloat16 or torch.float16, got {x_dtype}")
+    count = len(labels)
+    if not count:
+        raise ValueError("project: expected at least one matrix, got none")
+    known = {format.value: format for format in Format}
+    if unknown := [label for label in labels if label not in known]:
+        raise ValueError(f"project: expected formats among {', '.join(known)}, got {', '.join(unknown)}")
+    formats = tuple([known[label] for label in labels])
+    # -0.0 becomes 0.0: they are equal as keys and would share a compiled kernel.
+    factors = tuple([factor + 0.0 for factor in factors or (1.0,) * count])
+    takes: tuple[Any, ...] = tuple([None if name == "none" else name for name in activations or ("none",) * count])
+    for name, values in (("dtypes", fp32), ("factors", factors), ("activations", takes)):
+        if len(values) != count:
+            raise ValueError(f"project: expected one of {name} per matrix, {count} in all, got {len(values)}")
+    if not all(abs(factor) <= LARGEST_FACTOR for factor in factors):
+        raise ValueError(f"project: expected factors that are finite in fp32, got {list(factors)}")
+    for activation, format in zip(takes, formats, strict=True):
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"project: expected activation None, 'fp8' or 'fp8_ue8m0', got {activation!r}")
+        if activation and format != Format.FP8_BLOCK:
+            raise ValueError(
+                f"project: activation={activation!r} needs a matrix in {Format.FP8_BLOCK}, got one in {format}; "
+                "leave activation out"
+            )
+    ns, places = _place_operands(formats, k, device, found)
+    dtypes = tuple([torch.float32 if wide else x_dtype for wide in fp32])
+    return Signature(device, x_dtype, k, ns, formats, takes, factors, dtypes, batch_invariant), places
+
+
+def _place_operands(
+    formats: tuple[Format, ...], k: int, device: torch.device, found: tuple[Any, ...]
+) -> tuple[tuple[int, ...], Places]:
+    """The rows of each matrix, and the places of its operands."""
+    ns, places, place = [], [], 0
+    for format in formats:
+        shape = tuple(found[place][1]) if place < len(found) else ()
+        if len(shape) != 2 or shape[1] == 0:
+            raise ValueError(f"project: expected 2-D values or codes of a matrix in {format}, got {list(shape)}")
+        n, own_k = shape[0], shape[1] * (2 if format in (Format.NVFP4, Format.MXFP4) else 1)
+        if k != own_k:
+            raise ValueError(f"project: x must be [..., K={own_k}] to fit the weights, got [..., {k}]")
+        own = [-1, -1, -1]
+        for role, layout in enumerate(operand_layout(format, n, k)):
+            if layout is None:
+                continue
+            dtype, shape, where, is_contiguous = found[place] if place < len(found) else (None, (), device, True)
+            if (dtype, tuple(shape)) != layout or not is_contiguous:
+                raise ValueError(
+                    f"project: operand {place}, of a matrix in {format}, must be {layout[0]} {list(layout[1])}, "
+                    f"contiguous, got {dtype} {list(shape)}"
+                )
+            if where != device:
+                raise ValueError(f"project: x is on {device}, the weights are on {where}")
+            own[role] = place
+            place += 1
+        ns.append(n)
+        places.append((own[0], own[1], own[2]))
+    if place != len(found):
+        raise ValueError(f"project: expected {place} operands for {', '.join(map(str, formats))}, got {len(found)}")
+    return tuple(ns), places
+
+
+def _check_dtype(name: str, dtype: torch.dtype, x_dtype: torch.dtype) -> None:
+    if dtype not in (x_dtype, torch.float32):
+        raise TypeError(f"project: {name} must be x's {x_dtype} or torch.float32, got {dtype}")
+
+
+def _check_out(out: Tensor, x: Tensor, columns: int) -> None:
+    _check_dtype("out's dtype", out.dtype, x.dtype)
+    expected = (*x.shape[:-1], columns)
+    if tuple(out.shape) != expected:
+        raise ValueError(f"project: out must be [..., D + H] = {list(expected)}, got {list(out.shape)}")
+    if out.device != x.device:
+        raise ValueError(f"project: out is on {out.device}, x is on {x.device}")
+    separate_rows = out.ndim == 2 and out.stride(1) == 1 and (out.shape[0] < 2 or out.stride(0) >= columns)
+    if not (separate_rows or out.is_contiguous()):
+        raise ValueError(
+            "project: out must be contiguous, or 2-D with contiguous rows that do not overlap, got strides "
+            f"{out.stride()}"
+        )
+
+
+def _share_storage(out: Tensor, others: Sequence[Tensor]) -> bool:
+    storage = out.untyped_storage().data_ptr()
+    return any(other.untyped_storage().data_ptr() == storage for other in others)

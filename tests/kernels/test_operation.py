@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from indexproj.kernels import DenseMatrix, ProjectionWeights, project, project_all
-from indexproj.kernels.checks import resolve
+from indexproj.kernels.operation import _resolve
 from support import ALL_PAIRS, weights
 
 SHAPE = (128, 16, 256)
@@ -123,7 +123,7 @@ def test_weights_and_out_that_require_grad_are_refused():
 def test_gate_scale_of_minus_zero_is_zero():
     """They are equal, and the first one's kernel would be the other one's."""
     w, x = weights("FP8 128x128, BF16", SHAPE), x_of(4, 256)
-    signature, _ = resolve(x, operands_of(w), ["FP8 128x128", "BF16"], [False] * 2, [1.0, -0.0])
+    signature, _ = _resolve(x, operands_of(w), ["FP8 128x128", "BF16"], [False] * 2, [1.0, -0.0])
     assert math.copysign(1, signature.factors[1]) == 1
 
 
