@@ -148,7 +148,7 @@ def choose(
             fewer = replace(config, split_k=cdiv(config.split_k, steps))
             if math.prod(fewer.grid(m, *ns)) <= 2 * target.sm_count:
                 return fewer
-    return _prefill(m, ns, k, target, x_dtype != torch.bfloat16, quantize_x)
+    return _prefill(m, ns, k, formats, target, x_dtype != torch.bfloat16, quantize_x)
 
 
 def _split_k(m: int, k: int, target: Target) -> KernelConfig:
@@ -159,14 +159,16 @@ def _split_k(m: int, k: int, target: Target) -> KernelConfig:
     return KernelConfig("split_k", block_m, block_k=64, split_k=splits, num_stages=2, block_n=16, slices=8)
 
 
-def _prefill(m: int, ns: list[int], k: int, target: Target, is_fp16: bool, quantize_x: bool) -> KernelConfig:
+def _prefill(
+    m: int, ns: list[int], k: int, formats: tuple[Format, ...], target: Target, is_fp16: bool, quantize_x: bool
+) -> KernelConfig:
     """The largest tile that fills the GPU: the larger, the less is read from L2 and decoded."""
     # fp16 is multiplied as fp32, which takes twice the room. x has a scale per 128 of K.
     block_k = 32 if is_fp16 else 64
     num_stages = 3 if target.is_cuda() else 2
     if quantize_x:
         block_k, num_stages = 128, num_stages - 1
-    for block_m, block_n in _prefill_tiles(ns, target, is_fp16, quantize_x):
+    for block_m, block_n in _prefill_tiles(ns, formats, target, is_fp16, quantize_x):
         num_warps = 8 if block_m * (block_n or 192) >= 128 * 64 else 4
         config = KernelConfig("prefill", block_m, block_k, 1, num_stages, num_warps, block_n)
         tiles = math.prod(config.grid(m, *ns))
@@ -176,7 +178,9 @@ def _prefill(m: int, ns: list[int], k: int, target: Target, is_fp16: bool, quant
     return replace(config, split_k=splits)
 
 
-def _prefill_tiles(ns: list[int], target: Target, is_fp16: bool, quantize_x: bool) -> list[tuple[int, int]]:
+def _prefill_tiles(
+    ns: list[int], formats: tuple[Format, ...], target: Target, is_fp16: bool, quantize_x: bool
+) -> list[tuple[int, int]]:
     """(block_m, block_n) from large to small."""
     tiles = [(block_m, 64) for block_m in (128, 64, 32, 16)]
     if sum(cdiv(n, 128) * 128 for n in ns) <= 1.1 * sum(cdiv(n, 64) * 64 for n in ns):
@@ -184,7 +188,9 @@ def _prefill_tiles(ns: list[int], target: Target, is_fp16: bool, quantize_x: boo
     # Without wgmma or tcgen05, each warp decodes its own weights in registers, and all columns do not fit these.
     if not isinstance(target.arch, int) or 90 <= target.arch < 120:
         columns = KernelConfig("prefill", 1, 64, block_n=0).acc_size(*ns)
-        tiles = [(block_m, 0) for block_m in (128, 64) if block_m * columns <= ACCUMULATORS] + tiles
+        # 128 rows would spill in fp16 and with two FP4 matrices.
+        heights = (64,) if is_fp16 or set(formats) <= {Format.NVFP4, Format.MXFP4} else (128, 64)
+        tiles = [(block_m, 0) for block_m in heights if block_m * columns <= ACCUMULATORS] + tiles
     if not quantize_x:
         return tiles
     # Rounding x takes registers: 128 rows would spill, and so would all columns in fp16.

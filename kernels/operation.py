@@ -165,7 +165,8 @@ def _fake_project(
 def _project_out(x: Tensor, operands: list[Tensor], formats: list[str], out: Tensor, *options: Any) -> None:
     signature, matrices = _resolve(x, operands, formats, [out.dtype == torch.float32] * len(formats), *options)
     _check_out(out, x, sum(signature.ns))
-    if x.numel() and _share_storage(out, [x, *operands]):
+    storage = out.untyped_storage().data_ptr()
+    if x.numel() and any(tensor.untyped_storage().data_ptr() == storage for tensor in (x, *operands)):
         raise ValueError("project: out shares storage with x or the weights; give it memory of its own")
     launch(_rows(x), matrices, torch.split(_rows(out), list(signature.ns), 1), signature)
 
@@ -328,8 +329,3 @@ def _check_out(out: Tensor, x: Tensor, columns: int) -> None:
             "project: out must be contiguous, or 2-D with contiguous rows that do not overlap, got strides "
             f"{out.stride()}"
         )
-
-
-def _share_storage(out: Tensor, others: Sequence[Tensor]) -> bool:
-    storage = out.untyped_storage().data_ptr()
-    return any(other.untyped_storage().data_ptr() == storage for other in others)

@@ -28,6 +28,11 @@ from .tile import (
 
 
 @triton.jit
+def _zeros(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # Triton 3.6 takes no element of a tuple in a shape
+    return tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+
+
+@triton.jit
 def _dot_step(
     x, w, cols, start_k,
     N: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -63,7 +68,7 @@ def _project_tile(
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     accs = ()
     for i in tl.static_range(FIRST, END):
-        accs = accs + (tl.zeros((BLOCK_M, BLOCK_NS[i]), tl.float32),)
+        accs = accs + (_zeros(BLOCK_M, BLOCK_NS[i]),)
     # With an end known at compile time, the compiler would unroll a short loop until it spills.
     for start_k in range(split * SPLIT_SIZE, tl.minimum((split + 1) * SPLIT_SIZE, K), BLOCK_K):
         offs_k = start_k + tl.arange(0, BLOCK_K)

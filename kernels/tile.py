@@ -82,7 +82,6 @@ DECODE_E2M1_PTX = tl.constexpr(f"""{{
     prmt.b32 pair, 0, $4, 0x7362;{_decode_pair("$3", *_E2M1)}
     shl.b32 pair, pair, 4;{_decode_pair("$1", *_E2M1)}
 }}""")
-MULTIPLY_PTX = tl.constexpr("{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero; }")
 
 
 @triton.jit
@@ -97,12 +96,6 @@ def decode_e2m1_packed(codes):
     return tl.inline_asm_elementwise(
         DECODE_E2M1_PTX, "=&r,=&r,=&r,=&r,r", [codes], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
     )
-
-
-@triton.jit
-def multiply_packed(x, y):
-    """x * y, both bf16."""
-    return tl.inline_asm_elementwise(MULTIPLY_PTX, "=r,r,r", [x, y], dtype=tl.bfloat16, is_pure=True, pack=2)
 
 
 @triton.jit
@@ -146,13 +139,12 @@ def load_codes(w, cols, start_k, N: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.c
 
 
 @triton.jit
-def _scale_groups(values, scales, PACKED: tl.constexpr):
+def _scale_groups(values, scales):
     """[R, C] values times [R, G] scales, each of which covers C / G neighbors."""
     R: tl.constexpr = values.shape[0]
     C: tl.constexpr = values.shape[1]
     G: tl.constexpr = scales.shape[1]
-    spread = tl.reshape(tl.broadcast_to(scales[:, :, None], (R, G, C // G)), (R, C))
-    return multiply_packed(values, spread.to(tl.bfloat16)) if PACKED else values * spread
+    return values * tl.reshape(tl.broadcast_to(scales[:, :, None], (R, G, C // G)), (R, C)).to(values.dtype)
 
 
 @triton.jit
@@ -169,16 +161,14 @@ def decode(codes, group_scales, FORMAT: tl.constexpr, DOT: tl.constexpr, PACKED:
     else:
         scales = decode_e4m3(group_scales) if FORMAT == NVFP4 else decode_e8m0(group_scales)
         if FORMAT == MXFP8:
-            values = decode_e4m3_packed(codes) if PACKED else decode_e4m3(codes)
-            return _scale_groups(values, scales, PACKED).to(DOT)
+            return _scale_groups(decode_e4m3_packed(codes) if PACKED else decode_e4m3(codes), scales).to(DOT)
         else:
             if PACKED:
                 even, odd = decode_e2m1_packed(codes)
             else:
                 even, odd = decode_e2m1(codes & 0xF), decode_e2m1(codes >> 4)
-            even = _scale_groups(even, scales, PACKED).to(DOT)
-            odd = _scale_groups(odd, scales, PACKED).to(DOT)
-            return tl.reshape(tl.join(even, odd), (codes.shape[0], 2 * codes.shape[1]))
+            pairs = tl.join(_scale_groups(even, scales).to(DOT), _scale_groups(odd, scales).to(DOT))
+            return tl.reshape(pairs, (codes.shape[0], 2 * codes.shape[1]))
 
 
 @triton.jit
