@@ -215,8 +215,6 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-# Tables of `indexproj tune`.
-
 TABLE_VARIABLE = "INDEXPROJ_TUNED"  # a file to read instead of the default one; empty for none
 TABLE_SCHEMA = 1
 # dtypes of k and gate that are measured: those of `project`, and one tensor for both, which vLLM's forward slices.
@@ -241,7 +239,7 @@ def read_table(path: Path, gpu: str) -> TunedTable:
     for key, expected in (("schema", TABLE_SCHEMA), ("gpu", gpu), ("versions", versions())):
         if found[key] != expected:
             raise ValueError(f"expected {key} {expected}, found {found[key]}")
-    table = {}
+    table: TunedTable = {}
     for entry in found["entries"]:
         formats = tuple(map(Format, entry["formats"]))
         is_bf16 = set(formats) == {Format.BF16}  # torch.mm takes no other weights

@@ -28,7 +28,6 @@ KERNELS = {"gemv": gemv_kernel, "split_k": split_k_kernel, "prefill": prefill_ke
 _NO_GUARD: AbstractContextManager[Any] = nullcontext()
 # Triton's interpreter keeps the program that it runs in a global.
 _CPU_GUARD: AbstractContextManager[Any] = threading.Lock() if INTERPRETED else _NO_GUARD
-_FORMAT_CODES = {format: code for code, format in enumerate(Format)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,7 +207,7 @@ def constants(config: KernelConfig, signature: Signature, target: Target) -> dic
     """The compile-time arguments, in the order of the kernel's parameters."""
     known = {
         "NS": signature.ns,
-        "FORMATS": tuple([_FORMAT_CODES[format] for format in signature.formats]),
+        "FORMATS": tuple([list(Format).index(format) for format in signature.formats]),
         "ACTIVATIONS": tuple([ACTIVATIONS.index(activation) for activation in signature.activations]),
         "FACTORS": signature.factors,
         "K": signature.k,

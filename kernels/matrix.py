@@ -62,10 +62,8 @@ class Matrix(ABC):
         """
         height = self.group[0]
         if start % height:
-            raise ValueError(
-                f"{type(self).__name__}.rows: expected a start that is a multiple of {height}, as {height} rows share "
-                f"scales, got {start}"
-            )
+            expected = f"a start that is a multiple of {height}, as {height} rows share scales"
+            raise ValueError(f"{type(self).__name__}.rows: expected {expected}, got {start}")
         first, *scales = self.tensors
         parts = [first[start:stop], *(scale[start // height : -(-stop // height)] for scale in scales)]
         return type(self)(*parts)
@@ -89,10 +87,8 @@ class Matrix(ABC):
             if tensor.ndim != 2 or 0 in tensor.shape:
                 raise ValueError(f"{field}: expected a non-empty 2-D tensor, got shape {list(tensor.shape)}")
             if not tensor.is_contiguous():
-                raise ValueError(
-                    f"{field}: expected a contiguous tensor, got strides {tensor.stride()} for shape "
-                    f"{list(tensor.shape)}; call .contiguous()"
-                )
+                strides = f"strides {tensor.stride()} for shape {list(tensor.shape)}"
+                raise ValueError(f"{field}: expected a contiguous tensor, got {strides}; call .contiguous()")
             if tensor.device != self.device:
                 raise ValueError(f"{field}: expected it on {self.device} like the others, got {tensor.device}")
         n, k = self.shape
@@ -101,10 +97,8 @@ class Matrix(ABC):
             found = tuple(getattr(self, name).shape)
             if found != shape:
                 per_row = f" or {[n, 1]}" if self.format == Format.FP8_BLOCK else ""
-                raise ValueError(
-                    f"{type(self).__name__}.{name}: expected {list(shape)}{per_row} for a matrix {[n, k]}, "
-                    f"got {list(found)}"
-                )
+                got = f"for a matrix {[n, k]}, got {list(found)}"
+                raise ValueError(f"{type(self).__name__}.{name}: expected {list(shape)}{per_row} {got}")
         views = iter([tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor for tensor in self.tensors])
         object.__setattr__(self, "operands", tuple([next(views) if layout else None for layout in layouts]))
 

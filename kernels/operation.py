@@ -14,10 +14,6 @@ from .launch import Signature, launch
 from .matrix import Matrix
 from .weights import ProjectionWeights
 
-LARGEST_FACTOR = torch.finfo(torch.float32).max
-# Per matrix, where in the operands its values, group or block scales and row scales are; -1 for none.
-Places = list[tuple[int, int, int]]
-
 
 def project(
     x: Tensor,
@@ -131,13 +127,10 @@ def project_all(
 # operands: the operands of all matrices in a row, without the None ones. formats: per matrix, as `Format` spells them.
 # fp32: per output, False for x.dtype. factors: per output, or none. activations: per matrix, "none" for None, or none.
 # "CUDA" is also ROCm's dispatch key. On the CPU the kernels run in Triton's interpreter or not at all.
-_INPUTS, _OPTIONS = "Tensor x, Tensor[] operands, str[] formats", "float[] factors=[], str[]? activations=None"
-torch.library.define(
-    "indexproj::project", f"({_INPUTS}, bool[] fp32, {_OPTIONS}, bool batch_invariant=False) -> Tensor[]"
-)
-torch.library.define(
-    "indexproj::project_out", f"({_INPUTS}, Tensor(a!) out, {_OPTIONS}, bool batch_invariant=False) -> ()"
-)
+_INPUTS = "Tensor x, Tensor[] operands, str[] formats"
+_OPTIONS = "float[] factors=[], str[]? activations=None, bool batch_invariant=False"
+torch.library.define("indexproj::project", f"({_INPUTS}, bool[] fp32, {_OPTIONS}) -> Tensor[]")
+torch.library.define("indexproj::project_out", f"({_INPUTS}, Tensor(a!) out, {_OPTIONS}) -> ()")
 
 # project_all refuses tensors that require grad; autograd would only cost time here.
 _library = torch.library.Library("indexproj", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -174,8 +167,8 @@ def _project_out(x: Tensor, operands: list[Tensor], formats: list[str], out: Ten
 def _fake_project_out(
     x: Tensor, operands: list[Tensor], formats: list[str], out: Tensor, *options: Any, **named: Any
 ) -> None:
-    fp32 = [out.dtype == torch.float32] * len(formats)
-    signature, _ = _resolve(x, operands, formats, fp32, *options, **named, cached=False)
+    wide = [out.dtype == torch.float32] * len(formats)
+    signature, _ = _resolve(x, operands, formats, wide, *options, **named, cached=False)
     _check_out(out, x, sum(signature.ns))
 
 
@@ -208,25 +201,17 @@ def _resolve(
     Args:
         cached: False for fake tensors, whose sizes cannot be hashed.
     """
-    shape = x.shape
-    if not shape:
+    if not x.shape:
         raise ValueError("project: x must be [..., K] to fit the weights, got []")
-    k = shape[-1]
+    k = x.shape[-1]
     if x.stride(-1) != 1 and k > 1:
         raise ValueError(
             f"project: x must be contiguous in its last dimension, got strides {x.stride()}; call x.contiguous()"
         )
-    signature, places = (_signature if cached else _signature.__wrapped__)(
-        x.dtype,
-        k,
-        x.device,
-        tuple(formats),
-        tuple(fp32),
-        tuple(factors),
-        tuple(activations or ()),
-        batch_invariant,
-        *[(operand.dtype, operand.shape, operand.device, operand.is_contiguous()) for operand in operands],
-    )
+    options = tuple(fp32), tuple(factors), tuple(activations or ()), batch_invariant
+    found = [(operand.dtype, operand.shape, operand.device, operand.is_contiguous()) for operand in operands]
+    check = _signature if cached else _signature.__wrapped__
+    signature, places = check(x.dtype, k, x.device, tuple(formats), *options, *found)
     padded = [*operands, None]
     return signature, tuple([(padded[a], padded[b], padded[c]) for a, b, c in places])  # type: ignore[misc]
 
@@ -242,7 +227,7 @@ def _signature(
     activations: tuple[str, ...],
     batch_invariant: bool,
     *found: tuple[torch.dtype, torch.Size, torch.device, bool],
-) -> tuple[Signature, Places]:
+) -> tuple[Signature, list[list[int]]]:
     """Checks everything but addresses; cached, so once per kind of call.
 
     Args:
@@ -263,16 +248,14 @@ def _signature(
     for name, values in (("dtypes", fp32), ("factors", factors), ("activations", takes)):
         if len(values) != count:
             raise ValueError(f"project: expected one of {name} per matrix, {count} in all, got {len(values)}")
-    if not all(abs(factor) <= LARGEST_FACTOR for factor in factors):
+    if not all(abs(factor) <= torch.finfo(torch.float32).max for factor in factors):
         raise ValueError(f"project: expected factors that are finite in fp32, got {list(factors)}")
     for activation, format in zip(takes, formats, strict=True):
         if activation not in ACTIVATIONS:
             raise ValueError(f"project: expected activation None, 'fp8' or 'fp8_ue8m0', got {activation!r}")
         if activation and format != Format.FP8_BLOCK:
-            raise ValueError(
-                f"project: activation={activation!r} needs a matrix in {Format.FP8_BLOCK}, got one in {format}; "
-                "leave activation out"
-            )
+            got = f"activation={activation!r} and one in {format}"
+            raise ValueError(f"project: an activation needs a matrix in {Format.FP8_BLOCK}, got {got}")
     ns, places = _place_operands(formats, k, device, found)
     dtypes = tuple([torch.float32 if wide else x_dtype for wide in fp32])
     return Signature(device, x_dtype, k, ns, formats, takes, factors, dtypes, batch_invariant), places
@@ -280,8 +263,8 @@ def _signature(
 
 def _place_operands(
     formats: tuple[Format, ...], k: int, device: torch.device, found: tuple[Any, ...]
-) -> tuple[tuple[int, ...], Places]:
-    """The rows of each matrix, and the places of its operands."""
+) -> tuple[tuple[int, ...], list[list[int]]]:
+    """Per matrix its rows, and where in found its values, group or block scales and row scales are; -1 for none."""
     ns, places, place = [], [], 0
     for format in formats:
         shape = tuple(found[place][1]) if place < len(found) else ()
@@ -305,7 +288,7 @@ def _place_operands(
             own[role] = place
             place += 1
         ns.append(n)
-        places.append((own[0], own[1], own[2]))
+        places.append(own)
     if place != len(found):
         raise ValueError(f"project: expected {place} operands for {', '.join(map(str, formats))}, got {len(found)}")
     return tuple(ns), places
@@ -325,7 +308,5 @@ def _check_out(out: Tensor, x: Tensor, columns: int) -> None:
         raise ValueError(f"project: out is on {out.device}, x is on {x.device}")
     separate_rows = out.ndim == 2 and out.stride(1) == 1 and (out.shape[0] < 2 or out.stride(0) >= columns)
     if not (separate_rows or out.is_contiguous()):
-        raise ValueError(
-            "project: out must be contiguous, or 2-D with contiguous rows that do not overlap, got strides "
-            f"{out.stride()}"
-        )
+        found = f"strides {out.stride()}"
+        raise ValueError(f"project: out must be contiguous, or 2-D with contiguous, separate rows, got {found}")

@@ -36,7 +36,7 @@ def _zeros(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # Triton 3.6 takes no
 def _dot_step(
     x, w, cols, start_k,
     N: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_K: tl.constexpr,
-    DOT: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    DOT: tl.constexpr, PACKED: tl.constexpr, AMD: tl.constexpr,
 ):  # fmt: skip
     """x @ w.T over BLOCK_K of K, which lies inside one scale block: [rows, cols] fp32."""
     start_k += tl.zeros_like(cols)
@@ -45,7 +45,7 @@ def _dot_step(
     codes, group_scales = load_codes(w, cols, start_k, N, K, BLOCK_K, FORMAT)
     if ACTIVATION != UNCHANGED:
         x, x_scales = quantize(x, 1, ACTIVATION)
-    product = dot(x.to(DOT), tl.trans(decode(codes, group_scales, FORMAT, DOT, PACKED)), PRECISION)
+    product = dot(x.to(DOT), tl.trans(decode(codes, group_scales, FORMAT, DOT, PACKED)), AMD)
     if FORMAT == FP8_BLOCK:
         product *= scales[None, :]
     if ACTIVATION != UNCHANGED:
@@ -64,7 +64,6 @@ def _project_tile(
     """BLOCK_NS columns from start_n on of the outputs FIRST to END: one split of K, and the sum if it arrives last."""
     split, tile_m = tl.program_id(1), tl.program_id(2)
     SPLIT_SIZE: tl.constexpr = tl.cdiv(K, SPLIT_K * BLOCK_K) * BLOCK_K
-    PRECISION: tl.constexpr = "ieee" if AMD else "tf32"
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     accs = ()
     for i in tl.static_range(FIRST, END):
@@ -81,7 +80,7 @@ def _project_tile(
         for i in tl.static_range(FIRST, END):
             product = _dot_step(
                 x, matrices[i], start_n + tl.arange(0, BLOCK_NS[i]), start_k,
-                NS[i], K, FORMATS[i], ACTIVATIONS[i], BLOCK_K, DOT, PACKED, PRECISION,
+                NS[i], K, FORMATS[i], ACTIVATIONS[i], BLOCK_K, DOT, PACKED, AMD,
             )  # fmt: skip
             sums = sums + (accs[i - FIRST] + product,)
         accs = sums

@@ -11,14 +11,11 @@ from .weights import ProjectionWeights
 
 
 def reference(x: Tensor, weights: ProjectionWeights, activation: Activation | None = None) -> tuple[Tensor, Tensor]:
-    """The projection in fp64, from exactly decoded weights.
+    """k [..., D] and gate [..., H] in fp64, from exactly decoded weights.
 
     Args:
         x: [..., K], any floating dtype, on the device of the weights.
         activation: as for `project`.
-
-    Returns:
-        k [..., D] and gate [..., H], both fp64.
     """
     wide = x.double()
     rounded = wide if activation is None else quantize(x, activation == "fp8_ue8m0")

@@ -55,7 +55,7 @@ def _dot_step(
     x_ptr, w, cols, rows, first, M, stride_xm,
     N: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    DOT: tl.constexpr, AMD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """w @ x.T of one tile over each of SLICES blocks of K, from block first on: [SLICES, BLOCK_N, BLOCK_M] fp32."""
     # x comes first where it may: weights pass through shared memory behind a barrier, and loads below it would wait.
@@ -72,7 +72,7 @@ def _dot_step(
         tl.extra.cuda.gdc_wait()
         x, x_scales = _load_x(x_ptr, rows, first, M, stride_xm, K, ACTIVATION, BLOCK_K, SLICES, DOT)
     weights = tl.reshape(decode(codes, group_scales, FORMAT, DOT), (SLICES, BLOCK_N, BLOCK_K))
-    product = dot(weights, x, PRECISION)
+    product = dot(weights, x, AMD)
     if FORMAT == FP8_BLOCK:
         product *= tl.reshape(scales, (SLICES, BLOCK_N))[:, :, None]
     if ACTIVATION != UNCHANGED:
@@ -87,7 +87,7 @@ def _dot_split(
     x_ptr, w, cols, rows, split, M, stride_xm,
     N: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr,
-    SPLIT_K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    SPLIT_K: tl.constexpr, DOT: tl.constexpr, AMD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """w @ x.T of one tile over one split of K: [BLOCK_N, BLOCK_M] fp32."""
     STEPS: tl.constexpr = (K + SPLIT_K * SLICES * BLOCK_K - 1) // (SPLIT_K * SLICES * BLOCK_K)
@@ -98,7 +98,7 @@ def _dot_split(
     for step in range(STEPS):
         acc += _dot_step(
             x_ptr, w, cols, rows, (split * STEPS + step) * SLICES, M, stride_xm, N, K, FORMAT, ACTIVATION,
-            BLOCK_M, BLOCK_N, BLOCK_K, SLICES, DOT, PRECISION, PDL and STEPS == 1,
+            BLOCK_M, BLOCK_N, BLOCK_K, SLICES, DOT, AMD, PDL and STEPS == 1,
         )  # fmt: skip
     return tl.sum(acc, 0)
 
@@ -113,17 +113,16 @@ def _split_k_tile(
     """Columns of one output from start_n on: one split of K, and the sum of all if this program arrives last."""
     split, tile_m = tl.program_id(1), tl.program_id(2)
     rows, cols = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
-    PRECISION: tl.constexpr = "ieee" if AMD else "tf32"
     row_scales = load_row_scales(w, cols, N)[:, None] * FACTOR
     total = _dot_split(
         x_ptr, w, cols, rows, split, M, stride_xm,
-        N, K, FORMAT, ACTIVATION, BLOCK_M, BLOCK_N, BLOCK_K, SLICES, SPLIT_K, DOT, PRECISION, PDL,
+        N, K, FORMAT, ACTIVATION, BLOCK_M, BLOCK_N, BLOCK_K, SLICES, SPLIT_K, DOT, AMD, PDL,
     )  # fmt: skip
     if LOOP_SPLITS:
         for later in range(1, SPLIT_K):
             total += _dot_split(
                 x_ptr, w, cols, rows, later, M, stride_xm,
-                N, K, FORMAT, ACTIVATION, BLOCK_M, BLOCK_N, BLOCK_K, SLICES, SPLIT_K, DOT, PRECISION, False,
+                N, K, FORMAT, ACTIVATION, BLOCK_M, BLOCK_N, BLOCK_K, SLICES, SPLIT_K, DOT, AMD, False,
             )  # fmt: skip
         store_tile(out_ptr, total * row_scales, rows[None, :], cols[:, None], M, N, stride_om)
     else:

@@ -15,7 +15,7 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 
 @dataclass(frozen=True)
 class Target:
-    """What dispatch and compilation need to know about a GPU.
+    """A GPU, to dispatch and compilation.
 
     Attributes:
         arch: compute capability times ten (90 for sm_90) or gfx name ("gfx942").

@@ -179,12 +179,13 @@ def load_block_scales(w, cols, start_k, N: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b, PRECISION: tl.constexpr):
+def dot(a, b, AMD: tl.constexpr):
     """a @ b over one block of K, to be added outside the tensor core.
 
     Tensor cores truncate when they accumulate, which shows over the hundreds of steps of a full K. The compiler moves
     the addition back into them unless max_num_imprecise_acc names a length.
     """
+    PRECISION: tl.constexpr = "ieee" if AMD else "tf32"  # of fp32 operands
     return tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=a.shape[-1])
 
 
