@@ -19,8 +19,9 @@ from .compiled import MULTIPROCESSORS, Binary, signature, warm_up
 from .estimate import estimate, l2_bytes, reduced_bytes
 
 LARGEST_M = 65536
-# gemv: weights and scales, then the x that did not fit the registers next to them, sometimes twice.
-LOAD_GROUPS = 3
+# gemv, per matrix: weights and scales, then the x that did not fit the registers next to them, sometimes twice; and
+# barriers of the one exchange of sums between the warps.
+LOAD_GROUPS, BARRIERS = 3, 5
 # One compiled kernel; see `rows`.
 Row = dict[str, Any]
 
@@ -73,6 +74,8 @@ def faults(target: Target, ns: tuple[int, ...], m: int, config: KernelConfig, bi
         found.append(f"the last program reads {size} bytes of partial sums, limit {REDUCED_BYTES}")
     if config.regime == "gemv" and target.is_cuda() and len(binary.load_groups) > LOAD_GROUPS * len(ns):
         found.append(f"{len(binary.load_groups)} groups of loads, limit {LOAD_GROUPS} per matrix")
+    if config.regime == "gemv" and (barriers := binary.assembly.count("BAR.SYNC")) > BARRIERS * len(ns):
+        found.append(f"{barriers} barriers, limit {BARRIERS} per matrix")
     widest = max(binary.loads, default=0)
     if widest < (8 if config.regime == "prefill" else 16):  # 32 columns of fp16 are 8 bytes per thread
         found.append(f"the widest load has {widest} bytes")

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from indexproj.benchmarks.compiled import Binary, compile_kernel, signature, warm_up
+from indexproj.benchmarks.estimate import l2_bytes
 from indexproj.benchmarks.gates import CASES, configs, faults
 from indexproj.kernels import TARGETS, choose
 from indexproj.kernels.formats import parse_pair
@@ -94,14 +95,28 @@ def test_resources_of_deepseek_v4(name):
             assert faults(TARGETS[name], ns, m, config, binary_of(name, config, problem)) == [], config
 
 
+@pytest.mark.parametrize("name", NVIDIA)
+def test_gemv_issues_weights_and_scales_in_one_group(name):
+    for formats in (DENSE, FP8):
+        for m, limit in ((1, 1), (2, 2), (4, 2)):  # with more rows, x does not fit the registers next to the weights
+            config = choose(m, DEEPSEEK, formats, TARGETS[name])
+            assert len(binary_of(name, config, signature(DEEPSEEK, formats)).load_groups) <= 2 * limit, config
+
+
+def test_l2_bytes_of_prefill():
+    """Bytes that all programs of a launch read, of which x is 117 MB."""
+    for formats, limit in ((FP8, 240e6), (DENSE, 300e6)):
+        assert l2_bytes(8192, DEEPSEEK, formats, choose(8192, DEEPSEEK, formats, TARGETS["sm_90"])) < limit
+
+
 # Instructions per 64 rows of x and 64 of K, all columns included, where the tensor core reads shared memory.
-@pytest.mark.parametrize(("pair", "limit"), [("BF16, BF16", 130), ("FP8 128x128, BF16", 170), ("NVFP4, NVFP4", 220)])
+@pytest.mark.parametrize(("pair", "limit"), [("BF16, BF16", 130), ("FP8 128x128, BF16", 170), ("NVFP4, BF16", 220)])
 @pytest.mark.parametrize("name", ["sm_90", "sm_100", "gfx942", "gfx950"])
 def test_instructions_per_step_of_prefill(name, pair, limit):
     problem = signature(DEEPSEEK, parse_pair(pair))
     config = choose(16384, DEEPSEEK, problem.formats, TARGETS[name])
     assert (config.block_m, config.block_n, config.block_k) == (128, 0, 64)
-    if TARGETS[name].is_cuda() or pair != "NVFP4, NVFP4":  # AMD decodes without PTX
+    if TARGETS[name].is_cuda() or pair != "NVFP4, BF16":  # AMD decodes without PTX
         assert 0 < binary_of(name, config, problem).step * 64 / config.block_m <= limit
 
 
@@ -147,6 +162,16 @@ def test_faults_of_made_up_binaries(changes, fault):
     config = choose(16, DEEPSEEK, FP8, TARGETS["sm_90"])
     found = faults(TARGETS["sm_90"], DEEPSEEK[:2], 16, config, Binary(**FINE | changes))
     assert any(fault in line for line in found) if fault else found == []
+
+
+def test_faults_of_made_up_gemv():
+    config = choose(1, DEEPSEEK, FP8, TARGETS["sm_90"])
+    loads = "\n".join(
+        f"/*{number:04x}*/ LDG.E.128 R4, desc[R2.64] ;\n/*0000*/ IADD R4, R4, R4 ;" for number in range(7)
+    )
+    binary = Binary(**FINE | {"assembly": loads + " BAR.SYNC" * 11})
+    found = faults(TARGETS["sm_90"], DEEPSEEK[:2], 1, config, binary)
+    assert found == ["7 groups of loads, limit 3 per matrix", "11 barriers, limit 5 per matrix"]
 
 
 def test_load_widths_in_sass_and_amdgcn():
