@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
-import linecache
 import textwrap
 from typing import Any
 
@@ -29,21 +28,14 @@ def glm5next_forward(indexer_class: Any) -> Any:
     """Compiles a replacement for `Indexer.forward`: the same with ONE_LAUNCH in place of TWO_GEMMS.
 
     vLLM computes the gate a second time, in fp32, from a copy of its weights in `_wp_fp32` that no reload renews.
-    Returns None for other forwards that read `_wp_fp32`: they are right if that copy is kept up to date.
-    Raises UnexpectedError for any other forward.
+
+    Raises:
+        UnexpectedError: the function does not have TWO_GEMMS.
+        OSError: its source is missing.
     """
-    original, file = indexer_class.forward, f"<{GLM5NEXT}, changed by indexproj>"
-    try:
-        source = one_launch(textwrap.dedent(inspect.getsource(original)))
-        if original.__closure__:
-            raise UnexpectedError(f"{GLM5NEXT}.forward: expected a function without a closure")
-    except (UnexpectedError, OSError) as error:
-        if "_wp_fp32" in original.__code__.co_names:
-            return None
-        raise UnexpectedError(f"{GLM5NEXT}.forward: expected one that reads _wp_fp32; {error}") from None
-    names: dict[str, Any] = {}
-    exec(compile(source, file, "exec"), original.__globals__, names)
-    linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file  # for inspect and tracebacks
+    original, names = indexer_class.forward, {}
+    source = one_launch(textwrap.dedent(inspect.getsource(original)))
+    exec(compile(source, "<string>", "exec"), original.__globals__, names)  # vLLM warns of other names that are no file
     return names["forward"]
 
 

@@ -107,13 +107,11 @@ def patch_reload(layerwise: Any) -> None:
     def finalize_layerwise_processing(model: Any, model_config: Any) -> None:
         swapped = getattr(model, "indexproj", None)  # an IndexerModel
         try:
-            if swapped:
-                swapped.finish()
-        finally:
-            for module in swapped.take_updated() if swapped else ():
+            for module in swapped.finish() if swapped else ():
                 info = layerwise.get_layerwise_info(module)
                 if info.can_load():
                     info.load_numel_total = 0  # or vLLM warns that nothing was written to the layer
+        finally:
             original(model, model_config)
 
     layerwise.finalize_layerwise_processing = finalize_layerwise_processing
@@ -128,8 +126,8 @@ def swap(model: Any, vllm_config: Any, model_config: Any, to_bf16: bool) -> None
         if reason := _unsupported(model, vllm_config, indexers):
             LOGGER.info("indexproj leaves the indexer projections to vLLM: %s", reason)
             return
-        glm5next = [name for name, indexer in indexers.items() if indexer_name(type(indexer)) == GLM5NEXT]
-        forwards: dict[str, Any] = {name: glm5next_forward(indexers[name].__class__) for name in glm5next}
+        glm5next = [indexer for indexer in indexers.values() if indexer_name(type(indexer)) == GLM5NEXT]
+        forwards: list[Any] = [glm5next_forward(type(indexer)) for indexer in glm5next]
         from vllm import envs
 
         from .method import IndexerMethod
@@ -144,18 +142,14 @@ def swap(model: Any, vllm_config: Any, model_config: Any, to_bf16: bool) -> None
         # A rank that joins gets dummy weights, then the tensors of another rank in order: both need one layout.
         to_bf16 = to_bf16 or vllm_config.parallel_config.enable_elastic_ep
         swapped = IndexerModel(model, names, config, to_bf16, envs.VLLM_BATCH_INVARIANT)
-    except (UnexpectedError, AttributeError, ImportError) as error:
+    except (UnexpectedError, AttributeError, ImportError, OSError) as error:
         _warn(error)
         return
     model.indexproj, swapped.compile_key = swapped, vllm_config.additional_config
     for layer in swapped.layers.values():
         layer.module.quant_method = IndexerMethod(layer, swapped)
-    for name, forward in forwards.items():
-        if forward:
-            indexers[name].forward = MethodType(forward, indexers[name])
-        else:
-            LOGGER.info("indexproj keeps vLLM's forward of %s, which computes the gate once more, in fp32", name)
-            indexers[name]._wp_fp32 = swapped.layers[layer_of(name)].copy_gate()
+    for indexer, forward in zip(glm5next, forwards, strict=True):
+        indexer.forward = MethodType(forward, indexer)
     # For LoRA only: trainers read the mapping to find `.weight`. GLM-5.3-Flash's forward would bypass an adapter.
     mapping = getattr(model, "packed_modules_mapping", None)
     if mapping is not None and vllm_config.lora_config and not forwards:
@@ -184,7 +178,6 @@ def _unsupported(model: Any, vllm_config: Any, indexers: dict[str, Any]) -> str 
     """Why the kernels should not serve a model, or None. Raises UnexpectedError if vLLM built it in an unknown way."""
     from vllm.model_executor.layers.linear import MergedColumnParallelLinear, UnquantizedLinearMethod
 
-    from ...kernels.dispatch import table_of
     from ...kernels.target import target_of
 
     if unknown := [f"{name} is a {type(i).__module__}" for name, i in indexers.items() if not indexer_name(type(i))]:
@@ -208,16 +201,12 @@ def _unsupported(model: Any, vllm_config: Any, indexers: dict[str, Any]) -> str 
             )
         if str(layer.weight.dtype) != "torch.bfloat16":
             return f"the model is in {layer.weight.dtype}, expected torch.bfloat16"
-        device, shape = layer.weight.device, (*rows, layer.weight.shape[1])
         try:
-            target_of(device)
+            target_of(layer.weight.device)
         except RuntimeError as error:
-            return f"{module} is on {device}, maybe because its weights are offloaded: {error}"
+            return f"{module} is on {layer.weight.device}, maybe because its weights are offloaded: {error}"
         if type(method) is not UnquantizedLinearMethod:
-            tuned = type(method).__name__
-            if shape not in (measured for _, measured, _ in getattr(table_of(device), "configs", ())):
-                return f"{module} has {tuned} for this GPU, and `indexproj tune` has not measured {shape}"
-            LOGGER.info("indexproj replaces %s of %s: its tuned table has %s", tuned, module, shape)
+            return f"{module} has {type(method).__name__}, which vLLM has for this GPU"
     return None
 
 
