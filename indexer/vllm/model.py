@@ -103,7 +103,8 @@ class IndexerLayer:
             return
         plan = self._collector.plan(self.number)
         if not plan.problems or self._collector.problems[self.number]:  # complete, or a tensor came twice
-            return self.finish()
+            self.finish()
+            return
         for side, one, other in ("wk", plan.wk, plan.gate), ("gate", plan.gate, plan.wk):
             if one.encoding and not one.encoding.optional and not other.headers:
                 tensors = self._tensors
@@ -209,14 +210,7 @@ class IndexerModel:
         return loaded
 
     def finish(self) -> list[Any]:
-        """Ends a load, and logs what runs after the first.
-
-        Returns:
-            the modules with new weights.
-
-        Raises:
-            CheckpointError: lists the problems of all layers.
-        """
+        """Ends a load and returns the modules with new weights. Raises CheckpointError for problems of all layers."""
         for layer in self.layers.values():
             layer.finish()
         updated = self._end()
@@ -230,7 +224,7 @@ class IndexerModel:
         return updated
 
     def _end(self) -> list[Any]:
-        """Raises all problems or logs all warnings; then makes UPDATED layers READY, and returns their modules."""
+        """Raises all problems, or logs all warnings. Makes UPDATED layers READY and returns their modules."""
         layers = self.layers.values()
         if problems := [problem for layer in layers for problem in layer.problems]:
             self._abandon()
@@ -239,8 +233,7 @@ class IndexerModel:
         updated = [layer for layer in layers if layer.state is State.UPDATED]
         for layer in updated:
             layer.drop()
-        for layer in layers:
-            layer.warnings.clear()
+            layer.warnings = []
         return [layer.module for layer in updated]
 
     def _others(self, weights: Iterable[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:

@@ -37,12 +37,25 @@ DEEPSEEK = {
     "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 10000.0,
     "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 1,
 }  # fmt: skip
+NO_ROPE = {name: setting for name, setting in DEEPSEEK.items() if name != "rope_theta"}
+ROPE_PARAMETERS = {"rope_type": "default", "rope_theta": 10000.0}
 HY_V4 = {
-    **{key: value for key, value in DEEPSEEK.items() if not key.startswith(("rope", "first_k"))},
+    **{name: setting for name, setting in NO_ROPE.items() if name != "first_k_dense_replace"},
     "architectures": ["HYV4ForCausalLM"], "model_type": "hy_v4", "mlp_layer_types": ["dense"] * LAYERS,
     "layer_types": ["deepseek_sparse_attention"] * LAYERS, "indexer_types": ["full"] * LAYERS,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    "enable_ihc": False, "gated_mla": False, "learnable_sink": False, "pad_token_id": 0,
+    "rope_parameters": ROPE_PARAMETERS, "enable_ihc": False, "gated_mla": False, "learnable_sink": False,
+    "pad_token_id": 0,
+}  # fmt: skip
+GLM5NEXT = {
+    **NO_ROPE, "model_type": "glm5_next_text", "qk_rope_head_dim": 0, "index_kpool": 4,
+    "layer_types": ["indexed_attention"] * LAYERS, "mlp_layer_types": ["dense"] * LAYERS,
+    "indexer_types": ["full"] * LAYERS, "indexer_rope_interleave": True,
+    "mhc": False, "mla_use_nope": True, "pad_token_id": 0,
+}  # fmt: skip
+DOTS3 = {
+    **NO_ROPE, "model_type": "dots3_note", "layer_types": ["full_attention"] * LAYERS,
+    "rope_parameters": ROPE_PARAMETERS, "attention_gate_type": "headwise", "apply_mla_qkv_lora_rescale": False,
+    "swa_kv_lora_rank": 64, "swa_qk_rope_head_dim": 64,
 }  # fmt: skip
 
 
@@ -100,6 +113,25 @@ def hy_v4():
     tensors = {name.replace(last, "model.mtp_layers.0."): tensor for name, tensor in deepseek().items()}
     tensors = {name: tensor for name, tensor in tensors.items() if not any(part in name for part in lost)}
     return tensors | values("model.mtp_layers.0.", final_layernorm=(K,))
+
+
+def glm5next():
+    """The same for GLM-5.3-Flash: without RoPE, and with tensors that pool keys."""
+    tensors = deepseek()
+    for layer in range(LAYERS + 1):
+        stem = f"model.layers.{layer}.self_attn."
+        tensors |= values(stem, q_b_proj=(HEADS * NOPE, Q_RANK), kv_a_proj_with_mqa=(KV_RANK, K))
+        tensors[f"{stem}indexer.index_kpool_compress_gate"] = value(f"{stem}gate", D, K)
+        tensors[f"{stem}indexer.index_kpool_compress_ape"] = value(f"{stem}ape", 4, D).float()
+    return tensors
+
+
+def dots3():
+    """The same for dots3-note, without an MTP layer."""
+    tensors = {name: tensor for name, tensor in deepseek().items() if f"layers.{LAYERS}." not in name}
+    for layer in range(LAYERS):
+        tensors |= values(f"model.layers.{layer}.self_attn.", g_proj=(HEADS, K), k_rope_only_layernorm=(64,))
+    return tensors
 
 
 def is_projection(name):

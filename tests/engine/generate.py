@@ -1,4 +1,4 @@
-"""Boots `LLM` on a CPU, with the plugin from its entry point, and reloads it. Run as a script by test_generate.py.
+"""Boots `LLM` on a CPU, with the plugin from its entry point, and reloads it. Run as a script by test_processes.py.
 
 Stubs, for what a CPU lacks: the choice of a backend for sparse attention (the CPU's MLA backend attends to all
 tokens, and gets a method that waits for the top-k), `indexer_op` (records sums of its inputs), the indexer's KV cache

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import vllm
 
-from indexproj.indexer.vllm.glm5next import GLM5NEXT, one_launch
-from indexproj.indexer.vllm.plugin import INDEXERS, MODEL_FILES
+from indexproj.indexer.vllm.plugin import GLM5NEXT, INDEXERS, MODEL_FILES, UnexpectedError, one_launch
 
 VERSIONS = ["0.31.0", "0.32.0", "0.33.0"]
 LAYERS, LOADER = "vllm.model_executor.layers", "vllm.model_executor.model_loader"
@@ -100,7 +99,6 @@ def test_no_other_file_uses_wk_weights_proj(source):
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
-        (f"{LOADER}.base_loader.BaseModelLoader.__init__", ["self", "load_config"]),
         (f"{LOADER}.base_loader.BaseModelLoader.create_model", ["self", "vllm_config", "model_config", "prefix"]),
         (f"{LOADER}.reload.layerwise.finalize_layerwise_processing", ["model", "model_config"]),
         (f"{LOADER}.reload.layerwise.get_layerwise_info", ["layer"]),
@@ -120,10 +118,6 @@ def test_signature(source, name, arguments):
         (f"{LOADER}.reload.types.LayerReloadingInfo", "return self.load_numel_total is not None"),
         # a reload makes new parameters on the meta device
         (f"{LOADER}.reload.layerwise.initialize_layerwise_reload", "restore_layer_on_meta(layer, info)"),
-        # loaders that do not call create_model, which BaseModelLoader.__init__ finds
-        (f"{LOADER}.tensorizer_loader.TensorizerLoader.__init__", "super().__init__(load_config)"),
-        (f"{LOADER}.weight_cache.ipc_loader.IpcModelLoader.__init__", "super().__init__(load_config)"),
-        (f"{LOADER}.modelexpress_loader.ModelExpressModelLoader.__init__", "super().__init__(load_config)"),
         # dots3-note: Indexer of deepseek_v2 in layers that are numbered as in the checkpoint
         ("vllm.models.dots3_note.nvidia.model", "class Dots3NoteFullAttention(DeepseekV2MLAAttention)"),
         ("vllm.models.dots3_note.nvidia.multimodal.Dots3NoteForCausalLM", "'model.': 'language_model.model.'"),
@@ -150,11 +144,18 @@ def test_source_contains(source, name, text):
     assert text in text_of(source, name)
 
 
-def test_glm5next_forward_contains_two_gemms(source):
-    changed = one_launch(text_of(source, f"{GLM5NEXT}.forward"))
+def test_one_launch_replaces_two_gemms(source):
+    forward = text_of(source, f"{GLM5NEXT}.forward")
+    changed = one_launch(forward)
+    launch = "k, weights = self.wk_weights_proj.quant_method.k_and_gate(self.wk_weights_proj, hidden_states)"
+    before, after = changed.split(f"    {launch}\n")
+    assert forward.startswith(before)
+    assert forward.endswith(after.rstrip())
     assert "_wp_fp32" not in changed
     assert "torch.mm" not in changed
-    assert "k, weights = self.wk_weights_proj.quant_method.k_and_gate(self.wk_weights_proj, hidden_states)" in changed
+    for old, new in (("torch.mm", "torch.matmul"), (".float()", ".double()"), ("kw, _", "_, kw")):
+        with pytest.raises(UnexpectedError, match="expected the statements\nkw, _ = "):
+            one_launch(forward.replace(old, new))
 
 
 def test_sm107_table_has_the_projection_of_glm52():
