@@ -6,7 +6,6 @@ import weakref
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from vllm.model_executor.model_loader.sharded_state_loader import ShardedStateLoader
 from vllm.model_executor.model_loader.weight_cache.protocol import UnsupportedQuantForIPCError, check_ipc_quant_support
 
@@ -130,25 +129,7 @@ def test_layers_that_share_a_top_k_have_no_indexer(fp8, architecture):
     assert_outputs(model, truth)
 
 
-def test_dummy_weights(fp8):
-    """vLLM writes random values to `.weight`; no tensor of a checkpoint arrives."""
-    model = build(fp8[0], load_format="dummy")
-    weights = {layer: module.weight.double() for layer, module in projections(model).items()}
-    assert all(weight.abs().max() > 0 for weight in weights.values())
-    assert_outputs(model, weights)
-
-
-def test_sharded_state(tmp_path):
-    """vLLM's loader of saved parameters writes to them, past load_weights."""
-    tensors, truth = checkpoint(ENCODINGS["bf16"])
-    stock = Created(write(tmp_path, tensors), "0")
-    stock.load()
-    state = ShardedStateLoader._filter_subtensors(stock.model.state_dict())
-    save_file(state, tmp_path / "model-rank-0-part-0.safetensors")
-    assert_outputs(build(tmp_path, load_format="sharded_state"), truth)
-
-
-@pytest.mark.parametrize("saver", ["1", "bf16"])
+@pytest.mark.parametrize("saver", ["0", "1", "bf16"])
 def test_save_sharded_state_loads_again(fp8, tmp_path, saver):
     """With the plugin and without, as bf16."""
     path, _, truth = fp8

@@ -10,6 +10,7 @@ from engine.checkpoints import (
     FUSED,
     INDEXER,
     D,
+    K,
     checkpoint,
     only_projections,
     pair,
@@ -98,21 +99,34 @@ def test_load_weights_returns_only_loaded_names(server):
     assert loaded == {name for name in server.pointers if ".layers.1." in name}
 
 
-def test_single_matrix_in_another_layout_is_refused(tmp_path):
-    server = Server(tmp_path, FP8)
-    with pytest.raises(CheckpointError, match=r"expected wk in FP8 128x128.* as in the first load"):
-        server.model.load_weights([(LAST_WK, checkpoint(BF16)[0][LAST_WK])])
-    server.check(server.truth)
-    reload_and_check(server)
+def last_wk(makers):
+    return LAST_WK, checkpoint(makers)[0][LAST_WK]
 
 
-def test_tensor_that_comes_twice_is_refused(tmp_path):
-    """Without an end of the load, nothing else would report it."""
-    server = Server(tmp_path, FP8)
-    items = [(LAST_WK, checkpoint(FP8)[0][LAST_WK])]
-    server.model.load_weights(items)
-    with pytest.raises(CheckpointError, match="one tensor in the role of"):
-        server.model.load_weights(items)
+def sparse():
+    """Unchanged elements are NaN, as in vLLM's sparse updates."""
+    name, tensor = last_wk(BF16)
+    tensor[0] = torch.nan
+    return [(name, tensor)]
+
+
+# The encoding of the server, tensors that come in a call of load_weights each, and the error of the last call.
+REFUSED = {
+    "another layout": (FP8, lambda: [last_wk(BF16)], r"expected wk in FP8 128x128.* as in the first load"),
+    "another shape": (FP8, lambda: [(LAST_GATE, torch.ones(8, K))], r"expected 16 in dimension 0 of the matrix"),
+    "twice": (FP8, lambda: [last_wk(FP8), last_wk(FP8)], "one tensor in the role of"),
+    "sparse": (BF16, sparse, r"layers\.1.*wk\.weight: expected magnitudes"),
+}
+
+
+@pytest.mark.parametrize(("makers", "items", "error"), REFUSED.values(), ids=REFUSED)
+def test_update_is_refused(tmp_path, makers, items, error):
+    """When its call ends, as nothing else would report it."""
+    server, (*first, last) = Server(tmp_path, makers), items()
+    for item in first:
+        server.model.load_weights([item])
+    with pytest.raises(CheckpointError, match=error):
+        server.model.load_weights([last])
     server.check(server.truth)
     reload_and_check(server)
 
@@ -145,17 +159,6 @@ def test_single_matrix_takes_effect_when_its_call_ends(server, caplog, rows):
     server.truth[1][rows] = truth[1][rows]
     server.check(server.truth)
     assert "keep their old weights" not in caplog.text
-    reload_and_check(server)
-
-
-def test_sparse_update_is_refused(tmp_path):
-    """It marks unchanged elements NaN."""
-    server = Server(tmp_path, BF16)
-    patch = checkpoint(BF16)[0][LAST_WK]
-    patch[0] = torch.nan
-    with pytest.raises(CheckpointError, match=r"layers\.1.*wk\.weight: expected magnitudes"):
-        server.model.load_weights([(LAST_WK, patch)])
-    server.check(server.truth)
     reload_and_check(server)
 
 
@@ -193,6 +196,9 @@ def test_bf16_server_takes_any_encoding(tmp_path, switch, first):
 def test_dummy_weights_then_update(tmp_path):
     """How RL frameworks start: no checkpoint has set an encoding, so weights are decoded to bf16."""
     server = Server(tmp_path, FP8, load_format="dummy")
+    weights = {layer: module.weight.double() for layer, module in projections(server.model).items()}
+    assert all(weight.abs().max() > 0 for weight in weights.values())
+    server.check(weights)
     for reload in (server.reload, lambda tensors: server.model.load_weights(tensors.items())):
         tensors, truth = checkpoint(FP8)
         reload(only_projections(tensors))
