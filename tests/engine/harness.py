@@ -149,8 +149,8 @@ class Server:
     def __init__(self, path, makers, switch="1", **arguments):
         tensors, self.truth = checkpoint(makers)
         self.makers = makers
-        self.config = engine_config(write(path, tensors))
-        self.model = build(path, switch, **arguments)
+        self.config = engine_config(write(path, tensors), **arguments)
+        self.model = load_model(self.config, switch)
         self.pointers = self.addresses()
 
     def addresses(self):

@@ -8,21 +8,8 @@ import torch
 from vllm import ModelRegistry
 from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend
 
-from engine import harness
-from engine.checkpoints import (
-    DEEPSEEK,
-    DOTS3,
-    GLM5NEXT,
-    HY_V4,
-    LAYERS,
-    checkpoint,
-    deepseek,
-    dots3,
-    glm5next,
-    hy_v4,
-    pair,
-    write,
-)
+from engine import checkpoints, harness
+from engine.checkpoints import LAYERS, checkpoint, pair, write
 from engine.harness import activations, engine_config, like, load_model, projections
 
 # The module of the class, its name, the architecture under which vLLM looks for it if it is a draft.
@@ -41,7 +28,11 @@ MODELS = {
     "glm5next-mtp": ("vllm.models.glm5next", "Glm5NextMTP", None),
     "dots3": ("vllm.models.dots3_note.nvidia.multimodal", "Dots3NoteForCausalLM", None),
 }
-CHECKPOINTS = {"hy": (HY_V4, hy_v4), "glm5next": (GLM5NEXT, glm5next), "dots3": (DOTS3, dots3)}
+CHECKPOINTS = {
+    "hy": (checkpoints.HY_V4, checkpoints.hy_v4),
+    "glm5next": (checkpoints.GLM5NEXT, checkpoints.glm5next),
+    "dots3": (checkpoints.DOTS3, checkpoints.dots3),
+}
 RUN_INDEXER = ("deepseek", "glm", "hy-v4-nvidia", "hy-v4-amd")  # the indexers of the others need a GPU
 
 
@@ -49,7 +40,7 @@ RUN_INDEXER = ("deepseek", "glm", "hy-v4-nvidia", "hy-v4-amd")  # the indexers o
 def model(request, tmp_path):
     """A function that builds the model, the tensors of a BF16 checkpoint, and the layers with an indexer."""
     module, name, draft = MODELS[request.param]
-    config, tensors = CHECKPOINTS.get(request.param.partition("-")[0], (DEEPSEEK, deepseek))
+    config, tensors = CHECKPOINTS.get(request.param.partition("-")[0], (checkpoints.DEEPSEEK, checkpoints.deepseek))
     tensors = tensors()
     if request.param == "glm5next-mtp":
         del tensors[f"model.layers.{LAYERS}.shared_head.head.weight"]

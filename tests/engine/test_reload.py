@@ -3,19 +3,8 @@
 import pytest
 import torch
 
-from engine.checkpoints import (
-    BF16,
-    ENCODINGS,
-    FP8,
-    FUSED,
-    INDEXER,
-    D,
-    K,
-    checkpoint,
-    only_projections,
-    pair,
-    without_projections,
-)
+from engine import checkpoints
+from engine.checkpoints import BF16, ENCODINGS, FP8, FUSED, INDEXER, D, K, checkpoint, only_projections, pair
 from engine.harness import Server, activations, assert_close, assert_outputs, projections
 from indexproj.loading import CheckpointError
 
@@ -67,7 +56,7 @@ def test_reload_interrupted(server):
 
 
 def test_reload_without_projection_keeps_it(server):
-    server.reload(without_projections(checkpoint(server.makers)[0]))
+    server.reload(checkpoints.without_projections(checkpoint(server.makers)[0]))
     server.check(server.truth)
 
 
@@ -210,7 +199,7 @@ def test_reload_after_sleep(server, byte):
     """A reload without the projection keeps it, but refuses to serve memory that no longer holds weights."""
     server.fill(byte)
     with pytest.raises(CheckpointError, match=r"layers\.{0-1}\.self_attn\.indexer\.wk_weights_proj"):
-        server.reload(without_projections(checkpoint(server.makers)[0]))
+        server.reload(checkpoints.without_projections(checkpoint(server.makers)[0]))
     reload_and_check(server)
     server.fill(byte)
     reload_and_check(server)
