@@ -120,13 +120,18 @@ def test_update_is_refused(tmp_path, makers, items, error):
     reload_and_check(server)
 
 
-@pytest.mark.parametrize("name", [LAST_WK, LAST_SCALE])
-def test_incomplete_matrix_warns_and_changes_nothing(tmp_path, caplog, name):
-    """A matrix in part. The next complete reload drops it."""
-    server = Server(tmp_path, FP8)
-    server.model.load_weights([(name, checkpoint(FP8)[0][name])])
+@pytest.mark.parametrize(
+    ("encoding", "suffix"),
+    [("fp8", "wk.weight"), ("fp8", "wk.weight_scale_inv"), ("int4", "")],  # zero points of INT4 may follow
+)
+def test_incomplete_matrix_warns_and_changes_nothing(tmp_path, caplog, encoding, suffix):
+    """The next complete reload drops it."""
+    server = Server(tmp_path, ENCODINGS[encoding])
+    stem = LAST_WK.removesuffix("weight")
+    tensors = checkpoint(server.makers)[0].items()
+    server.model.load_weights([item for item in tensors if item[0].startswith(stem) and item[0].endswith(suffix)])
     assert "layers 1 keep their old weights" in caplog.text
-    server.check(server.truth)
+    server.check({layer: values.bfloat16().double() for layer, values in server.truth.items()})
     reload_and_check(server)
 
 
@@ -151,7 +156,7 @@ def test_single_matrix_takes_effect_when_its_call_ends(server, caplog, rows):
     reload_and_check(server)
 
 
-@pytest.mark.parametrize("makers", [BF16, FP8], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("makers", [BF16, FP8, pair("fp8_block", "int4")], ids=["bf16", "fp8", "mixed"])
 def test_reload_as_parameters(tmp_path, makers):
     """`is_checkpoint_format=False`: the parameters by their names in the model."""
     server, other = (Server(tmp_path / name, makers) for name in ("server", "other"))
