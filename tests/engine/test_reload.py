@@ -30,6 +30,16 @@ def test_reload_twice(server, caplog):
     assert not [r for r in caplog.records if "Failed to load weights" in r.getMessage() and "Merged" in r.getMessage()]
 
 
+def test_state_dict_follows_reloads(tmp_path):
+    """Though an earlier one is still alive."""
+    server, states = Server(tmp_path, FP8), []
+    for _ in range(2):
+        states.append(server.model.state_dict())
+        assert_close(states[-1][f"{INDEXER.format(1)}wk_weights_proj.weight"], server.truth[1], 2**-8)
+        tensors, server.truth = checkpoint(FP8)
+        server.reload(tensors)
+
+
 def test_reload_with_missing_tensor_keeps_old_weights(server):
     """Only the incomplete layer keeps them. The next reload is clean."""
     tensors, truth = checkpoint(server.makers)
