@@ -13,7 +13,7 @@ LAST_WK, LAST_SCALE, LAST_GATE = (
 )
 
 
-@pytest.fixture(params=["bf16", "fp8", "nvfp4"])
+@pytest.fixture(params=["bf16", "fp8"])
 def server(request, tmp_path):
     return Server(tmp_path, ENCODINGS[request.param])
 
@@ -24,6 +24,7 @@ def reload_and_check(server, makers=None):
     server.check(truth)
 
 
+@pytest.mark.parametrize("server", ["bf16", "fp8", "nvfp4", "int4"], indirect=True)
 def test_reload_twice(server, caplog):
     for _ in range(2):
         reload_and_check(server)
