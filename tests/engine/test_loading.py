@@ -116,6 +116,15 @@ def test_second_load_is_processed_again(fp8, empty):
         empty.process()
 
 
+def test_load_that_ends_like_a_reload(fp8, empty):
+    """With online quantization of other layers, vLLM calls the end of reloads in first loads."""
+    empty.load()
+    with harness.plugin("1"), harness.environment(empty.config):
+        harness.reload.layerwise.finalize_layerwise_processing(empty.model, empty.config.model_config)
+    empty.process()
+    assert_outputs(empty.model, fp8[2])
+
+
 @pytest.mark.parametrize("architecture", ["DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"])
 def test_layers_that_share_a_top_k_have_no_indexer(fp8, architecture):
     """vLLM builds none there, but the checkpoint has their tensors."""

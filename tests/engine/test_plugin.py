@@ -61,73 +61,58 @@ def swap(stock, model_config=None):
     vllm_plugin.swap(stock.model, stock.config, model_config or stock.config.model_config, False)
 
 
-def indexer(stock):
-    return stock.model.model.layers[1].self_attn.indexer
-
-
 def test_model_without_indexer_is_not_logged(caplog):
     """Nor does it need any of the configs."""
     vllm_plugin.swap(nn.Linear(1, 1), None, None, False)
     assert not caplog.records
 
 
-def change_class(stock, name, **attributes):
+def indexer_class(name, **attributes):
     module, _, qualname = name.rpartition(".")
-    indexer(stock).__class__ = type(qualname, (nn.Module,), {"__module__": module, **attributes})
+    return type(qualname, (nn.Module,), {"__module__": module, **attributes})
 
 
-def change(attribute, value):
-    """Of wk_weights_proj."""
-    return lambda stock, _: setattr(indexer(stock).wk_weights_proj, attribute, value)
-
-
-def unsupported_device(stock, monkeypatch):
-    def target_of(device):
-        raise RuntimeError("expected a GPU")
-
-    monkeypatch.setattr(target, "target_of", target_of)
+def unsupported_device(device):
+    raise RuntimeError("expected a GPU")
 
 
 class TunedMethod(linear.UnquantizedLinearMethod):
     pass
 
 
-exec("def no_source(self): pass", SOURCELESS := {})
-LAYER = (
-    r"layers\.1\.self_attn\.indexer\.wk_weights_proj: expected an unquantized MergedColumnParallelLinear with .*found "
-)
-# What to change, the level of the log line, and a pattern of it.
+exec("def forward(self): pass", SOURCELESS := {})
+NO_SOURCE = indexer_class(vllm_plugin.GLM5NEXT, forward=SOURCELESS["forward"])
+LAYER = r"layers\.1\.self_attn\.indexer\.wk_weights_proj: expected an unquantized MergedColumn.* with .*found "
+# Where, which attribute, its new value (... deletes it), the level of the log line, and a pattern of it.
 UNSUPPORTED = {
-    "indexer": (lambda it, _: change_class(it, "vllm.other.Indexer"), "WARNING", r"layers\.1.* is in a .*vllm\.other"),
-    "class": (lambda it, _: setattr(indexer(it), "wk_weights_proj", nn.Identity()), "WARNING", LAYER + "Identity"),
-    "rows": (change("output_sizes", [16, 128]), "WARNING", LAYER + r".*\[16, 128\]"),
-    "bias": (change("bias", nn.Parameter(torch.zeros(144))), "WARNING", LAYER + ".*Parameter"),
-    "skip_bias_add": (change("skip_bias_add", True), "WARNING", LAYER + ".*'skip_bias_add': True"),
-    "return_bias": (change("return_bias", False), "WARNING", LAYER + ".*'return_bias': False"),
-    "tp_size": (change("tp_size", 2), "WARNING", LAYER + ".*'tp_size': 2"),
-    "method": (change("quant_method", None), "WARNING", LAYER + "MergedColumnParallelLinear with NoneType"),
-    "no heads": (lambda it, _: delattr(indexer(it), "n_head"), "WARNING", "no attribute 'n_head'"),
-    "no class": (lambda _, patch: patch.delattr(linear, "UnquantizedLinearMethod"), "WARNING", "cannot import name"),
-    "source": (
-        lambda it, _: change_class(it, vllm_plugin.GLM5NEXT, forward=SOURCELESS["no_source"]),
-        "WARNING",
-        "source",
-    ),
-    "load_weights": (
-        lambda it, _: setattr(it.model, "load_weights", print),
-        "INFO",
-        "load_weights of .* is from builtins",
-    ),
-    "fp16": (lambda it, _: it.model.half(), "INFO", r"the model is in torch\.float16, expected torch\.bfloat16"),
-    "tuned": (change("quant_method", TunedMethod()), "INFO", "has TunedMethod, which vLLM has tuned for this GPU"),
-    "device": (unsupported_device, "INFO", "is on cpu, maybe because its weights are offloaded: expected a GPU"),
-    "config": (lambda it, _: setattr(it.config, "additional_config", ""), "INFO", "additional_config is not a dict"),
+    "indexer": ("indexer", "__class__", indexer_class("vllm.other.Indexer"), "WARNING", r"layers\.1.*vllm\.other"),
+    "class": ("indexer", "wk_weights_proj", nn.Identity(), "WARNING", LAYER + "Identity"),
+    "rows": ("projection", "output_sizes", [16, 128], "WARNING", LAYER + r".*\[16, 128\]"),
+    "bias": ("projection", "bias", nn.Parameter(torch.zeros(144)), "WARNING", LAYER + ".*Parameter"),
+    "skip_bias_add": ("projection", "skip_bias_add", True, "WARNING", LAYER + ".*'skip_bias_add': True"),
+    "return_bias": ("projection", "return_bias", False, "WARNING", LAYER + ".*'return_bias': False"),
+    "tp_size": ("projection", "tp_size", 2, "WARNING", LAYER + ".*'tp_size': 2"),
+    "method": ("projection", "quant_method", None, "WARNING", LAYER + ".* with NoneType"),
+    "no heads": ("indexer", "n_head", ..., "WARNING", "no attribute 'n_head'"),
+    "no class": ("linear", "UnquantizedLinearMethod", ..., "WARNING", "cannot import name"),
+    "source": ("indexer", "__class__", NO_SOURCE, "WARNING", "could not get source code"),
+    "load_weights": ("model", "load_weights", print, "INFO", "load_weights of .* is from builtins"),
+    "fp16": ("projection", "weight", nn.Parameter(torch.zeros(144, 256).half()), "INFO", r"is in torch\.float16"),
+    "tuned": ("projection", "quant_method", TunedMethod(), "INFO", "has TunedMethod, which vLLM has tuned"),
+    "device": ("target", "target_of", unsupported_device, "INFO", "is on cpu, maybe because .*: expected a GPU"),
+    "config": ("config", "additional_config", "", "INFO", "additional_config is not a dict"),
 }
 
 
-@pytest.mark.parametrize(("make", "level", "pattern"), UNSUPPORTED.values(), ids=UNSUPPORTED)
-def test_unsupported_model_is_not_swapped(stock, monkeypatch, caplog, make, level, pattern):
-    make(stock, monkeypatch)
+@pytest.mark.parametrize(("owner", "name", "value", "level", "pattern"), UNSUPPORTED.values(), ids=UNSUPPORTED)
+def test_unsupported_model_is_not_swapped(stock, monkeypatch, caplog, owner, name, value, level, pattern):
+    last = stock.model.model.layers[1].self_attn.indexer
+    owners = {"indexer": last, "projection": last.wk_weights_proj, "model": stock.model, "config": stock.config}
+    owner = {**owners, "linear": linear, "target": target}[owner]
+    if value is ...:
+        monkeypatch.delattr(owner, name)
+    else:
+        monkeypatch.setattr(owner, name, value)
     before = stock.model.load_weights
     with caplog.at_level(logging.INFO, "vllm.indexproj"):
         swap(stock)
@@ -137,7 +122,7 @@ def test_unsupported_model_is_not_swapped(stock, monkeypatch, caplog, make, leve
     assert re.search(pattern, record.getMessage())
     assert stock.model.load_weights == before
     assert not hasattr(stock.model, "indexproj")
-    assert type(stock.model.model.layers[0].self_attn.indexer.wk_weights_proj.quant_method).__name__ != "IndexerMethod"
+    assert type(projections(stock.model)[0].quant_method).__name__ != "IndexerMethod"
 
 
 def test_two_indexers_of_one_layer_are_not_swapped(stock, caplog):
