@@ -57,13 +57,11 @@ def register() -> None:
     try:
         from vllm.model_executor.model_loader.base_loader import BaseModelLoader
         from vllm.model_executor.model_loader.reload import layerwise
-        from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
 
         for owner, name, arguments in (
             (BaseModelLoader, "create_model", ["self", "vllm_config", "model_config", "prefix"]),
             (layerwise, "finalize_layerwise_processing", ["model", "model_config"]),
             (layerwise, "get_layerwise_info", ["layer"]),
-            (LayerReloadingInfo, "can_load", ["self"]),
         ):
             found = list(inspect.signature(getattr(owner, name)).parameters)
             if found != arguments:
@@ -99,9 +97,8 @@ def patch_reload(layerwise: Any) -> None:
         swapped = getattr(model, "indexproj", None)  # an IndexerModel
         try:
             for module in swapped.finish() if swapped else ():
-                info = layerwise.get_layerwise_info(module)
-                if info.can_load():
-                    info.load_numel_total = 0  # or vLLM warns that nothing was written to the layer
+                # or vLLM warns that nothing was written to the layer
+                layerwise.get_layerwise_info(module).load_numel_total = 0
         finally:
             original(model, model_config)
 
@@ -176,8 +173,8 @@ def indexer_name(indexer: Any) -> str | None:
 
 
 def layer_of(name: str) -> Any:
-    """The layer index in the name of a module or tensor; None if it has none."""
-    found = re.findall(r"(?:^|\.)(?:mtp_)?layers\.(\d+)\.", name)
+    """The layer index in the name of a module; None if it has none."""
+    found = re.findall(r"\blayers\.(\d+)\.", name)
     return int(found[-1]) if found else None
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from exports import EXPORTS, named
 from indexproj.indexer.cli.synthetic import random_weight
-from indexproj.indexer.vllm.plugin import layer_of
+from indexproj.loading.names import parse
 
 M, K, D, H = 5, 256, 128, 16
 HEADS, Q_RANK, KV_RANK, NOPE, ROPE, V, INNER, VOCAB = 2, 128, 64, 32, 64, 32, 128, 128
@@ -153,7 +153,7 @@ def checkpoint(makers, tensors=None, lost=()):
     result, truth = {name: tensor for name, tensor in tensors.items() if not is_projection(name)}, {}
     for stem in dict.fromkeys(name[: name.index("indexer.") + 8] for name in tensors if is_projection(name)):
         exports = {name: make(ROWS[name], K) for name, make in makers.items()}
-        layer = layer_of(stem) + (LAYERS if "mtp_layers" in stem else 0)
+        layer = parse(stem + "wk").layer(LAYERS)
         truth[layer] = torch.cat([export.loaded for export in exports.values()])
         for name, export in exports.items():
             result |= {name: tensor for name, tensor in named(stem, name, export).items() if not name.endswith(lost)}

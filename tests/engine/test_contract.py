@@ -91,11 +91,13 @@ def test_indexer_creates_wk_weights_proj(source, name):
             "(model: torch.nn.Module, model_config: ModelConfig)",
         ),
         (f"{LOADER}.reload.layerwise.get_layerwise_info", "(layer: torch.nn.Module)"),
-        (f"{LOADER}.reload.types.LayerReloadingInfo.can_load", "(self)"),
         (f"{LOADER}.base_loader.BaseModelLoader.load_model", "model = self.create_model("),
         (f"{LOADER}.reload.layerwise.finalize_layerwise_reload", "finalize_layerwise_processing(*args, **kwargs)"),
         (f"{LOADER}.reload.types.LayerReloadingInfo", "load_numel_total: int | None"),
-        (f"{LOADER}.reload.types.LayerReloadingInfo", "return self.load_numel_total is not None"),
+        (
+            f"{LOADER}.reload.layerwise.finalize_layerwise_processing",
+            "if info.load_numel_total > 0:\n                logger.warning(",
+        ),
         # a reload makes new parameters on the meta device
         (f"{LOADER}.reload.layerwise.initialize_layerwise_reload", "restore_layer_on_meta(layer, info)"),
         # dots3-note: Indexer of deepseek_v2 in layers that are numbered as in the checkpoint

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from vllm.model_executor.layers import linear
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
-from vllm.model_executor.model_loader.reload import layerwise, types
+from vllm.model_executor.model_loader.reload import layerwise
 
 from engine.checkpoints import BF16, checkpoint, only_projections, write
 from engine.harness import Created, projections
@@ -32,7 +32,6 @@ UNKNOWN_FUNCTIONS = [
     (BaseModelLoader, "create_model", lambda self, vllm_config, model_config: None),
     (layerwise, "finalize_layerwise_processing", lambda model: None),
     (layerwise, "get_layerwise_info", None),
-    (types.LayerReloadingInfo, "can_load", lambda self, layer: None),
 ]
 
 
@@ -80,13 +79,17 @@ class TunedMethod(linear.UnquantizedLinearMethod):
     pass
 
 
+class Subclass(linear.MergedColumnParallelLinear):
+    pass
+
+
 exec("def forward(self): pass", SOURCELESS := {})
 NO_SOURCE = indexer_class(vllm_plugin.GLM5NEXT, forward=SOURCELESS["forward"])
 LAYER = r"layers\.1\.self_attn\.indexer\.wk_weights_proj: expected an unquantized MergedColumn.* with .*found "
 # Where, which attribute, its new value (... deletes it), the level of the log line, and a pattern of it.
 UNSUPPORTED = {
     "indexer": ("indexer", "__class__", indexer_class("vllm.other.Indexer"), "WARNING", r"layers\.1.*vllm\.other"),
-    "class": ("indexer", "wk_weights_proj", nn.Identity(), "WARNING", LAYER + "Identity"),
+    "class": ("projection", "__class__", Subclass, "WARNING", LAYER + "Subclass with UnquantizedLinearMethod"),
     "rows": ("projection", "output_sizes", [16, 128], "WARNING", LAYER + r".*\[16, 128\]"),
     "bias": ("projection", "bias", nn.Parameter(torch.zeros(144)), "WARNING", LAYER + ".*Parameter"),
     "skip_bias_add": ("projection", "skip_bias_add", True, "WARNING", LAYER + ".*'skip_bias_add': True"),
