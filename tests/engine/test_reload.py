@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from vllm.model_executor.model_loader.reload import layerwise
 
 from engine import checkpoints
 from engine.checkpoints import BF16, ENCODINGS, FP8, FUSED, INDEXER, D, K, checkpoint, only_projections, pair
-from engine.harness import Server, activations, assert_close, assert_outputs, projections
+from engine.harness import Server, activations, assert_close, assert_outputs, environment, plugin, projections
 from indexproj.loading import CheckpointError
 
 LAST_WK, LAST_SCALE, LAST_GATE = (
@@ -63,6 +64,27 @@ def test_reload_interrupted(server):
 
     with pytest.raises(ConnectionError):
         server.reload(Interrupted())
+    reload_and_check(server)
+
+
+def test_reload_one_tensor_per_call(server):
+    tensors, truth = checkpoint(server.makers)
+    with plugin("1"), environment(server.config):
+        layerwise.initialize_layerwise_reload(server.model)
+        for item in reversed(tensors.items()):
+            server.model.load_weights([item])
+        layerwise.finalize_layerwise_reload(server.model, server.config.model_config)
+    server.check(truth)
+
+
+def test_reload_after_aborted_reload(server):
+    """An error, as the tensors of both might meet; and then a clean one."""
+    tensors, _ = checkpoint(server.makers)
+    with plugin("1"), environment(server.config):
+        layerwise.initialize_layerwise_reload(server.model)
+        server.model.load_weights(tensors.items())  # and nothing ends this reload
+    with pytest.raises(CheckpointError, match="no more tensors for a complete layer"):
+        server.reload(tensors)
     reload_and_check(server)
 
 
