@@ -21,7 +21,8 @@ from indexproj.indexer.cli.synthetic import random_weight
 from indexproj.loading.names import parse
 
 M, K, D, H = 5, 256, 128, 16
-HEADS, Q_RANK, KV_RANK, NOPE, ROPE, V, INNER, VOCAB = 2, 128, 64, 32, 64, 32, 128, 128
+# vLLM does not decode an FP8 kv_b_proj with less than a block of 128 rows, or one alone; its MLA backend needs KV_RANK.
+HEADS, Q_RANK, KV_RANK, NOPE, ROPE, V, INNER, VOCAB = 4, 128, 512, 32, 64, 32, 128, 128
 LAYERS = 2
 INDEXER = "model.layers.{}.self_attn.indexer."
 ROWS = {"wk": D, "weights_proj": H, "wk_weights_proj": D + H}
@@ -55,7 +56,7 @@ GLM5NEXT = {
 DOTS3 = {
     **NO_ROPE, "model_type": "dots3_note", "layer_types": ["full_attention"] * LAYERS,
     "rope_parameters": ROPE_PARAMETERS, "attention_gate_type": "headwise", "apply_mla_qkv_lora_rescale": False,
-    "swa_kv_lora_rank": 64, "swa_qk_rope_head_dim": 64,
+    "swa_kv_lora_rank": KV_RANK, "swa_qk_rope_head_dim": ROPE,
 }  # fmt: skip
 
 
@@ -83,13 +84,13 @@ def values(prefix, **shapes):
     return {names[name]: value(names[name], *shape) for name, shape in shapes.items()}
 
 
-def decoder_layer(prefix, heads=HEADS, kv_rank=KV_RANK):
+def decoder_layer(prefix):
     """The tensors of a layer with a dense MLP and an indexer."""
     attention, indexer = f"{prefix}self_attn.", f"{prefix}self_attn.indexer."
-    queries = {"q_a_proj": (Q_RANK, K), "q_b_proj": (heads * (NOPE + ROPE), Q_RANK), "q_a_layernorm": (Q_RANK,)}
-    keys = {"kv_a_proj_with_mqa": (kv_rank + ROPE, K), "kv_b_proj": (heads * (NOPE + V), kv_rank)}
+    queries = {"q_a_proj": (Q_RANK, K), "q_b_proj": (HEADS * (NOPE + ROPE), Q_RANK), "q_a_layernorm": (Q_RANK,)}
+    keys = {"kv_a_proj_with_mqa": (KV_RANK + ROPE, K), "kv_b_proj": (HEADS * (NOPE + V), KV_RANK)}
     return {
-        **values(attention, **queries, **keys, kv_a_layernorm=(kv_rank,), o_proj=(K, heads * V)),
+        **values(attention, **queries, **keys, kv_a_layernorm=(KV_RANK,), o_proj=(K, HEADS * V)),
         **values(f"{prefix}mlp.", gate_proj=(INNER, K), up_proj=(INNER, K), down_proj=(K, INNER)),
         **values(prefix, input_layernorm=(K,), post_attention_layernorm=(K,)),
         **values(indexer, k_norm=(D,), weights_proj=(H, K), wk=(D, K), wq_b=(H * D, Q_RANK)),
@@ -97,14 +98,14 @@ def decoder_layer(prefix, heads=HEADS, kv_rank=KV_RANK):
     }
 
 
-def deepseek(layers=LAYERS, **sizes):
+def deepseek():
     """A BF16 checkpoint with one MTP layer."""
     tensors = values("", model__embed_tokens=(VOCAB, K), model__norm=(K,), lm_head=(VOCAB, K))
-    for layer in range(layers + 1):
-        tensors |= decoder_layer(f"model.layers.{layer}.", **sizes)
+    for layer in range(LAYERS + 1):
+        tensors |= decoder_layer(f"model.layers.{layer}.")
     mtp = {"embed_tokens": (VOCAB, K), "eh_proj": (K, 2 * K), "enorm": (K,), "hnorm": (K,)}
     mtp |= {"shared_head__head": (VOCAB, K), "shared_head__norm": (K,)}
-    return tensors | values(f"model.layers.{layers}.", **mtp)
+    return tensors | values(f"model.layers.{LAYERS}.", **mtp)
 
 
 def hy_v4():

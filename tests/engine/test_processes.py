@@ -79,7 +79,7 @@ def test_entry_point_and_fork(tmp_path):
 
 def test_generation_is_the_same_after_reload(tmp_path):
     """The whole of vLLM: LLM with a draft, the plugin from its entry point, generation and a reload by RPC."""
-    path, _ = fp8_checkpoint(tmp_path / "checkpoint", kv_rank=512)
+    path, _ = fp8_checkpoint(tmp_path / "checkpoint")
     environment = {
         "VLLM_PLUGINS": "indexproj",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the stubs are in this process
