@@ -6,7 +6,7 @@ FIXTURE := build/demo/deepseek-v3.2
 # Which tests of test-host and test-interpreter run: "not full", "full", or "" for all.
 SELECT := not full
 
-.PHONY: demo test test-all test-full test-host test-interpreter test-compile test-races test-vllm vllm-report vllm-overhead lint types benchmark clean
+.PHONY: demo test test-all test-full test-host test-interpreter test-compile test-races test-vllm lint types benchmark clean
 
 demo: .venv/.installed
 	@echo "== 1/3 Write two layers of a checkpoint with the layout of DeepSeek-V3.2 (K=7168, H=64) to $(FIXTURE)"
@@ -47,12 +47,6 @@ test-races: .venv-races/.installed
 test-vllm: .venv-vllm/.installed
 	@echo "== The plugin in vLLM 0.32.0 on CPU, and the sources of vLLM 0.31.0 to 0.33.0"
 	@.venv-vllm/bin/pytest -q tests/engine
-
-vllm-report: .venv-vllm/.installed
-	@PYTHONPATH=tests .venv-vllm/bin/python tests/engine/report.py
-
-vllm-overhead: .venv-vllm/.installed
-	@PYTHONPATH=tests .venv-vllm/bin/python tests/engine/overhead.py
 
 lint: .venv/.installed-dev
 	@echo "== ruff"

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from ..kernels import ProjectionWeights, project
 from ..loading import load
 
-OPTIONS = ("k_dtype", "gate_dtype", "gate_scale", "activation", "batch_invariant")
-
 
 class IndexerProjection(nn.Module):
     """(k, gate) = (x @ wk.T, x @ weights_proj.T) of one indexer, in one launch.
@@ -23,17 +21,13 @@ class IndexerProjection(nn.Module):
 
     Attributes:
         weights: the two matrices.
-        options: keyword arguments of `project`, among OPTIONS.
+        options: keyword arguments of `project`.
     """
 
     def __init__(self, weights: ProjectionWeights, **options: Any) -> None:
         super().__init__()
         if not isinstance(weights, ProjectionWeights):
             raise TypeError(f"IndexerProjection: expected ProjectionWeights, got {type(weights).__name__}")
-        if unknown := options.keys() - OPTIONS:
-            raise TypeError(
-                f"IndexerProjection: expected options {', '.join(OPTIONS)}, got {', '.join(sorted(unknown))}"
-            )
         self.weights = weights
         self.options = options
 

@@ -34,4 +34,3 @@ class IndexerMethod(LinearMethodBase):  # type: ignore[misc]
         """Ends the load of the whole model, see `IndexerModel.finish`. vLLM calls this for every layer."""
         if self._model.state is not State.READY:
             self._model.finish()
-            self._model.take_updated()

@@ -51,12 +51,12 @@ class IndexerLayer:
         self.layout: str | None = None  # compiled code guards on this, which changes less than the state
         self.weights: ProjectionWeights | None = None  # None if they are in module.weight
         self.problems: list[Problem] = []  # of the current load
-        self.warnings: list[Problem] = []  # odd or rounded values of the last load
-        self._config = replace(config, index_head_dim=self.shape[0])
+        self.warnings: list[Problem] = []  # odd or rounded values of the current load
+        d, h, k = self.shape
+        self._config = replace(config, index_head_dim=d, index_n_heads=h, hidden_size=k)
         self._to_bf16, self._device = to_bf16, module.weight.device
         self._collector: Collector | None = None
         self._tensors: dict[str, Tensor] = {}
-        self._gate_copy: Tensor | None = None
         self._saved: Any = lambda: None  # weak reference to what the last state_dict has
         self._dense: nn.Parameter = module.weight  # during a reload, the engine puts another one into the module
         self._dense.data.fill_(torch.nan)
@@ -66,7 +66,7 @@ class IndexerLayer:
         """The two matrices. Raises RuntimeError if nothing has been loaded."""
         if self.layout is None:
             raise RuntimeError(f"{self.name}: no weights have been loaded")
-        return self.weights or self._split(self.module.weight.data)  # not cached: offloading moves the parameter
+        return self.weights or self._split(self.module.weight)  # not cached: offloading moves the parameter
 
     def offer(self, part: IndexerTensor, tensor: Tensor) -> None:
         """Takes a tensor of the checkpoint, which may be overwritten afterwards. Finishes if no other can follow."""
@@ -86,12 +86,12 @@ class IndexerLayer:
         """Ends a load: uses the collected tensors, or checks the values that the layer holds if none came."""
         if self._collector is not None:
             plan, tensors = self._collector.plan(self.number), self._tensors
-            self._drop()
+            self.drop()
             self.problems += plan.problems
             if not plan.problems and (new := plan.bind(tensors, self.problems, self.warnings)):
                 self._use(new)
         elif self.state is not State.UPDATED and not self.problems:
-            held = self.weights or self._split(self._dense.data)
+            held = self.weights or self._split(self._dense)
             if judge(held.wk)[0] or judge(held.gate)[0]:  # nobody wrote to it, or a sleep discarded it
                 self._refuse(f"tensors of {WK} and {GATE}", "none of them, and uninitialized memory")
             else:
@@ -105,41 +105,25 @@ class IndexerLayer:
         if not plan.problems or self._collector.problems[self.number]:  # complete, or a tensor came twice
             self.finish()
             return
-        side, other, held = ("wk", plan.gate, self.operands) if plan.wk.headers else ("gate", plan.wk, self.operands)
-        one, shape = getattr(plan, side), getattr(held, side).shape
-        if other.headers or not one.encoding or one.encoding.optional or one.shape != shape:
-            return
-        self.problems += [problem for problem in plan.problems if problem.subject.startswith(one.name)]
-        matrix = None if self.problems else one.bind(self._tensors, self.problems, self.warnings)
-        if matrix:
-            self._drop()
-            self._use(replace(held, **{side: matrix}))
+        for side, one, other in ("wk", plan.wk, plan.gate), ("gate", plan.gate, plan.wk):
+            if one.encoding and not one.encoding.optional and not other.headers:
+                tensors = self._tensors
+                self.drop()
+                self.problems += [problem for problem in plan.problems if problem.subject.startswith(one.name)]
+                if not self.problems and (matrix := one.bind(tensors, self.problems, self.warnings)):
+                    self._use(replace(self.operands, **{side: matrix}))
 
-    def copy_gate(self) -> Tensor:
-        """[K, H] fp32, for an engine that computes the gate itself. Every load renews it."""
-        self._gate_copy = torch.empty(self.shape[2], self.shape[1], dtype=torch.float32, device=self._device)
-        return self._gate_copy.fill_(torch.nan)
-
-    def abandon(self) -> None:
-        """Drops the tensors and problems of the current load."""
-        self.problems = []
-        if self.state is State.COLLECTING:
-            self._drop()
-
-    def _drop(self) -> None:
+    def drop(self) -> None:
+        """Drops the tensors of the current load, and ends UPDATED."""
         self._collector, self._tensors = None, {}
         self.state = State.EMPTY if self.layout is None else State.READY
 
     def _split(self, weight: Tensor) -> ProjectionWeights:
-        return ProjectionWeights(*map(DenseMatrix, torch.split(weight, list(self.shape[:2]))))
-
-    def _stored(self, new: ProjectionWeights) -> ProjectionWeights:
-        return new.to_bf16() if self._to_bf16 or (self.layout is not None and self.weights is None) else new
+        return ProjectionWeights(*map(DenseMatrix, torch.split(weight.data, list(self.shape[:2]))))
 
     def _use(self, new: ProjectionWeights) -> None:
-        if new.shape != self.shape:
-            return self._refuse(f"(D, H, K) = {self.shape}, the model's shape", f"{new.shape}")
-        new = self._stored(new)
+        if self._to_bf16:
+            new = new.to_bf16()
         if self.weights is None and new.fused_weight is not None:
             self._dense.data.copy_(new.fused_weight)
         elif self.weights is None:
@@ -157,9 +141,7 @@ class IndexerLayer:
 
     def _commit(self, held: ProjectionWeights, state: State) -> None:
         self.layout, self.state = LAYOUT.format(*held.formats), state
-        if self._gate_copy is not None:
-            with torch.inference_mode():  # may write both inference tensors and others
-                self._gate_copy.copy_(held.gate.dequantize().t())
+        self._to_bf16 = self.weights is None  # `weight` stays dense
 
     def _replace_parameter(self, new: ProjectionWeights) -> None:
         self.module._parameters.pop("weight", None)
@@ -215,7 +197,6 @@ class IndexerModel:
                 loaded = self._load_weights(self._others(weights), *args, **kwargs)
         except BaseException:
             self._abandon()
-            self.take_updated()
             raise
         for layer in self.layers.values():
             if not has_end:
@@ -223,18 +204,16 @@ class IndexerModel:
             if loaded is not None and layer.state is State.UPDATED:
                 loaded.update(f"{layer.name}.{name}" for name, _ in layer.module.named_parameters(recurse=False))
         if not has_end:
-            self.take_updated()
-            self._raise_problems()
-            self._log_warnings()
+            self._end()
             if waiting := [number for number, layer in self.layers.items() if layer.state is State.COLLECTING]:
                 LOGGER.warning("indexer layers %s keep their old weights until all tensors arrive", ranges(waiting))
         return loaded
 
-    def finish(self) -> None:
-        """Ends a load, and logs what runs after the first. Raises CheckpointError for all problems of all layers."""
+    def finish(self) -> list[Any]:
+        """Ends a load and returns the modules with new weights. Raises CheckpointError for problems of all layers."""
         for layer in self.layers.values():
             layer.finish()
-        self._raise_problems()
+        updated = self._end()
         if self.state is State.EMPTY:
             layouts = "; ".join(dict.fromkeys(str(layer.layout) for layer in self.layers.values()))
             layouts += ", batch-invariant" * self.batch_invariant
@@ -242,18 +221,19 @@ class IndexerModel:
             self.compile_key.setdefault("indexproj", {})[self._class] = f"{version}: {layouts}"
             LOGGER.info("indexproj %s runs %s indexer projections of %s: %s", version, count, self._class, layouts)
         self.state = State.READY
-        self._log_warnings()
+        return updated
 
-    def _log_warnings(self) -> None:
-        log((warning for layer in self.layers.values() for warning in layer.warnings), LOGGER)
-        for layer in self.layers.values():
-            layer.warnings = []
-
-    def take_updated(self) -> list[Any]:
-        """Makes all UPDATED layers READY, and returns their modules."""
-        updated = [layer for layer in self.layers.values() if layer.state is State.UPDATED]
+    def _end(self) -> list[Any]:
+        """Raises all problems, or logs all warnings. Makes UPDATED layers READY and returns their modules."""
+        layers = self.layers.values()
+        if problems := [problem for layer in layers for problem in layer.problems]:
+            self._abandon()
+            raise CheckpointError(problems)
+        log((warning for layer in layers for warning in layer.warnings), LOGGER)
+        updated = [layer for layer in layers if layer.state is State.UPDATED]
         for layer in updated:
-            layer.state = State.READY
+            layer.drop()
+            layer.warnings = []
         return [layer.module for layer in updated]
 
     def _others(self, weights: Iterable[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
@@ -268,18 +248,15 @@ class IndexerModel:
             if number in self.layers and part.role not in UNUSED:
                 self.layers[number].offer(part, tensor)
 
-    def _raise_problems(self) -> None:
-        if problems := [problem for layer in self.layers.values() for problem in layer.problems]:
-            self._abandon()
-            raise CheckpointError(problems)
-
     def _abandon(self) -> None:
+        """Drops the tensors, problems and warnings of the current load. Complete layers keep their new weights."""
         for layer in self.layers.values():
-            layer.abandon()
+            layer.drop()
+            layer.problems, layer.warnings = [], []
 
     @contextmanager
     def _parameters_hidden(self) -> Iterator[None]:
-        """Hides the parameters from the engine, which would write to them or report them as not loaded."""
+        """Hides the parameters from the engine: HY-V4's MTP module would report them as not loaded."""
         hidden = {layer.module: layer.module._parameters for layer in self.layers.values()}
         for module in hidden:
             module._parameters = {}

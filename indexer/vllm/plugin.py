@@ -6,18 +6,19 @@ kernels; swapping does. If anything in vLLM is unexpected, nothing changes. See 
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib.metadata
 import inspect
 import logging
 import os
 import re
+import textwrap
 from types import MethodType
 from typing import Any
 
-from .glm5next import GLM5NEXT, UnexpectedError, glm5next_forward
-
 LOGGER = logging.getLogger("vllm.indexproj")  # below "vllm", so that it gets vLLM's handlers
+GLM5NEXT = "vllm.models.glm5next.common.attention.Indexer"  # of GLM-5.3-Flash
 # The classes that own a wk_weights_proj.
 INDEXERS = (
     "vllm.model_executor.models.deepseek_v2.Indexer", "vllm.models.deepseek_v32.attention.DeepseekV32Indexer",
@@ -31,6 +32,19 @@ MODEL_FILES = (
     "vllm.models.glm5next.common.model", "vllm.models.glm5next.common.mtp",
     "vllm.model_executor.models.glm4_1v",  # Glm5NextForConditionalGeneration inherits its load_weights
 )  # fmt: skip
+# In GLM5NEXT.forward, which computes the gate once more, in fp32, from a copy of its weights that no reload renews.
+TWO_GEMMS = """
+kw, _ = self.wk_weights_proj(hidden_states)
+k = kw[:, :self.head_dim]
+if self._wp_fp32 is None:
+    self._wp_fp32 = self.wk_weights_proj.weight.data[self.head_dim:, :].t().contiguous().float()
+weights = torch.mm(hidden_states.float(), self._wp_fp32)
+"""
+ONE_LAUNCH = "k, weights = self.wk_weights_proj.quant_method.k_and_gate(self.wk_weights_proj, hidden_states)"
+
+
+class UnexpectedError(Exception):
+    """Something in vLLM differs from what the patches were written for."""
 
 
 def register() -> None:
@@ -41,62 +55,37 @@ def register() -> None:
     if switch == "0":
         return
     try:
-        loader, layerwise = find_patched()
-    except (UnexpectedError, ImportError) as error:
+        from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+        from vllm.model_executor.model_loader.reload import layerwise
+
+        for owner, name, arguments in (
+            (BaseModelLoader, "create_model", ["self", "vllm_config", "model_config", "prefix"]),
+            (layerwise, "finalize_layerwise_processing", ["model", "model_config"]),
+            (layerwise, "get_layerwise_info", ["layer"]),
+        ):
+            found = list(inspect.signature(getattr(owner, name)).parameters)
+            if found != arguments:
+                raise UnexpectedError(f"{owner.__name__}.{name}: expected the arguments {arguments}, found {found}")
+    except (UnexpectedError, AttributeError, ImportError) as error:
         _warn(error)
-    else:
-        if not hasattr(loader.create_model, "is_indexproj"):
-            patch_loaders(loader, to_bf16=switch == "bf16")
-            patch_reload(layerwise)
+        return
+    if not hasattr(BaseModelLoader.create_model, "is_indexproj"):
+        patch_create_model(BaseModelLoader, to_bf16=switch == "bf16")
+        patch_reload(layerwise)
 
 
-def find_patched() -> tuple[Any, Any]:
-    """Imports what `register` patches. Raises UnexpectedError or ImportError if it is not as the patches expect."""
-    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
-    from vllm.model_executor.model_loader.reload import layerwise
-    from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
+def patch_create_model(loader: Any, to_bf16: bool) -> None:
+    """Wraps `BaseModelLoader.create_model`, to swap projections before weights are loaded."""
+    original = loader.create_model
 
-    for owner, name, arguments in (
-        (BaseModelLoader, "__init__", ["self", "load_config"]),
-        (BaseModelLoader, "create_model", ["self", "vllm_config", "model_config", "prefix"]),
-        (layerwise, "finalize_layerwise_processing", ["model", "model_config"]),
-        (layerwise, "get_layerwise_info", ["layer"]),
-        (LayerReloadingInfo, "can_load", ["self"]),
-    ):
-        function = getattr(owner, name, None)
-        found = list(inspect.signature(function).parameters) if callable(function) else "no such function"
-        if found != arguments:
-            raise UnexpectedError(f"{owner.__name__}.{name}: expected the arguments {arguments}, found {found}")
-    return BaseModelLoader, layerwise
-
-
-def patch_loaders(loader: Any, to_bf16: bool) -> None:
-    """Wraps `BaseModelLoader.create_model`, to swap projections, and `__init__`, to warn of other load_models."""
-    create, init = loader.create_model, loader.__init__
-
-    @functools.wraps(create)
+    @functools.wraps(original)
     def create_model(self: Any, vllm_config: Any, model_config: Any, prefix: str = "") -> Any:
-        model = create(self, vllm_config, model_config, prefix)
+        model = original(self, vllm_config, model_config, prefix)
         swap(model, vllm_config, model_config, to_bf16)
         return model
 
-    @functools.wraps(init)
-    def initialize(self: Any, load_config: Any) -> None:
-        init(self, load_config)
-        load = self.load_model
-
-        @functools.wraps(load)
-        def load_model(*args: Any, **kwargs: Any) -> Any:
-            model = load(*args, **kwargs)
-            if not hasattr(model, "indexproj") and indexers_of(model):
-                model.indexproj, who = None, type(self).__name__
-                LOGGER.warning("indexproj leaves the indexer projections to vLLM: %s does not call create_model", who)
-            return model
-
-        self.load_model = load_model
-
     create_model.is_indexproj = True  # type: ignore[attr-defined]
-    loader.create_model, loader.__init__ = create_model, initialize
+    loader.create_model = create_model
 
 
 def patch_reload(layerwise: Any) -> None:
@@ -107,13 +96,10 @@ def patch_reload(layerwise: Any) -> None:
     def finalize_layerwise_processing(model: Any, model_config: Any) -> None:
         swapped = getattr(model, "indexproj", None)  # an IndexerModel
         try:
-            if swapped:
-                swapped.finish()
+            for module in swapped.finish() if swapped else ():
+                # or vLLM warns that nothing was written to the layer
+                layerwise.get_layerwise_info(module).load_numel_total = 0
         finally:
-            for module in swapped.take_updated() if swapped else ():
-                info = layerwise.get_layerwise_info(module)
-                if info.can_load():
-                    info.load_numel_total = 0  # or vLLM warns that nothing was written to the layer
             original(model, model_config)
 
     layerwise.finalize_layerwise_processing = finalize_layerwise_processing
@@ -121,21 +107,21 @@ def patch_reload(layerwise: Any) -> None:
 
 def swap(model: Any, vllm_config: Any, model_config: Any, to_bf16: bool) -> None:
     """Swaps all projections of a model, or none and logs why. Does nothing to a model without a projection."""
-    if not (indexers := indexers_of(model)):
+    owned = [name for name, _ in model.named_modules() if name.endswith(".indexer.wk_weights_proj")]
+    indexers = {name: model.get_submodule(name.rpartition(".")[0]) for name in owned}
+    if not indexers:
         return
-    model.indexproj = None
     try:
         if reason := _unsupported(model, vllm_config, indexers):
             LOGGER.info("indexproj leaves the indexer projections to vLLM: %s", reason)
             return
-        glm5next = [name for name, indexer in indexers.items() if indexer_name(type(indexer)) == GLM5NEXT]
-        forwards: dict[str, Any] = {name: glm5next_forward(indexers[name].__class__) for name in glm5next}
+        glm5next = [indexer for indexer in indexers.values() if indexer_name(indexer) == GLM5NEXT]
+        forwards = [MethodType(glm5next_forward(type(indexer).forward), indexer) for indexer in glm5next]
         from vllm import envs
 
         from .method import IndexerMethod
         from .model import IndexerModel
 
-        names = {layer_of(name): f"{name}.wk_weights_proj" for name in indexers}
         config = {"num_hidden_layers": getattr(model_config.hf_text_config, "num_hidden_layers", None)}
         for source in (model_config.hf_text_config, getattr(model_config, "hf_config", None)):
             for key in ("quantization_config", "compression_config"):
@@ -143,40 +129,52 @@ def swap(model: Any, vllm_config: Any, model_config: Any, to_bf16: bool) -> None
                     config[key] = value.to_dict() if hasattr(value, "to_dict") else value
         # A rank that joins gets dummy weights, then the tensors of another rank in order: both need one layout.
         to_bf16 = to_bf16 or vllm_config.parallel_config.enable_elastic_ep
+        names = {layer_of(name): name for name in indexers}
         swapped = IndexerModel(model, names, config, to_bf16, envs.VLLM_BATCH_INVARIANT)
-    except (UnexpectedError, AttributeError, ImportError) as error:
+    except (UnexpectedError, AttributeError, ImportError, OSError) as error:
         _warn(error)
         return
     model.indexproj, swapped.compile_key = swapped, vllm_config.additional_config
     for layer in swapped.layers.values():
         layer.module.quant_method = IndexerMethod(layer, swapped)
-    for name, forward in forwards.items():
-        if forward:
-            indexers[name].forward = MethodType(forward, indexers[name])
-        else:
-            LOGGER.info("indexproj keeps vLLM's forward of %s, which computes the gate once more, in fp32", name)
-            indexers[name]._wp_fp32 = swapped.layers[layer_of(name)].copy_gate()
+    for indexer, forward in zip(glm5next, forwards, strict=True):
+        indexer.forward = forward
     # For LoRA only: trainers read the mapping to find `.weight`. GLM-5.3-Flash's forward would bypass an adapter.
     mapping = getattr(model, "packed_modules_mapping", None)
     if mapping is not None and vllm_config.lora_config and not forwards:
         model.packed_modules_mapping = {"wk_weights_proj": ["wk", "weights_proj"], **mapping}
 
 
-def indexers_of(model: Any) -> dict[str, Any]:
-    """Name -> module that owns a wk_weights_proj."""
-    owned = [name for name, _ in model.named_modules() if name.endswith(".indexer.wk_weights_proj")]
-    return {name.rpartition(".")[0]: model.get_submodule(name.rpartition(".")[0]) for name in owned}
+@functools.cache
+def glm5next_forward(original: Any) -> Any:
+    """Compiles GLM5NEXT.forward with ONE_LAUNCH in place of TWO_GEMMS.
+
+    Raises UnexpectedError if it does not have them, and OSError if its source is missing.
+    """
+    names: dict[str, Any] = {}
+    source = one_launch(textwrap.dedent(inspect.getsource(original)))
+    exec(compile(source, "<string>", "exec"), original.__globals__, names)  # a file name would be read, for a cache key
+    return names["forward"]
 
 
-def indexer_name(module_class: Any) -> str | None:
-    """The entry of INDEXERS that a class is or inherits from; None for all other classes."""
-    names = (f"{base.__module__}.{base.__qualname__}" for base in module_class.__mro__)
+def one_launch(source: str) -> str:
+    """Replaces TWO_GEMMS by ONE_LAUNCH in the source of a function. Raises UnexpectedError if it does not have them."""
+    found, wanted = (ast.unparse(ast.parse(text)) + "\n" for text in (source, TWO_GEMMS))
+    statements = textwrap.indent(wanted, "    ")
+    if statements not in found:
+        raise UnexpectedError(f"{GLM5NEXT}.forward: expected the statements\n{wanted}")
+    return found.replace(statements, f"    {ONE_LAUNCH}\n")
+
+
+def indexer_name(indexer: Any) -> str | None:
+    """The entry of INDEXERS that the class of a module is or inherits from; None for all other classes."""
+    names = (f"{base.__module__}.{base.__qualname__}" for base in type(indexer).__mro__)
     return next((name for name in names if name in INDEXERS), None)
 
 
 def layer_of(name: str) -> Any:
-    """The layer index in the name of a module or tensor; None if it has none."""
-    found = re.findall(r"(?:^|\.)(?:mtp_)?layers\.(\d+)\.", name)
+    """The layer index in the name of a module; None if it has none."""
+    found = re.findall(r"\blayers\.(\d+)\.", name)
     return int(found[-1]) if found else None
 
 
@@ -184,40 +182,36 @@ def _unsupported(model: Any, vllm_config: Any, indexers: dict[str, Any]) -> str 
     """Why the kernels should not serve a model, or None. Raises UnexpectedError if vLLM built it in an unknown way."""
     from vllm.model_executor.layers.linear import MergedColumnParallelLinear, UnquantizedLinearMethod
 
-    from ...kernels.dispatch import table_of
     from ...kernels.target import target_of
 
-    if unknown := [f"{name} is a {type(i).__module__}" for name, i in indexers.items() if not indexer_name(type(i))]:
-        raise UnexpectedError(f"{unknown[0]}, expected one of {', '.join(INDEXERS)}")
-    if not isinstance(vllm_config.additional_config, dict):
-        return "additional_config is not a dict, so vLLM's compile cache would mix up code with and without the kernels"
-    if (file := model.load_weights.__module__) not in MODEL_FILES:
-        return f"the load_weights of {type(model).__name__} is from {file}, expected one of {', '.join(MODEL_FILES)}"
     if len(set(map(layer_of, indexers)) - {None}) < len(indexers):
         raise UnexpectedError(f"expected one indexer per layer, found {', '.join(indexers)}")
     for name, indexer in indexers.items():
-        layer, rows = indexer.wk_weights_proj, [indexer.head_dim, indexer.n_head]
-        method, module = getattr(layer, "quant_method", None), f"{name}.wk_weights_proj"
+        if not indexer_name(indexer):
+            raise UnexpectedError(f"{name} is in a {type(indexer)}, expected one of {', '.join(INDEXERS)}")
+        layer = indexer.wk_weights_proj
+        method = getattr(layer, "quant_method", None)
+        rows = [indexer.head_dim, indexer.n_head]
         expected = {"output_sizes": rows, "bias": None, "skip_bias_add": False, "return_bias": True, "tp_size": 1}
         found = {attribute: getattr(layer, attribute, "none") for attribute in expected}
         is_linear = type(layer) is MergedColumnParallelLinear and isinstance(method, UnquantizedLinearMethod)
         if not is_linear or found != expected:
             raise UnexpectedError(
-                f"{module}: expected an unquantized MergedColumnParallelLinear with {expected}, "
+                f"{name}: expected an unquantized MergedColumnParallelLinear with {expected}, "
                 f"found {type(layer).__name__} with {type(method).__name__} and {found}"
             )
         if str(layer.weight.dtype) != "torch.bfloat16":
             return f"the model is in {layer.weight.dtype}, expected torch.bfloat16"
-        device, shape = layer.weight.device, (*rows, layer.weight.shape[1])
-        try:
-            target_of(device)
-        except RuntimeError as error:
-            return f"{module} is on {device}, maybe because its weights are offloaded: {error}"
         if type(method) is not UnquantizedLinearMethod:
-            tuned = type(method).__name__
-            if shape not in (measured for _, measured, _ in table_of(device)):
-                return f"{module} has {tuned} for this GPU, and `indexproj tune` has not measured {shape}"
-            LOGGER.info("indexproj replaces %s of %s: its tuned table has %s", tuned, module, shape)
+            return f"{name} has {type(method).__name__}, which vLLM has tuned for this GPU"
+        try:
+            target_of(layer.weight.device)
+        except RuntimeError as error:
+            return f"{name} is on {layer.weight.device}, maybe because its weights are offloaded: {error}"
+    if not isinstance(vllm_config.additional_config, dict):
+        return "additional_config is not a dict, so vLLM's compile cache would mix up code with and without the kernels"
+    if (file := model.load_weights.__module__) not in MODEL_FILES:
+        return f"the load_weights of {type(model).__name__} is from {file}, expected one of {', '.join(MODEL_FILES)}"
     return None
 
 

@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 
 from exports import EXPORTS, named
 from indexproj.indexer.cli.synthetic import random_weight
-from indexproj.indexer.vllm.plugin import layer_of
+from indexproj.loading.names import parse
 
 M, K, D, H = 5, 256, 128, 16
-HEADS, Q_RANK, KV_RANK, NOPE, ROPE, V, INNER, VOCAB = 2, 128, 64, 32, 64, 32, 128, 128
+# vLLM does not decode an FP8 kv_b_proj with less than a block of 128 rows, or one alone; its MLA backend needs KV_RANK.
+HEADS, Q_RANK, KV_RANK, NOPE, ROPE, V, INNER, VOCAB = 4, 128, 512, 32, 64, 32, 128, 128
 LAYERS = 2
 INDEXER = "model.layers.{}.self_attn.indexer."
 ROWS = {"wk": D, "weights_proj": H, "wk_weights_proj": D + H}
@@ -37,12 +38,25 @@ DEEPSEEK = {
     "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 10000.0,
     "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 1,
 }  # fmt: skip
+NO_ROPE = {name: setting for name, setting in DEEPSEEK.items() if name != "rope_theta"}
+ROPE_PARAMETERS = {"rope_type": "default", "rope_theta": 10000.0}
 HY_V4 = {
-    **{key: value for key, value in DEEPSEEK.items() if not key.startswith(("rope", "first_k"))},
+    **{name: setting for name, setting in NO_ROPE.items() if name != "first_k_dense_replace"},
     "architectures": ["HYV4ForCausalLM"], "model_type": "hy_v4", "mlp_layer_types": ["dense"] * LAYERS,
     "layer_types": ["deepseek_sparse_attention"] * LAYERS, "indexer_types": ["full"] * LAYERS,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    "enable_ihc": False, "gated_mla": False, "learnable_sink": False, "pad_token_id": 0,
+    "rope_parameters": ROPE_PARAMETERS, "enable_ihc": False, "gated_mla": False, "learnable_sink": False,
+    "pad_token_id": 0,
+}  # fmt: skip
+GLM5NEXT = {
+    **NO_ROPE, "model_type": "glm5_next_text", "qk_rope_head_dim": 0, "index_kpool": 4,
+    "layer_types": ["indexed_attention"] * LAYERS, "mlp_layer_types": ["dense"] * LAYERS,
+    "indexer_types": ["full"] * LAYERS, "indexer_rope_interleave": True,
+    "mhc": False, "mla_use_nope": True, "pad_token_id": 0,
+}  # fmt: skip
+DOTS3 = {
+    **NO_ROPE, "model_type": "dots3_note", "layer_types": ["full_attention"] * LAYERS,
+    "rope_parameters": ROPE_PARAMETERS, "attention_gate_type": "headwise", "apply_mla_qkv_lora_rescale": False,
+    "swa_kv_lora_rank": KV_RANK, "swa_qk_rope_head_dim": ROPE,
 }  # fmt: skip
 
 
@@ -70,13 +84,13 @@ def values(prefix, **shapes):
     return {names[name]: value(names[name], *shape) for name, shape in shapes.items()}
 
 
-def decoder_layer(prefix, heads=HEADS, kv_rank=KV_RANK):
+def decoder_layer(prefix):
     """The tensors of a layer with a dense MLP and an indexer."""
     attention, indexer = f"{prefix}self_attn.", f"{prefix}self_attn.indexer."
-    queries = {"q_a_proj": (Q_RANK, K), "q_b_proj": (heads * (NOPE + ROPE), Q_RANK), "q_a_layernorm": (Q_RANK,)}
-    keys = {"kv_a_proj_with_mqa": (kv_rank + ROPE, K), "kv_b_proj": (heads * (NOPE + V), kv_rank)}
+    queries = {"q_a_proj": (Q_RANK, K), "q_b_proj": (HEADS * (NOPE + ROPE), Q_RANK), "q_a_layernorm": (Q_RANK,)}
+    keys = {"kv_a_proj_with_mqa": (KV_RANK + ROPE, K), "kv_b_proj": (HEADS * (NOPE + V), KV_RANK)}
     return {
-        **values(attention, **queries, **keys, kv_a_layernorm=(kv_rank,), o_proj=(K, heads * V)),
+        **values(attention, **queries, **keys, kv_a_layernorm=(KV_RANK,), o_proj=(K, HEADS * V)),
         **values(f"{prefix}mlp.", gate_proj=(INNER, K), up_proj=(INNER, K), down_proj=(K, INNER)),
         **values(prefix, input_layernorm=(K,), post_attention_layernorm=(K,)),
         **values(indexer, k_norm=(D,), weights_proj=(H, K), wk=(D, K), wq_b=(H * D, Q_RANK)),
@@ -84,14 +98,14 @@ def decoder_layer(prefix, heads=HEADS, kv_rank=KV_RANK):
     }
 
 
-def deepseek(layers=LAYERS, **sizes):
+def deepseek():
     """A BF16 checkpoint with one MTP layer."""
     tensors = values("", model__embed_tokens=(VOCAB, K), model__norm=(K,), lm_head=(VOCAB, K))
-    for layer in range(layers + 1):
-        tensors |= decoder_layer(f"model.layers.{layer}.", **sizes)
+    for layer in range(LAYERS + 1):
+        tensors |= decoder_layer(f"model.layers.{layer}.")
     mtp = {"embed_tokens": (VOCAB, K), "eh_proj": (K, 2 * K), "enorm": (K,), "hnorm": (K,)}
     mtp |= {"shared_head__head": (VOCAB, K), "shared_head__norm": (K,)}
-    return tensors | values(f"model.layers.{layers}.", **mtp)
+    return tensors | values(f"model.layers.{LAYERS}.", **mtp)
 
 
 def hy_v4():
@@ -100,6 +114,25 @@ def hy_v4():
     tensors = {name.replace(last, "model.mtp_layers.0."): tensor for name, tensor in deepseek().items()}
     tensors = {name: tensor for name, tensor in tensors.items() if not any(part in name for part in lost)}
     return tensors | values("model.mtp_layers.0.", final_layernorm=(K,))
+
+
+def glm5next():
+    """The same for GLM-5.3-Flash: without RoPE, and with tensors that pool keys."""
+    tensors = deepseek()
+    for layer in range(LAYERS + 1):
+        stem = f"model.layers.{layer}.self_attn."
+        tensors |= values(stem, q_b_proj=(HEADS * NOPE, Q_RANK), kv_a_proj_with_mqa=(KV_RANK, K))
+        tensors[f"{stem}indexer.index_kpool_compress_gate"] = value(f"{stem}gate", D, K)
+        tensors[f"{stem}indexer.index_kpool_compress_ape"] = value(f"{stem}ape", 4, D).float()
+    return tensors
+
+
+def dots3():
+    """The same for dots3-note, without an MTP layer."""
+    tensors = {name: tensor for name, tensor in deepseek().items() if f"layers.{LAYERS}." not in name}
+    for layer in range(LAYERS):
+        tensors |= values(f"model.layers.{layer}.self_attn.", g_proj=(HEADS, K), k_rope_only_layernorm=(64,))
+    return tensors
 
 
 def is_projection(name):
@@ -121,7 +154,7 @@ def checkpoint(makers, tensors=None, lost=()):
     result, truth = {name: tensor for name, tensor in tensors.items() if not is_projection(name)}, {}
     for stem in dict.fromkeys(name[: name.index("indexer.") + 8] for name in tensors if is_projection(name)):
         exports = {name: make(ROWS[name], K) for name, make in makers.items()}
-        layer = layer_of(stem) + (LAYERS if "mtp_layers" in stem else 0)
+        layer = parse(stem + "wk").layer(LAYERS)
         truth[layer] = torch.cat([export.loaded for export in exports.values()])
         for name, export in exports.items():
             result |= {name: tensor for name, tensor in named(stem, name, export).items() if not name.endswith(lost)}

@@ -18,5 +18,5 @@ else:
         configure_logging(LoggingConfig())  # or the first config that is created does, and undoes the next line
         logging.getLogger("vllm").propagate = True  # to pytest
         gc.freeze()  # every load of vLLM collects garbage, 0.4 s among all that is imported by now
-        with harness.cpu_worker():
+        with harness.cpu_worker(), harness.missing_modules():
             yield

@@ -1,4 +1,4 @@
-"""Boots `LLM` on a CPU, with the plugin from its entry point, and reloads it. Run as a script by test_generate.py.
+"""Boots `LLM` with an MTP draft on a CPU, with the plugin from its entry point, and reloads it. For test_processes.py.
 
 Stubs, for what a CPU lacks: the choice of a backend for sparse attention (the CPU's MLA backend attends to all
 tokens, and gets a method that waits for the top-k), `indexer_op` (records sums of its inputs), the indexer's KV cache
@@ -36,9 +36,8 @@ def tokens(llm):
     return [output.outputs[0].token_ids for output in outputs], list(SEEN)
 
 
-def main(path, draft):
+def main(path):
     torch.set_num_threads(1)
-    speculative = {"speculative_config": harness.MTP} if draft else {}
     with (
         harness.sparse_attention(),
         mock.patch.object(CPUMLAImpl, "record_logical_topk_ready", create=True),
@@ -49,7 +48,8 @@ def main(path, draft):
     ):
         llm = LLM(
             path, skip_tokenizer_init=True, enforce_eager=True, dtype="bfloat16", max_model_len=64, seed=0,
-            max_num_batched_tokens=64, max_num_seqs=2, kv_cache_memory_bytes=2**26, **speculative,
+            max_num_batched_tokens=64, max_num_seqs=2, kv_cache_memory_bytes=2**26,
+            speculative_config=harness.MTP,
         )  # fmt: skip
         found = llm.apply_model(lambda model: hasattr(model, "indexproj") and model.indexproj is not None)
         assert found == [True]
@@ -62,4 +62,4 @@ def main(path, draft):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2] == "mtp")
+    main(sys.argv[1])

@@ -5,11 +5,10 @@ Replaces only what vLLM lacks there: the choice of a backend for sparse attentio
 """
 
 import contextlib
+import importlib.machinery
 import os
 import sys
 import tempfile
-from dataclasses import dataclass
-from typing import Any
 from unittest import mock
 
 from engine.checkpoints import Q_RANK, K, M, checkpoint, is_projection, write  # before vLLM: sets the environment
@@ -26,6 +25,7 @@ from vllm.model_executor.model_loader.reload.inplace import reload_weights
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
 from vllm.platforms.cpu import CpuPlatform
 from vllm.utils.torch_utils import set_default_torch_dtype
+from vllm.v1.attention.backends import fa_utils
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.cpu_model_runner import _set_torch_accelerator_to_noop
 
@@ -44,6 +44,18 @@ def engine_config(path, **arguments):
     }
     arguments = {**defaults, **arguments}
     return EngineArgs(model=str(path), skip_tokenizer_init=True, dtype="bfloat16", **arguments).create_engine_config()
+
+
+@contextlib.contextmanager
+def missing_modules():
+    """Stands in for modules that GLM-5.3-Flash and dots3-note import and a CPU build lacks."""
+    names = ["torchvision", "torchvision.io", "torchvision.transforms", "torchvision.transforms.v2"]
+    names += ["vllm.third_party.deep_gemm", "vllm.vllm_flash_attn", "vllm.vllm_flash_attn.flash_attn_interface"]
+    stubs = {name: mock.MagicMock(__path__=[], __spec__=importlib.machinery.ModuleSpec(name, None)) for name in names}
+    functions = "compile_flash_attn_varlen_func_from_specs", "flash_attn_varlen_func", "get_scheduler_metadata"
+    missing = {name: mock.MagicMock() for name in functions if not hasattr(fa_utils, name)}
+    with mock.patch.dict(sys.modules, stubs), mock.patch.multiple(fa_utils, create=True, **missing):
+        yield
 
 
 @contextlib.contextmanager
@@ -85,13 +97,13 @@ def model_parallel(tensor_parallel_size=1, pipeline_parallel_size=1):
 def plugin(switch):
     """Registers the plugin, which "0" turns off, and removes its patches on exit."""
     loader, layerwise = BaseModelLoader, reload.layerwise
-    before = loader.create_model, loader.__init__, layerwise.finalize_layerwise_processing
+    before = loader.create_model, layerwise.finalize_layerwise_processing
     with mock.patch.dict(os.environ, {"INDEXPROJ_VLLM": switch}):
         try:
             vllm_plugin.register()
             yield
         finally:
-            loader.create_model, loader.__init__, layerwise.finalize_layerwise_processing = before
+            loader.create_model, layerwise.finalize_layerwise_processing = before
 
 
 @contextlib.contextmanager
@@ -100,42 +112,35 @@ def environment(config):
         yield
 
 
-@dataclass
 class Created:
     """A model before its weights are loaded."""
 
-    model: Any
-    config: Any
-    loader: Any
-    model_config: Any
+    def __init__(self, path, switch="1"):
+        self.config = engine_config(path)
+        self.loader = get_model_loader(self.config.load_config)
+        with plugin(switch), environment(self.config):
+            self.model = self.loader.create_model(self.config, self.config.model_config)
 
     def load(self):
         with environment(self.config):
-            self.loader.load_weights(self.model, self.model_config)
+            self.loader.load_weights(self.model, self.config.model_config)
 
     def process(self):
         """Ends the load."""
         with environment(self.config):
-            process_weights_after_loading(self.model, self.model_config, torch.device("cpu"))
-
-
-def create(path, switch="1"):
-    config = engine_config(path)
-    loader = get_model_loader(config.load_config)
-    with plugin(switch), environment(config):
-        return Created(loader.create_model(config, config.model_config), config, loader, config.model_config)
+            process_weights_after_loading(self.model, self.config.model_config, torch.device("cpu"))
 
 
 def build(path, switch="1", draft=False, **arguments):
     """A model that vLLM's own loader has loaded and processed."""
-    config = engine_config(path, **arguments, **({"speculative_config": MTP} if draft else {}))
-    return load_model(config, switch, config.speculative_config.draft_model_config if draft else config.model_config)
+    return load_model(engine_config(path, **arguments, **({"speculative_config": MTP} if draft else {})), switch, draft)
 
 
-def load_model(config, switch="1", model_config=None):
+def load_model(config, switch="1", draft=False):
     config.compilation_config.static_forward_context.clear()
+    model_config = config.speculative_config.draft_model_config if draft else config.model_config
     with plugin(switch), set_current_vllm_config(config):
-        return get_model_loader(config.load_config).load_model(config, model_config or config.model_config)
+        return get_model_loader(config.load_config).load_model(config, model_config)
 
 
 class Server:
@@ -144,8 +149,8 @@ class Server:
     def __init__(self, path, makers, switch="1", **arguments):
         tensors, self.truth = checkpoint(makers)
         self.makers = makers
-        self.config = engine_config(write(path, tensors))
-        self.model = build(path, switch, **arguments)
+        self.config = engine_config(write(path, tensors), **arguments)
+        self.model = load_model(self.config, switch)
         self.pointers = self.addresses()
 
     def addresses(self):
@@ -259,3 +264,21 @@ def assert_indexer_inputs_agree(stock, swapped):
         for found, expected in zip(ours[1:], theirs[1:], strict=True):
             assert like(found) == like(expected)
             assert_close(found, expected, 2**-7)
+
+
+# Arguments of build, and the layers of each of two ranks.
+SIZES = ({"tensor_parallel_size": 2}, [0, 1], [0, 1]), ({"pipeline_parallel_size": 2}, [0], [1])
+
+
+def run_rank(rank, path, rendezvous, truth):
+    """In a spawned process: loads this rank's part of the model from the whole checkpoint."""
+    torch.set_num_threads(1)
+    with cpu_worker(rank, 2, rendezvous):
+        for sizes, *layers in SIZES:
+            with model_parallel(**sizes):
+                for switch in ("0", "1"):
+                    model = build(path, switch, **sizes, distributed_executor_backend="mp")
+                    assert list(projections(model)) == layers[rank]
+                    assert hasattr(model, "indexproj") == (switch == "1")
+                assert_outputs(model, truth)
+                torch.distributed.barrier()

@@ -20,7 +20,6 @@ from indexproj.indexer.cli.fixture import MODELS
 from indexproj.indexer.cli.synthetic import quantize_blocks
 from indexproj.kernels.formats import spread
 
-HEADS, KV_RANK = 4, 128  # vLLM does not decode kv_b_proj if it has less than a block, or one alone
 WIDE = ("embed_tokens.", "lm_head.", "weights_proj.", "eh_proj.", "shared_head.")  # matrices that stay BF16
 
 
@@ -37,10 +36,10 @@ class TorchKernel(Fp8BlockScaledMMLinearKernel):
         return A.float() @ (B.float() * spread(Bs, (128, 128), B.shape)).T
 
 
-def fp8_checkpoint(directory, model="deepseek-v3.2", heads=HEADS, kv_rank=KV_RANK):
+def fp8_checkpoint(directory, model="deepseek-v3.2"):
     """Path, and layer -> [D + H, K] fp64, the values of its projection."""
     tensors, truth = {}, {}
-    for name, tensor in deepseek(heads=heads, kv_rank=kv_rank).items():
+    for name, tensor in deepseek().items():
         if tensor.ndim == 2 and not any(part in name for part in WIDE):
             tensors[name], tensors[f"{name}_scale_inv"] = quantize_blocks(tensor.float())
         else:
@@ -50,9 +49,8 @@ def fp8_checkpoint(directory, model="deepseek-v3.2", heads=HEADS, kv_rank=KV_RAN
         codes, scale = (tensors[f"{stem}wk.weight{suffix}"].double() for suffix in ("", "_scale_inv"))
         wk = codes * spread(scale, (128, 128), codes.shape)
         truth[layer] = torch.cat([wk, tensors[f"{stem}weights_proj.weight"].double()])
-    sizes = {"num_attention_heads": heads, "num_key_value_heads": heads, "kv_lora_rank": kv_rank}
-    config = {**DEEPSEEK, **sizes, "quantization_config": MODELS[model].config["quantization_config"]}
-    return write(directory, tensors, config), truth
+    quantization = MODELS[model].config["quantization_config"]
+    return write(directory, tensors, {**DEEPSEEK, "quantization_config": quantization}), truth
 
 
 @pytest.fixture(scope="module", params=["deepseek-v3.2", "glm-5.2-fp8"])

@@ -6,13 +6,13 @@ from unittest import mock
 import pytest
 import torch
 from vllm import ModelRegistry
-from vllm.models.deepseek_v32.amd import rocm
 from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend
 
-from engine import harness
-from engine.checkpoints import DEEPSEEK, FP8, HY_V4, LAYERS, checkpoint, deepseek, hy_v4, write
-from engine.harness import activations, build, like, projections
+from engine import checkpoints, harness
+from engine.checkpoints import LAYERS, checkpoint, pair, write
+from engine.harness import activations, engine_config, like, load_model, projections
 
+# The module of the class, its name, the architecture under which vLLM looks for it if it is a draft.
 MODELS = {
     "deepseek": ("vllm.model_executor.models.deepseek_v2", "DeepseekV3ForCausalLM", None),
     "glm": ("vllm.model_executor.models.deepseek_v2", "GlmMoeDsaForCausalLM", None),
@@ -24,6 +24,14 @@ MODELS = {
     "hy-v4-nvidia": ("vllm.models.hy_v4.nvidia.model", "HYV4ForCausalLM", None),
     "hy-v4-amd": ("vllm.models.hy_v4.amd.model", "HYV4ForCausalLM", None),
     "hy-v4-mtp": ("vllm.models.hy_v4.nvidia.mtp", "HYV4MTP", "HYV4MTPModel"),
+    "glm5next": ("vllm.models.glm5next", "Glm5NextForCausalLM", None),
+    "glm5next-mtp": ("vllm.models.glm5next", "Glm5NextMTP", None),
+    "dots3": ("vllm.models.dots3_note.nvidia.multimodal", "Dots3NoteForCausalLM", None),
+}
+CHECKPOINTS = {
+    "hy": (checkpoints.HY_V4, checkpoints.hy_v4),
+    "glm5next": (checkpoints.GLM5NEXT, checkpoints.glm5next),
+    "dots3": (checkpoints.DOTS3, checkpoints.dots3),
 }
 RUN_INDEXER = ("deepseek", "glm", "hy-v4-nvidia", "hy-v4-amd")  # the indexers of the others need a GPU
 
@@ -32,20 +40,29 @@ RUN_INDEXER = ("deepseek", "glm", "hy-v4-nvidia", "hy-v4-amd")  # the indexers o
 def model(request, tmp_path):
     """A function that builds the model, the tensors of a BF16 checkpoint, and the layers with an indexer."""
     module, name, draft = MODELS[request.param]
-    config, tensors = (HY_V4, hy_v4()) if "hy-v4" in request.param else (DEEPSEEK, deepseek())
+    config, tensors = CHECKPOINTS.get(request.param.partition("-")[0], (checkpoints.DEEPSEEK, checkpoints.deepseek))
+    tensors = tensors()
+    if request.param == "glm5next-mtp":
+        del tensors[f"model.layers.{LAYERS}.shared_head.head.weight"]
     architecture = draft or f"Tiny{name}"
-    if not draft:
-        config = {**config, "architectures": [architecture]}
+    config = config if draft else {**config, "architectures": [architecture]}
+    (tmp_path / "added_tokens.json").write_text('{"<|imgpad|>": 100}')  # dots3-note reads it
 
     def make(tensors, switch):
-        return build(write(tmp_path / "checkpoint", tensors, config), switch, draft=bool(draft))
+        path = write(tmp_path, tensors, config)
+        config_of = engine_config(path, **({"speculative_config": harness.MTP} if draft else {}))
+        if request.param == "glm5next-mtp":  # vLLM makes drafts of the multimodal model's config only
+            settings = {"draft_model_config": config_of.model_config, "enable_adaptive_verification": False}
+            config_of.speculative_config = mock.MagicMock(**settings)
+        return load_model(config_of, switch, draft=bool(draft))
 
     with (
         mock.patch.dict(ModelRegistry.models),
-        mock.patch.object(rocm, "ROCMAiterMLASparseBackend", CPUMLABackend),
+        mock.patch("vllm.models.deepseek_v32.amd.rocm.ROCMAiterMLASparseBackend", CPUMLABackend),
+        mock.patch("vllm.models.dots3_note.nvidia.model.Dots3NotePaddedSparseBackend", CPUMLABackend),
     ):
         ModelRegistry.register_model(architecture, getattr(importlib.import_module(module), name))
-        yield make, tensors, [LAYERS] if draft else list(range(LAYERS))
+        yield make, tensors, [LAYERS] if "mtp" in request.param else list(range(LAYERS))
 
 
 def test_bf16_agrees_with_stock(model, caplog, request):
@@ -63,9 +80,10 @@ def test_bf16_agrees_with_stock(model, caplog, request):
         harness.assert_indexer_inputs_agree(stock, swapped)
 
 
-def test_fp8_stays_fp8(model):
+def test_fp8_stays_fp8(model, request):
     make, tensors, layers = model
-    tensors, truth = checkpoint(FP8, tensors)
+    is_dots3 = request.node.callspec.params["model"] == "dots3"  # its weights_proj is in FP8 too
+    tensors, truth = checkpoint(pair("fp8_block", "fp8_block" if is_dots3 else "bf16"), tensors)
     swapped = make(tensors, "1")
     assert list(projections(swapped)) == layers
     assert {module.qweight.dtype for module in projections(swapped).values()} == {torch.float8_e4m3fn}

@@ -2,20 +2,11 @@
 
 import pytest
 import torch
+from vllm.model_executor.model_loader.reload import layerwise
 
-from engine.checkpoints import (
-    BF16,
-    ENCODINGS,
-    FP8,
-    FUSED,
-    INDEXER,
-    D,
-    checkpoint,
-    only_projections,
-    pair,
-    without_projections,
-)
-from engine.harness import Server, activations, assert_close, assert_outputs, projections
+from engine import checkpoints
+from engine.checkpoints import BF16, ENCODINGS, FP8, FUSED, INDEXER, D, K, checkpoint, only_projections, pair
+from engine.harness import Server, activations, assert_close, assert_outputs, environment, plugin, projections
 from indexproj.loading import CheckpointError
 
 LAST_WK, LAST_SCALE, LAST_GATE = (
@@ -23,7 +14,7 @@ LAST_WK, LAST_SCALE, LAST_GATE = (
 )
 
 
-@pytest.fixture(params=["bf16", "fp8", "nvfp4"])
+@pytest.fixture(params=["bf16", "fp8"])
 def server(request, tmp_path):
     return Server(tmp_path, ENCODINGS[request.param])
 
@@ -34,10 +25,21 @@ def reload_and_check(server, makers=None):
     server.check(truth)
 
 
+@pytest.mark.parametrize("server", ["bf16", "fp8", "nvfp4", "int4"], indirect=True)
 def test_reload_twice(server, caplog):
     for _ in range(2):
         reload_and_check(server)
     assert not [r for r in caplog.records if "Failed to load weights" in r.getMessage() and "Merged" in r.getMessage()]
+
+
+def test_state_dict_follows_reloads(tmp_path):
+    """Though an earlier one is still alive."""
+    server, states = Server(tmp_path, FP8), []
+    for _ in range(2):
+        states.append(server.model.state_dict())
+        assert_close(states[-1][f"{INDEXER.format(1)}wk_weights_proj.weight"], server.truth[1], 2**-8)
+        tensors, server.truth = checkpoint(FP8)
+        server.reload(tensors)
 
 
 def test_reload_with_missing_tensor_keeps_old_weights(server):
@@ -65,8 +67,29 @@ def test_reload_interrupted(server):
     reload_and_check(server)
 
 
+def test_reload_one_tensor_per_call(server):
+    tensors, truth = checkpoint(server.makers)
+    with plugin("1"), environment(server.config):
+        layerwise.initialize_layerwise_reload(server.model)
+        for item in reversed(tensors.items()):
+            server.model.load_weights([item])
+        layerwise.finalize_layerwise_reload(server.model, server.config.model_config)
+    server.check(truth)
+
+
+def test_reload_after_aborted_reload(server):
+    """An error, as the tensors of both might meet; and then a clean one."""
+    tensors, _ = checkpoint(server.makers)
+    with plugin("1"), environment(server.config):
+        layerwise.initialize_layerwise_reload(server.model)
+        server.model.load_weights(tensors.items())  # and nothing ends this reload
+    with pytest.raises(CheckpointError, match="no more tensors for a complete layer"):
+        server.reload(tensors)
+    reload_and_check(server)
+
+
 def test_reload_without_projection_keeps_it(server):
-    server.reload(without_projections(checkpoint(server.makers)[0]))
+    server.reload(checkpoints.without_projections(checkpoint(server.makers)[0]))
     server.check(server.truth)
 
 
@@ -98,32 +121,50 @@ def test_load_weights_returns_only_loaded_names(server):
     assert loaded == {name for name in server.pointers if ".layers.1." in name}
 
 
-def test_single_matrix_in_another_layout_is_refused(tmp_path):
-    server = Server(tmp_path, FP8)
-    with pytest.raises(CheckpointError, match=r"expected wk in FP8 128x128.* as in the first load"):
-        server.model.load_weights([(LAST_WK, checkpoint(BF16)[0][LAST_WK])])
+def last_wk(makers):
+    return LAST_WK, checkpoint(makers)[0][LAST_WK]
+
+
+def sparse():
+    """Unchanged elements are NaN, as in vLLM's sparse updates."""
+    name, tensor = last_wk(BF16)
+    tensor[0] = torch.nan
+    return [(name, tensor)]
+
+
+# The encoding of the server, tensors that come in a call of load_weights each, and the error of the last call.
+REFUSED = {
+    "another layout": (FP8, lambda: [last_wk(BF16)], r"expected wk in FP8 128x128.* as in the first load"),
+    "another shape": (FP8, lambda: [(LAST_GATE, torch.ones(8, K))], r"expected 16 in dimension 0 of the matrix"),
+    "twice": (FP8, lambda: [last_wk(FP8), last_wk(FP8)], "one tensor in the role of"),
+    "sparse": (BF16, sparse, r"layers\.1.*wk\.weight: expected magnitudes"),
+}
+
+
+@pytest.mark.parametrize(("makers", "items", "error"), REFUSED.values(), ids=REFUSED)
+def test_update_is_refused(tmp_path, makers, items, error):
+    """When its call ends, as nothing else would report it."""
+    server, (*first, last) = Server(tmp_path, makers), items()
+    for item in first:
+        server.model.load_weights([item])
+    with pytest.raises(CheckpointError, match=error):
+        server.model.load_weights([last])
     server.check(server.truth)
     reload_and_check(server)
 
 
-def test_tensor_that_comes_twice_is_refused(tmp_path):
-    """Without an end of the load, nothing else would report it."""
-    server = Server(tmp_path, FP8)
-    items = [(LAST_WK, checkpoint(FP8)[0][LAST_WK])]
-    server.model.load_weights(items)
-    with pytest.raises(CheckpointError, match="one tensor in the role of"):
-        server.model.load_weights(items)
-    server.check(server.truth)
-    reload_and_check(server)
-
-
-@pytest.mark.parametrize("name", [LAST_WK, LAST_SCALE])
-def test_incomplete_matrix_warns_and_changes_nothing(tmp_path, caplog, name):
-    """A matrix in part. The next complete reload drops it."""
-    server = Server(tmp_path, FP8)
-    server.model.load_weights([(name, checkpoint(FP8)[0][name])])
+@pytest.mark.parametrize(
+    ("encoding", "suffix"),
+    [("fp8", "wk.weight"), ("fp8", "wk.weight_scale_inv"), ("int4", "")],  # zero points of INT4 may follow
+)
+def test_incomplete_matrix_warns_and_changes_nothing(tmp_path, caplog, encoding, suffix):
+    """The next complete reload drops it."""
+    server = Server(tmp_path, ENCODINGS[encoding])
+    stem = LAST_WK.removesuffix("weight")
+    tensors = checkpoint(server.makers)[0].items()
+    server.model.load_weights([item for item in tensors if item[0].startswith(stem) and item[0].endswith(suffix)])
     assert "layers 1 keep their old weights" in caplog.text
-    server.check(server.truth)
+    server.check({layer: values.bfloat16().double() for layer, values in server.truth.items()})
     reload_and_check(server)
 
 
@@ -148,18 +189,7 @@ def test_single_matrix_takes_effect_when_its_call_ends(server, caplog, rows):
     reload_and_check(server)
 
 
-def test_sparse_update_is_refused(tmp_path):
-    """It marks unchanged elements NaN."""
-    server = Server(tmp_path, BF16)
-    patch = checkpoint(BF16)[0][LAST_WK]
-    patch[0] = torch.nan
-    with pytest.raises(CheckpointError, match=r"layers\.1.*wk\.weight: expected magnitudes"):
-        server.model.load_weights([(LAST_WK, patch)])
-    server.check(server.truth)
-    reload_and_check(server)
-
-
-@pytest.mark.parametrize("makers", [BF16, FP8], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("makers", [BF16, FP8, pair("fp8_block", "int4")], ids=["bf16", "fp8", "mixed"])
 def test_reload_as_parameters(tmp_path, makers):
     """`is_checkpoint_format=False`: the parameters by their names in the model."""
     server, other = (Server(tmp_path / name, makers) for name in ("server", "other"))
@@ -193,6 +223,9 @@ def test_bf16_server_takes_any_encoding(tmp_path, switch, first):
 def test_dummy_weights_then_update(tmp_path):
     """How RL frameworks start: no checkpoint has set an encoding, so weights are decoded to bf16."""
     server = Server(tmp_path, FP8, load_format="dummy")
+    weights = {layer: module.weight.double() for layer, module in projections(server.model).items()}
+    assert all(weight.abs().max() > 0 for weight in weights.values())
+    server.check(weights)
     for reload in (server.reload, lambda tensors: server.model.load_weights(tensors.items())):
         tensors, truth = checkpoint(FP8)
         reload(only_projections(tensors))
@@ -204,7 +237,7 @@ def test_reload_after_sleep(server, byte):
     """A reload without the projection keeps it, but refuses to serve memory that no longer holds weights."""
     server.fill(byte)
     with pytest.raises(CheckpointError, match=r"layers\.{0-1}\.self_attn\.indexer\.wk_weights_proj"):
-        server.reload(without_projections(checkpoint(server.makers)[0]))
+        server.reload(checkpoints.without_projections(checkpoint(server.makers)[0]))
     reload_and_check(server)
     server.fill(byte)
     reload_and_check(server)

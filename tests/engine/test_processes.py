@@ -8,9 +8,19 @@ from pathlib import Path
 import torch
 
 from engine.checkpoints import FP8, checkpoint, write
-from engine.ranks import run_rank
+from engine.harness import run_rank
+from engine.test_fp8 import fp8_checkpoint
 
 TESTS = Path(__file__).parent.parent
+
+
+def run(*arguments, cwd, **environment):
+    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, **environment}
+    result = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=cwd)
+    output = result.stdout + result.stderr
+    assert result.returncode == 0, output[-6000:]
+    return output
 
 
 def test_tensor_and_pipeline_parallel(tmp_path):
@@ -64,6 +74,18 @@ with harness.cpu_worker(), harness.plugin("1"):
 
 def test_entry_point_and_fork(tmp_path):
     """vLLM finds the plugin, again and again, without importing a model or a kernel; and a forked worker computes."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-c", ENTRY_POINT, tmp_path / "checkpoint"]
-    subprocess.run(command, check=True, env=environment, cwd=tmp_path)
+    run("-c", ENTRY_POINT, tmp_path / "checkpoint", cwd=tmp_path)
+
+
+def test_generation_is_the_same_after_reload(tmp_path):
+    """The whole of vLLM: LLM with a draft, the plugin from its entry point, generation and a reload by RPC."""
+    path, _ = fp8_checkpoint(tmp_path / "checkpoint")
+    environment = {
+        "VLLM_PLUGINS": "indexproj",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the stubs are in this process
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+        "VLLM_LOGGING_LEVEL": "INFO",
+    }
+    output = run("-m", "engine.generate", path, cwd=tmp_path, **environment)
+    assert "runs 2 indexer projections of DeepseekV3ForCausalLM" in output
+    assert "runs 1 indexer projections of DeepSeekMTP" in output

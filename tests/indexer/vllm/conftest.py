@@ -1,3 +1,0 @@
-"""The fixture of the fake vLLM."""
-
-from fake_vllm import vllm  # noqa: F401

@@ -1,0 +1,112 @@
+"""The part of the plugin that does not know vLLM; tests/engine runs it in vLLM."""
+
+import pytest
+import torch
+from torch import nn
+
+from indexproj.indexer.vllm.model import IndexerLayer, IndexerModel
+from indexproj.loading import CheckpointError
+from indexproj.loading.config import Config
+from indexproj.loading.names import parse
+from support import INDEXER, bf16_layer, fp8_layer
+
+D, H, K = 128, 16, 256
+
+
+class Linear(nn.Module):
+    output_sizes = (D, H)
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(D + H, K, dtype=torch.bfloat16), requires_grad=False)
+
+
+class Model(nn.Module):
+    """Has a `prefix.layers.<n>` for each n; load_weights returns the names that it gets."""
+
+    def __init__(self, *layers, **config):
+        super().__init__()
+        self.prefix = nn.ModuleDict({"layers": nn.ModuleDict({str(number): Linear() for number in layers})})
+        names = {number: f"prefix.layers.{number}" for number in layers}
+        self.indexproj = IndexerModel(self, names, {"num_hidden_layers": 4, **config}, False, False)
+
+    def load_weights(self, weights):
+        return {name for name, _ in weights}
+
+    def linear(self, number):
+        return self.prefix["layers"][str(number)]
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "model.language_model.", "language_model.model."])
+def test_load_weights_takes_projections_with_any_prefix(prefix):
+    model, tensors = Model(1, 3), {}
+    for layer in (0, 1, 3):
+        tensors |= {name.replace("model.", prefix, 1): tensor for name, tensor in fp8_layer(layer).items()}
+    passed_on = model.load_weights(tensors.items())
+    ours = {f"prefix.layers.{n}.{p}" for n in (1, 3) for p in ("qweight", "wk_scale", "weights_proj_weight")}
+    assert passed_on == ours | {name for name in tensors if "k_norm" in name or "wq_b" in name}
+    for layer in (1, 3):
+        expected = tensors[f"{prefix}layers.{layer}.self_attn.indexer.wk.weight"]
+        assert torch.equal(model.linear(layer).qweight.view(torch.uint8), expected.view(torch.uint8))
+        assert not hasattr(model.linear(layer), "weight")
+
+
+def test_mtp_layers_follow_hidden_layers():
+    model, tensors = Model(4), bf16_layer()
+    model.load_weights((name.replace("layers.0", "mtp_layers.0"), tensor) for name, tensor in tensors.items())
+    model.indexproj.finish()
+    assert torch.equal(model.linear(4).weight[:D], tensors[INDEXER.format(0) + "wk.weight"])
+
+
+def test_quantization_config_has_a_veto():
+    model = Model(0, quantization_config={"rotation_config": {"block_size": 32}})
+    model.load_weights(bf16_layer().items())
+    with pytest.raises(CheckpointError, match="rotation_config"):
+        model.indexproj.finish()
+
+
+def test_rounding_is_logged_once(caplog):
+    model = Model(0, 1, 2)
+    for layer in range(3):
+        model.load_weights((name, tensor.float() * 1.001) for name, tensor in bf16_layer(layer).items())
+    model.indexproj.finish()
+    model.load_weights(bf16_layer().items())
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert "model.layers.{0-2}.self_attn.indexer.wk.weight" in line
+    assert "rounded to BF16" in line
+
+
+@pytest.mark.parametrize("rows", [slice(0), slice(D), slice(D, None)], ids=["none", "wk", "weights_proj"])
+def test_uninitialized_rows_are_refused(rows):
+    model = Model(0, 1)
+    model.linear(0).weight.data[rows] = 1  # the others are NaN
+    with pytest.raises(CheckpointError) as caught:
+        model.indexproj.finish()
+    assert [problem.subject for problem in caught.value.problems] == ["prefix.layers.0", "prefix.layers.1"]
+
+
+def test_layer_states():
+    """What each call leaves: the state, and the number of problems."""
+    layer = IndexerLayer("layer", 0, Linear(), Config(), to_bf16=False)
+    _, gate, wk, scale, _ = [(parse(name), tensor) for name, tensor in fp8_layer().items()]
+
+    def after(call, *arguments):
+        call(*arguments)
+        found, layer.problems = len(layer.problems), []
+        return layer.state.name, found
+
+    assert after(layer.finish) == ("EMPTY", 1)  # there are no weights
+    assert after(layer.offer, *wk) == ("COLLECTING", 0)
+    assert after(layer.finish) == ("EMPTY", 2)  # tensors are missing
+    assert after(layer.offer, *wk) == ("COLLECTING", 0)
+    assert after(layer.drop) == ("EMPTY", 0)
+    assert [after(layer.offer, *item)[0] for item in (wk, gate, scale)] == ["COLLECTING", "COLLECTING", "UPDATED"]
+    assert after(layer.finish) == ("UPDATED", 0)
+    assert after(layer.offer, *wk) == ("UPDATED", 1)  # one too many
+    assert after(layer.drop) == ("READY", 0)
+    assert after(layer.finish) == ("READY", 0)
+    assert after(layer.offer, *wk) == ("COLLECTING", 0)
+    assert after(layer.settle) == ("COLLECTING", 0)  # without its scale
+    assert after(layer.drop) == ("READY", 0)
+    assert after(layer.offer, *gate) == ("COLLECTING", 0)
+    assert after(layer.settle) == ("UPDATED", 0)
