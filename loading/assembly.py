@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from ..kernels.weights import ProjectionWeights
 from .config import Config
 from .headers import DTYPES, Header
 from .layer import Collector, LayerPlan, check_alike, own, real_device
-from .names import GATE, WK, parse
+from .names import GATE, UNUSED, WK, parse
 from .problems import CheckpointError, Problem, log
 
 
@@ -48,13 +47,13 @@ class Assembly:
             num_hidden_layers: index of the first MTP layer; needed for tensors named `mtp_layers` or `mtp`.
             config: content of config.json, for its quantization_config and its sizes; the arguments above override it.
         """
-        given = {"index_head_dim": index_head_dim, "num_hidden_layers": num_hidden_layers}
-        sizes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
         self.warnings: list[Problem] = []
         self.passed_over: Counter[int] = Counter()
         self._wanted = frozenset(map(operator.index, layers))
         self._device = real_device(device)
-        self._config = replace(Config.of(config or {}), **sizes)
+        self._config = Config.of(config or {}).override(
+            index_head_dim=index_head_dim, num_hidden_layers=num_hidden_layers
+        )
         self._live: dict[int, ProjectionWeights] = {}
         self._collector: Collector | None = None
         self._tensors: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)  # layer -> name -> tensor, until bound
@@ -87,7 +86,7 @@ class Assembly:
         collector = self._open_load("offer")
         parsed = parse(name)
         if parsed is None or parsed.matrix is None:
-            return False
+            return parsed is not None and parsed.role == UNUSED
         number = collector.number(parsed)
         if number not in self._wanted:
             if number is not None:
@@ -112,9 +111,13 @@ class Assembly:
         return True
 
     def _bind(self, plan: LayerPlan) -> None:
+        problems: list[Problem] = []
+        warnings: list[Problem] = []
         tensors = self._tensors[plan.layer]
-        self._bound[plan.layer] = None if plan.problems else plan.bind(tensors, self._problems, self._warnings)
+        self._bound[plan.layer] = None if plan.problems else plan.bind(tensors, problems, warnings)
         del self._tensors[plan.layer]
+        self._problems += problems  # only now: if memory ran out, they come again
+        self._warnings += warnings
 
     @property
     def is_complete(self) -> bool:

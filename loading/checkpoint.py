@@ -127,9 +127,13 @@ def _promised(path: Path) -> dict[str, list[str] | None]:
         for single in (path / SINGLE, *sorted(path.glob("model0-mp*.safetensors"))):
             if os.path.lexists(single):
                 return {single.name: None}
-        found = "none of them in this directory" if path.is_dir() else "no directory or .safetensors file"
-        advice = "give the directory of a downloaded checkpoint, or one .safetensors file"
-        raise CheckpointError([Problem(str(path), "", f"{INDEX} or {SINGLE}", found, advice)])
+        expected, advice = "the directory of a checkpoint or a .safetensors file", ""
+        found = "another file" if os.path.lexists(path) else "no such file or directory"
+        if path.is_dir():
+            expected, found = f"{INDEX} or {SINGLE}", "no .safetensors file in it"
+            if any(path.glob("*.safetensors")):
+                found, advice = "other .safetensors files", "fetch the index, or give one file"
+        raise CheckpointError([Problem(str(path), "", expected, found, advice)])
     weight_map = _read_json(path / INDEX).get("weight_map")
     repeated = weight_map.repeated if isinstance(weight_map, JsonObject) else []
     if repeated or not weight_map or not isinstance(weight_map, JsonObject):

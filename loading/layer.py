@@ -17,7 +17,7 @@ from ..kernels.weights import ProjectionWeights
 from .config import CONFIG, Config
 from .encodings import Encoding, Tensors
 from .headers import Header
-from .names import FUSED, GATE, UNUSED, WK, IndexerTensor, parse
+from .names import FUSED, GATE, WK, IndexerTensor, parse
 from .problems import Problem
 from .recognition import explain, recognize
 from .values import judge, nan_codes
@@ -72,19 +72,21 @@ class MatrixPlan:
     def bind(self, tensors: Tensors, problems: list[Problem], warnings: list[Problem]) -> Matrix | None:
         """The matrix from name -> contiguous tensor; None, and problems, for bad values."""
         assert self.encoding is not None
-        roles = self._roles(tensors)
-        faults, matrix, odd = self.encoding.bad_values(roles), None, ""
+        roles, matrix = self._roles(tensors), None
+        faults, oddities = self.encoding.check(roles)
         if not faults:
             matrix = self.encoding.bind(roles)
-            faults, odd = judge(matrix)
-            faults = nan_codes(roles["weight"]) | faults
+            faults, others = judge(matrix)
+            faults |= nan_codes(roles["weight"])
+            oddities += others
         for role, (expected, found) in faults.items():
             header = self.headers[next(r for r in (role, "scale_2", self.encoding.scale_role) if r in self.headers)]
             problems.append(Problem(header.name, header.file, expected, found, BAD_VALUES))
         if matrix is None or faults:
             return None
-        if odd:
-            warnings.append(self.wrong("no rows or blocks of zeros and no negative scales", odd, "loaded nevertheless"))
+        if oddities:
+            expected, found = "no rows or blocks of zeros and no negative scales", ", ".join(oddities)
+            warnings.append(self.wrong(expected, found, "loaded nevertheless"))
         if self.encoding.exact and not torch.equal(self.encoding.exact(roles), matrix.dequantize(torch.float64)):
             warnings.append(self.wrong("values that BF16 holds", f"{self.headers['weight']}", "rounded to BF16"))
         return matrix
@@ -97,7 +99,7 @@ class MatrixPlan:
         return exact(roles) if exact else self.encoding.bind(roles).dequantize(torch.float64)
 
     def _roles(self, tensors: Tensors) -> dict[str, Tensor]:
-        return {role: tensors[header.name] for role, header in self.headers.items() if role not in UNUSED}
+        return {role: tensors[header.name] for role, header in self.headers.items()}
 
     def wrong(self, expected: str, found: str = "", advice: str = "") -> Problem:
         """A problem with the weight; without `found`, with its header."""
@@ -125,8 +127,7 @@ class LayerPlan:
     @property
     def tensors(self) -> tuple[str, ...]:
         """Names of the tensors to read."""
-        headers = [item for plan in (self.wk, self.gate) for item in plan.headers.items()]
-        return tuple(dict.fromkeys(header.name for role, header in headers if role not in UNUSED))
+        return tuple(dict.fromkeys(header.name for plan in (self.wk, self.gate) for header in plan.headers.values()))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -249,10 +250,9 @@ class Collector:
         for plan in (wk, gate)[: 1 if wk.name == gate.name else 2]:
             if plan.shape and plan.shape[0] > MAX_ROWS:
                 problems.append(plan.wrong(f"at most {MAX_ROWS} rows"))
-            for veto in self._config.vetoes:
-                header = plan.headers.get(veto.role or "weight")
-                if plan.encoding and header and (veto.role is None or header.dtype == "U8"):
-                    problems.append(plan.wrong(veto.expected, veto.found, "dequantize it with its own tool"))
+            vetoes = [veto for veto in self._config.vetoes if plan.encoding and veto.concerns(plan.name, plan.headers)]
+            for veto in {veto.found: veto for veto in vetoes}.values():
+                problems.append(plan.wrong(veto.expected, veto.found, "dequantize it with its own tool"))
         return problems
 
     def _split(self, both: MatrixPlan, problems: list[Problem]) -> tuple[MatrixPlan, MatrixPlan]:

@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import track
 
 from ..kernels.weights import ProjectionWeights
 from .checkpoint import Checkpoint
@@ -22,7 +20,6 @@ def load(
     device: str | torch.device = "cpu",
     *,
     index_head_dim: int | None = None,
-    progress: bool = False,
 ) -> dict[int, ProjectionWeights]:
     """Loads the projection of some layers, reading only its own bytes.
 
@@ -34,7 +31,6 @@ def load(
         layers: layers to load; None for all that own an indexer.
         device: device of the weights.
         index_head_dim: D, to split `wk_weights_proj`; from config.json by default.
-        progress: show a progress bar on stderr if that is a terminal.
 
     Returns:
         layer -> weights.
@@ -49,10 +45,8 @@ def load(
     chosen = plan.select(layers)
     problems: list[Problem] = []
     warnings = [*plan.warnings, *plan.problems]
-    console = Console(stderr=True)
-    is_shown = progress and console.is_terminal
     loaded: dict[int, ProjectionWeights] = {}
-    for layer in track(chosen.values(), "Loading", console=console, transient=True, disable=not is_shown):
+    for layer in chosen.values():
         tensors = {name: own(checkpoint.read(name), device) for name in layer.tensors}
         if weights := layer.bind(tensors, problems, warnings):
             loaded[layer.layer] = weights

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from .checkpoint import Checkpoint
 from .config import CONFIG, Config
@@ -33,9 +33,7 @@ class Plan:
     @classmethod
     def of(cls, checkpoint: Checkpoint, index_head_dim: int | None = None) -> Plan:
         """Plans a load. Collects problems and never raises; index_head_dim overrides that of config.json."""
-        config = checkpoint.config
-        if index_head_dim is not None:
-            config = replace(config, index_head_dim=index_head_dim)
+        config = checkpoint.config.override(index_head_dim=index_head_dim)
         collector = Collector(config)
         faults = [(problem, parse(problem.subject)) for problem in checkpoint.problems]
         others = {*checkpoint.neighbours, *(problem.subject for problem, _ in faults)} - checkpoint.headers.keys()
@@ -79,17 +77,13 @@ class Plan:
                 warnings.append(Problem(CONFIG, "", f"{first} and {source} to agree", found, advice))
         return tuple(warnings)
 
-    def has_weights(self, layer: int) -> bool:
-        """True if the checkpoint has tensors of that layer's indexer, whether or not the model runs it."""
-        return layer in self.layers
-
     def runs(self, layer: int) -> bool:
         """True if the model runs that layer's indexer, False if it reuses the tokens that an earlier layer picked.
 
         The config decides for hidden layers; without a schedule, and for other layers, having weights does.
         """
         schedule = self.config.schedule
-        return schedule[layer] if 0 <= layer < len(schedule) else self.has_weights(layer)
+        return schedule[layer] if 0 <= layer < len(schedule) else layer in self.layers
 
     def select(self, layers: Iterable[int] | None = None) -> dict[int, LayerPlan]:
         """The plans of some layers, or of all.

@@ -112,9 +112,7 @@ def fp8_torchao(n, k):
 
 def fp8_tensor(n, k):
     scale = spread_scales(1, 1)
-    export = e4m3(n, k, scale, n, k, "FP8 per tensor", scale.view(()))
-    export.tensors["input_scale"] = torch.tensor(0.5)
-    return export
+    return e4m3(n, k, scale, n, k, "FP8 per tensor", scale.view(()))
 
 
 def fp8_tensor_flat(n, k):
@@ -152,7 +150,7 @@ def nvfp4(n, k):
     packed, values = e2m1(n, k)
     scale = torch.exp2(6 * torch.rand(n, -(-k // 16))).to(torch.float8_e4m3fn)
     factor = torch.rand(()) / 448
-    tensors = {"weight": packed, "weight_scale": scale, "weight_scale_2": factor, "input_scale": torch.tensor(0.5)}
+    tensors = {"weight": packed, "weight_scale": scale, "weight_scale_2": factor}
     return Export(tensors, values * each(scale, 1, 16, (n, k)) * factor.double(), "NVFP4")
 
 

@@ -126,10 +126,10 @@ def test_unreadable_json(tmp_path, file, text, expected):
 
 
 def test_no_checkpoint(tmp_path):
-    assert only(problems_of(tmp_path)).found == "none of them in this directory"
-    assert only(problems_of(tmp_path / "nowhere")).found == "no directory or .safetensors file"
+    assert only(problems_of(tmp_path)).found == "no .safetensors file in it"
+    assert only(problems_of(tmp_path / "nowhere")).found == "no such file or directory"
     (tmp_path / "config.json").write_text("{}")
-    assert only(problems_of(tmp_path / "config.json")).found == "no directory or .safetensors file"
+    assert only(problems_of(tmp_path / "config.json")).found == "another file"
     assert only(problems_of(tmp_path / ("long" * 100))).expected == "the path of a checkpoint"
 
 

@@ -117,8 +117,7 @@ def test_schedules_that_fit(tmp_path):
     plan = plan_of(tmp_path, [*GLM_52, 78], config)
     assert not plan.problems
     assert not plan.warnings
-    for holds in (plan.runs, plan.has_weights):
-        assert [layer for layer in range(80) if holds(layer)] == [*GLM_52, 78]
+    assert [layer for layer in range(80) if plan.runs(layer)] == list(plan.layers) == [*GLM_52, 78]
     assert list(load(tmp_path)) == [*GLM_52, 78]
     plan = plan_of(tmp_path, [layer for layer in GLM_52 if layer != 10], config)
     assert "weights for the indexers of layers 10," in only(plan.problems).expected
@@ -128,7 +127,7 @@ def test_weights_of_layers_that_share(tmp_path):
     plan = plan_of(tmp_path, range(7), {"num_hidden_layers": 6, "index_topk_freq": 4})
     assert not plan.problems
     assert [plan.runs(layer) for layer in range(7)] == [True, True, False, False, False, True, True]
-    assert all(plan.has_weights(layer) for layer in range(7))
+    assert list(plan.layers) == list(range(7))
     assert not plan.runs(-1)
     assert list(load(tmp_path)) == list(range(7))
     assert list(load(tmp_path, filter(plan.runs, plan.layers))) == [0, 1, 5, 6]

@@ -5,7 +5,7 @@ import torch
 from exports import EXPORTS, named
 from indexproj.loading import CheckpointError, Problem
 from indexproj.loading.problems import summarize
-from support import INDEXER, fp8_layer, invoke, only, problems_of, write_checkpoint
+from support import INDEXER, bf16_layer, fp8_layer, invoke, only, problems_of, write_checkpoint
 
 I32 = torch.int32
 
@@ -15,6 +15,17 @@ def gptq(n, k):
         "qweight": torch.zeros(k // 8, n, dtype=I32), "qzeros": torch.zeros(k // 128, n // 8, dtype=I32),
         "scales": torch.ones(k // 128, n).half(), "g_idx": torch.zeros(k, dtype=I32),
     }  # fmt: skip
+
+
+def gptq_without_order(n, k):
+    return {leaf: tensor for leaf, tensor in gptq(n, k).items() if leaf != "g_idx"}
+
+
+def gptq_8(n, k):
+    return gptq_without_order(n, k) | {
+        "qweight": torch.zeros(k // 4, n, dtype=I32),
+        "qzeros": torch.zeros(k // 128, n // 4, dtype=I32),
+    }
 
 
 def awq(n, k):
@@ -33,19 +44,22 @@ def mlx(n, k):
     return {"weight": torch.zeros(n, k // 8, dtype=torch.uint32), **groups}
 
 
-FOREIGN = {"GPTQ, 4 bit": gptq, "AWQ, 4 bit": awq, "INT8": int8, "MLX": mlx}
+FOREIGN = [
+    ("GPTQ, 4 bit", gptq), ("GPTQ, 4 bit", gptq_without_order), ("GPTQ, 8 bit", gptq_8), ("AWQ, 4 bit", awq),
+    ("INT8", int8), ("MLX", mlx),
+]  # fmt: skip
 
 
 def test_foreign_formats(tmp_path):
     """62 layers of each: one line per matrix, with the quantizer's name, and fewer than 25 lines in all."""
-    for name, make in FOREIGN.items():
+    for name, make in FOREIGN:
         tensors = {
             f"{INDEXER.format(layer)}{matrix}.{leaf}": tensor
             for layer in range(62)
             for matrix, n in (("wk", 128), ("weights_proj", 64))
             for leaf, tensor in make(n, 256).items()
         }
-        path = write_checkpoint(tmp_path / name, tensors, config={"num_hidden_layers": 61})
+        path = write_checkpoint(tmp_path / make.__name__, tensors, config={"num_hidden_layers": 61})
         result = invoke("audit", path)
         assert result.exit_code == 2
         assert len(result.output.splitlines()) < 25
@@ -56,21 +70,32 @@ def test_foreign_formats(tmp_path):
 
 
 def test_problems_of_layers_share_a_line():
-    stem = "model.layers.{}.self_attn.indexer.wk"
+    stem, shard = "model.layers.{}.self_attn.indexer.wk", "model-{:05d}-of-00163.safetensors"
     alike = [
-        Problem(f"{stem.format(n)}.bias", f"{n % 2}", f"nothing beside {stem.format(n)}", "x") for n in (0, 1, 2, 9)
+        Problem(f"{stem.format(n)}.bias", shard.format(n), f"nothing beside {stem.format(n)}", "x")
+        for n in (0, 1, 2, 10)
     ]
-    other = Problem(f"{stem.format(3)}.bias", "0", f"nothing beside {stem.format(2)}", "x")
-    lines = summarize([*alike, other])
-    one = stem.format("{0-2, 9}")
-    assert lines == [f"{one}.bias in 2 files: expected nothing beside {one}, found x", str(other)]
-    assert str(CheckpointError([*alike, other])).splitlines()[0] == "5 problems:"
-    assert summarize(alike[:1]) == [str(alike[0])]
-    layers = [Problem(f"layer {n}", "", "a", "b") for n in (4, 5)]
-    assert summarize(layers) == ["layer {4-5}: expected a, found b"]
-    mtp = [Problem(f"mtp.{n}.attn.indexer.wk.weight", "f", "a", "b") for n in (0, 1)]
-    assert summarize(mtp) == ["mtp.{0-1}.attn.indexer.wk.weight in f: expected a, found b"]
+    other = Problem(f"{stem.format(3)}.bias", shard.format(0), f"nothing beside {stem.format(2)}", "x")
+    one, shards = stem.format("{0-2, 10}"), "model-{00000-00002, 00010}-of-00163.safetensors"
+    lines = [f"{one}.bias in {shards}: expected nothing beside {one}, found x", str(other)]
+    assert summarize([*alike, other]) == lines
+    assert str(CheckpointError([*alike, other])).splitlines() == ["5 problems:", *(f"  {line}" for line in lines)]
+    assert str(CheckpointError(alike[:1])) == str(alike[0])
+    for subject in ("layer {}", "mtp.{}.attn.indexer.wk.weight", "part{}.safetensors"):
+        alike = [Problem(subject.format(n), "", "a", "b") for n in (4, 5)]
+        assert summarize(alike) == [f"{subject.format('{4-5}')}: expected a, found b"]
     assert len(summarize([Problem("config.json", "", "a", "b"), Problem("config.json", "", "a", "c")])) == 2
+
+
+def test_second_copies_in_many_shards_share_a_line(tmp_path):
+    """They differ in layer and in both shards."""
+    layers = [bf16_layer(layer) for layer in (*range(20), *range(20))]
+    problems = problems_of(write_checkpoint(tmp_path, *({**t, f"{n}": torch.ones(1)} for n, t in enumerate(layers))))
+    assert len(problems) == 40
+    line = only(line for line in summarize(problems) if "wk" in line)
+    shards = "model-{{{}}}-of-00040.safetensors"
+    assert f".{{0-19}}.self_attn.indexer.wk.weight in {shards.format('00021-00040')}: expected" in line
+    assert f"only in {shards.format('00001-00020')}" in line
 
 
 def test_control_characters_are_escaped(tmp_path):

@@ -5,6 +5,7 @@ import torch
 
 from exports import EXPORTS, Export, bf16, fp8_block, mxfp4, named, nvfp4
 from indexproj.loading import Assembly, CheckpointError
+from indexproj.loading.names import ROLES
 from support import GATE, INDEXER, WK, only, problems_of, write_checkpoint
 
 STEM = INDEXER.format(0)
@@ -47,7 +48,7 @@ def streamed_problems(tensors):
         (fp8_block, [], {"scale": torch.ones(1, 2)}, "weight_scale_inv", "one tensor in the role of", "F32 [1, 2]"),
         (fp8_block, [], {"weight_scale_2": torch.ones(1)}, "weight_scale_2", "nothing beside", "F32 [1]"),
         *(
-            (make, [], {leaf: torch.zeros(128)}, leaf, "no suffix but weight, ", "F32 [128]")
+            (make, [], {leaf: torch.zeros(128)}, leaf, f"no suffix but {', '.join(ROLES)}", "F32 [128]")
             for leaf in ("bias", "quantizer._amax", "weight_scales", "weight_scale_3", "scale_inv", "qweight", "")
             for make in (fp8_block, bf16)
         ),
@@ -64,7 +65,7 @@ def streamed_problems(tensors):
         (bf16, [], {"weight": torch.zeros(0, 256).bfloat16()}, "weight", "a matrix [N, K]", "BF16 [0, 256]"),
         (nvfp4, ["weight_scale_2"], {}, "weight_scale_2", "weight_global_scale F32 []/[1] (NVFP4 (", "no such tensor"),
         (nvfp4, ["weight_scale"], {}, "weight_scale", "F8_E4M3 [128, 16] (NVFP4)", "no such tensor"),
-        (nvfp4, ["weight"], {}, "weight", "a weight", "only input_scale (F32 []), weight_scale"),
+        (nvfp4, ["weight"], {}, "weight", "a weight", "only weight_scale ("),
         (nvfp4, [], {"weight_global_scale": torch.ones(1)}, "weight_global_scale", "nothing beside", "F32 [1]"),
         (nvfp4, [], {"weight_scale_2": torch.ones(2)}, "weight_scale_2", "F32 []/[1] (NVFP4)", "F32 [2]"),
         (nvfp4, [], {"weight_scale": torch.ones(128, 15).to(E4M3)}, "weight_scale", "[128, 16]", "F8_E4M3 [128, 15]"),

@@ -34,8 +34,10 @@ def refusal(offers, **options):
 
 @pytest.mark.parametrize("export", ["fp8_block", "int4"])
 def test_out_of_memory_in_binding(monkeypatch, export):
-    """The tensor can be offered again, and finish() called again."""
-    tensors = named(STEM, "wk", EXPORTS[export](128, 256)) | named(STEM, "weights_proj", EXPORTS["bf16"](16, 256))
+    """The tensor can be offered again, and finish() called again; warnings come once."""
+    wk = EXPORTS[export](128, 256)
+    wk.tensors["weight_scale" if export == "int4" else "weight_scale_inv"][:] *= -1
+    tensors = named(STEM, "wk", wk) | named(STEM, "weights_proj", EXPORTS["bf16"](16, 256))
     assembly = Assembly([0])
     assembly.begin()
     *first, last = tensors.items()
@@ -52,6 +54,7 @@ def test_out_of_memory_in_binding(monkeypatch, export):
     if export == "fp8_block":
         assembly.offer(*last)
     assert list(assembly.finish()) == [0]
+    assert len({str(warning) for warning in assembly.warnings}) == len(assembly.warnings) > 0
 
 
 @pytest.mark.parametrize("thing", [3, None, "codes", [1.0], np.ones((2, 2))])
@@ -75,6 +78,17 @@ def test_fused_matrix_needs_index_head_dim():
     assert assemble(both, index_head_dim=32, config={"index_head_dim": 64})[0].shape == (32, 128, 256)
 
 
+@pytest.mark.parametrize("value", ["128", True, 128.0])
+def test_sizes_are_integers(tmp_path, value):
+    path = write_checkpoint(tmp_path, bf16_layer())
+    for call in (lambda: load(path, index_head_dim=value), lambda: Assembly([0], index_head_dim=value)):
+        with pytest.raises(TypeError, match=f"index_head_dim: expected an integer, got {value!r}"):
+            call()
+    with pytest.raises(TypeError, match="num_hidden_layers: expected an integer"):
+        Assembly([0], num_hidden_layers=value)
+    assert list(load(path, index_head_dim=np.int64(128))) == [0]
+
+
 def test_sizes_of_a_config():
     problem = refusal(fp8_layer(), config={"hidden_size": 512})
     assert (problem.subject, problem.expected) == (WK, "512 in dimension 1 of the matrix (hidden_size)")
@@ -83,14 +97,7 @@ def test_sizes_of_a_config():
 @pytest.mark.parametrize("export", ["bf16", "f16", "f32", "fp8_block", "mxfp8", "nvfp4", "mxfp4", "int4"])
 def test_scales_of_activations_are_ignored(export):
     """Quark's NVFP4 has input_scale_2, static FP8 of transformers has activation_scale."""
-    leaves = (
-        "input_scale",
-        "input_scale_2",
-        "input_scale_inv",
-        "input_global_scale",
-        "activation_scale",
-        "output_scale",
-    )
+    leaves = ("input_scale", "input_scale_2", "input_global_scale", "act_scale", "activation_scale", "output_scale")
     offers = named(STEM, "wk", EXPORTS[export](128, 256)) | named(STEM, "weights_proj", EXPORTS["bf16"](16, 256))
     offers |= {f"{STEM}{matrix}.{leaf}": torch.ones(3) for matrix in ("wk", "weights_proj") for leaf in leaves}
     assert list(assemble(offers)) == [0]

@@ -13,8 +13,14 @@ from support import fp8_layer, invoke, write_checkpoint
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["audit", "nowhere"], "nowhere: expected model.safetensors.index.json or model.safetensors"),
-        (["audit", "{tiny}/config.json"], "config.json: expected model.safetensors.index.json or model.safetensors"),
+        (
+            ["audit", "nowhere"],
+            "or a .safetensors file, found no such file",
+        ),
+        (
+            ["audit", "{tiny}/config.json"],
+            "or a .safetensors file, found another file",
+        ),
         (["fixture", "glm-9", "new"], "expected one of deepseek-v3.2, glm-5-bf16, glm-5.2-fp8, got 'glm-9'"),
         (["fixture", "glm-5.2-fp8", "{tiny}/config.json/x"], "Not a directory"),
         (["fixture", "glm-5.2-fp8", "{tiny}"], "is not an empty directory"),
