@@ -130,7 +130,7 @@ class Config:
         for key, value in given.items():
             if isinstance(value, bool) or not hasattr(value, "__index__"):
                 raise TypeError(f"{key}: expected an integer, got {value!r}")
-        return replace(self, **{key: operator.index(value) for key, value in given.items()})
+        return replace(self, **{key: operator.index(value) for key, value in given.items()})  # type: ignore[arg-type]
 
     @property
     def schedule(self) -> Sequence[bool]:
@@ -182,11 +182,10 @@ def _scope(value: Any) -> Scope | None:
     if not isinstance(value, dict):
         return None
     targets, ignore = (each if isinstance(each, list) else [each] for each in map(value.get, ("targets", "ignore")))
-    if "targets" not in value:
-        targets = value.get("layers")
-        if not isinstance(targets, list) or not all(type(each) is int for each in targets):
-            return None
-    return Scope(targets, ignore)
+    layers = value.get("layers")
+    if "targets" not in value and isinstance(layers, list) and all(type(each) is int for each in layers):
+        return Scope(layers, ignore)
+    return Scope(targets, ignore) if "targets" in value else None
 
 
 def _schedules(values: Mapping[str, Any], layers: int | None, problems: list[Problem]) -> dict[str, list[bool]]:

@@ -62,7 +62,8 @@ def summarize(problems: Iterable[Problem]) -> list[str]:
         text = str(problem)
         layers = re.findall(_LAYER, text)
         pattern = tuple(map(layers.index, layers))  # two layers in one line stay two
-        groups[(pattern, *_NUMBER.split(text))].append(_NUMBER.findall(text))
+        key = pattern, *_NUMBER.split(text)
+        groups[key].append(_NUMBER.findall(text))
     lines = []
     for (_, *parts), members in groups.items():
         numbers = ["", *map(_merged, zip(*members, strict=True))]

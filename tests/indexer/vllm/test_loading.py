@@ -56,6 +56,7 @@ def test_quantization_config_has_a_veto(vllm, where):
     register()
     model = vllm.model = Model()
     config = SimpleNamespace(hf_text_config=SimpleNamespace(num_hidden_layers=4), hf_config=SimpleNamespace())
+    config.hf_config.quantization_config = config.hf_text_config.quantization_config = {}
     getattr(config, where).quantization_config = {"rotation_config": {"block_size": 32}}
     vllm.loader(None).create_model(vllm.config, config)
     model.load_weights(bf16_layer().items())
