@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -26,7 +26,6 @@ class Assembly:
     tensors may follow, by finish(). Not thread-safe.
 
     Attributes:
-        passed_over: layer -> number of its projection tensors in this load, for layers outside `layers`.
         warnings: of the last load that finished: odd or rounded values, and layers whose weights are new objects.
     """
 
@@ -41,14 +40,13 @@ class Assembly:
     ) -> None:
         """
         Args:
-            layers: layers to load; tensors of other layers are counted and ignored.
+            layers: layers to load; tensors of other layers are ignored.
             device: device of the weights.
             index_head_dim: D, to split `wk_weights_proj`.
             num_hidden_layers: index of the first MTP layer; needed for tensors named `mtp_layers` or `mtp`.
             config: content of config.json, for its quantization_config and its sizes; the arguments above override it.
         """
         self.warnings: list[Problem] = []
-        self.passed_over: Counter[int] = Counter()
         self._wanted = frozenset(map(operator.index, layers))
         self._device = real_device(device)
         self._config = Config.of(config or {}).override(
@@ -66,7 +64,6 @@ class Assembly:
         self._collector = Collector(self._config)
         self._tensors.clear()
         self._bound, self._problems, self._warnings = {}, [], []
-        self.passed_over.clear()
 
     def offer(self, name: str, tensor: Tensor, file: str = "") -> bool:
         """Takes a tensor if it belongs to the projection.
@@ -88,9 +85,7 @@ class Assembly:
         if parsed is None or parsed.matrix is None:
             return parsed is not None and parsed.role == UNUSED
         number = collector.number(parsed)
-        if number not in self._wanted:
-            if number is not None:
-                self.passed_over[number] += 1
+        if number is None or number not in self._wanted:
             return True
         header = Header.of(name, tensor, file)
         # Nothing needs a tensor that comes once its layer is bound; finish() says if it is an error.
@@ -119,12 +114,7 @@ class Assembly:
         self._problems += problems  # only now: if memory ran out, they come again
         self._warnings += warnings
 
-    @property
-    def is_complete(self) -> bool:
-        """True if a load is open that needs no more tensors."""
-        return self._collector is not None and self._wanted <= self._bound.keys()
-
-    def finish(self, *, log_warnings: bool = True) -> dict[int, ProjectionWeights]:
+    def finish(self) -> dict[int, ProjectionWeights]:
         """Closes the load, and logs `warnings` as one.
 
         Returns:
@@ -162,8 +152,7 @@ class Assembly:
                 advice = "the weights are new objects: capture CUDA graphs again"
                 self._warnings.append(Problem(f"layer {number}", "", f"{expected} as before", found, advice))
         self.warnings = self._warnings
-        if log_warnings:
-            log(self.warnings)
+        log(self.warnings)
         return dict(self._live)
 
     def _open_load(self, call: str) -> Collector:

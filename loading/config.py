@@ -93,10 +93,9 @@ class Config:
     index_n_heads: int | None = None  # H
     # Source -> per hidden layer, True if it runs its indexer, False if it reuses the tokens of an earlier layer.
     schedules: Mapping[str, Sequence[bool]] = field(default_factory=dict)
-    vetoes: tuple[Veto, ...] = ()
-    problems: tuple[Problem, ...] = ()
-    warnings: tuple[Problem, ...] = ()  # contradictions that do not affect what loads
-    schedule_problems: tuple[Problem, ...] = ()  # these concern the model as a whole, not a single layer
+    vetoes: Sequence[Veto] = ()
+    problems: Sequence[Problem] = ()
+    schedule_problems: Sequence[Problem] = ()  # these concern the model as a whole, not a single layer
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Config:
@@ -110,8 +109,8 @@ class Config:
         repeated = ({*getattr(values, "repeated", ())} - text.keys()) | {*getattr(text, "repeated", ())}
         vetoes = tuple(_vetoes(values))
         values = {**values, **text}
-        notes: list[list[Problem]] = [[], [], []]
-        problems, warnings, schedule_problems = notes
+        problems: list[Problem] = []
+        schedule_problems: list[Problem] = []
         sizes: dict[str, Any] = {key: values[key] for key in _SIZES if values.get(key) is not None}
         for key, value in list(sizes.items()):
             if type(value) is not int or not 0 <= value < 1_000_000:
@@ -119,10 +118,8 @@ class Config:
                 (schedule_problems if key == "num_nextn_predict_layers" else problems).append(problem)
                 del sizes[key]
         schedules = _schedules(values, sizes.get("num_hidden_layers"), schedule_problems)
-        for key in sorted(repeated):
-            problem = Problem(CONFIG, "", "every key once", f"{key} more than once", "only the last one counts")
-            (problems if key in _SIZES else warnings).append(problem)
-        return cls(*map(sizes.get, _SIZES), schedules, vetoes, *map(tuple, notes))  # type: ignore[arg-type, call-arg]
+        problems += [Problem(CONFIG, "", f"{key} once", "it more than once") for key in _SIZES if key in repeated]
+        return cls(**sizes, schedules=schedules, vetoes=vetoes, problems=problems, schedule_problems=schedule_problems)
 
     def override(self, **sizes: int | None) -> Config:
         """A copy with other sizes, except for those that are None. Raises TypeError for anything but integers."""

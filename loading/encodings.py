@@ -21,6 +21,7 @@ from .values import Faults, judge_scale
 FP8 = ("F8_E4M3", "F8_E4M3FNUZ")
 FLOAT = ("F32", "BF16", "F16")
 E8M0 = ("F8_E8M0", "U8")
+PACKED = {"U8": 2, "I32": 8}  # dtype of a weight -> values along K in one element; 1 in all others
 
 Tensors = Mapping[str, Tensor]  # role -> contiguous tensor
 Shapes = tuple[tuple[int, ...], ...]
@@ -56,9 +57,7 @@ class Encoding:
     # Faults that `bind` cannot handle or hides, and oddities, as `judge` returns them.
     check: Callable[[Tensors], tuple[Faults, list[str]]] = lambda tensors: ({}, [])
     exact: Callable[[Tensors], Tensor] | None = None  # the values [N, K] in fp64, if `bind` rounds them to bf16
-    per_element: int = 1  # values along K in one element of the weight
     scale_role: str = "scale"
-    scale_name: str = "weight_scale"  # usual spelling, for messages
 
     @property
     def is_native(self) -> bool:
@@ -72,7 +71,7 @@ class Encoding:
             role -> spec of each tensor that is missing or wrong, None for each that has no role here; empty if all fit.
         """
         weight = headers["weight"]
-        n, k = weight.shape[0], weight.shape[1] * self.per_element
+        n, k = weight.shape[0], weight.shape[1] * PACKED.get(weight.dtype, 1)
         specs = dict(self.others)
         if self.scale_dtypes:
             in_memory = scale_shape((n, k), *scale_group(self.format, k))
@@ -89,7 +88,8 @@ class Encoding:
 
     def spelling(self, role: str) -> str:
         """Last part of the name of a tensor in that role, for messages."""
-        return self.scale_name if role == self.scale_role else SPELLINGS[role]
+        is_deepseek = self.format == Format.FP8_BLOCK
+        return "weight_scale" if role == "scale" and not is_deepseek else SPELLINGS[role]
 
 
 def _bf16(tensors: Tensors) -> DenseMatrix:
@@ -245,12 +245,11 @@ ENCODINGS = (
     Encoding("F32", Format.BF16, ("F32",), _bf16, exact=lambda tensors: tensors["weight"].double()),
     Encoding(
         "FP8 128x128", Format.FP8_BLOCK, FP8, _fp8_block, (*FLOAT, *E8M0),
-        lambda n, k: (grid := scale_shape((n, k)), (grid[0], 1, grid[1], 1)), scale_name="weight_scale_inv",
+        lambda n, k: (grid := scale_shape((n, k)), (grid[0], 1, grid[1], 1)),
     ),
     Encoding("FP8 per row", Format.FP8_ROW, FP8, _fp8_row, FLOAT, lambda n, k: ((n, 1), (n,))),
     Encoding(
-        "FP8 per row (torchao)", Format.FP8_ROW, ("F8_E4M3",), _fp8_row, ("F32", "BF16"), scale_role="row_scale",
-        scale_name="_weight_scale",
+        "FP8 per row (torchao)", Format.FP8_ROW, ("F8_E4M3",), _fp8_row, ("F32", "BF16"), scale_role="row_scale"
     ),
     Encoding("FP8 per tensor", Format.FP8_ROW, FP8, _fp8_row, FLOAT, lambda n, k: ((), (1,), (1, 1))),
     Encoding("MXFP8", Format.MXFP8, FP8, _mxfp8, E8M0),
@@ -258,15 +257,15 @@ ENCODINGS = (
         "FP8 packed UE8M0", Format.MXFP8, FP8, _fp8_packed, ("I32",),
         lambda n, k: (scale_shape((n, k), 1, 4 * SCALE_BLOCK),),
     ),
-    Encoding("NVFP4", Format.NVFP4, ("U8",), _nvfp4, ("F8_E4M3",), others={"scale_2": _GLOBAL}, per_element=2),
+    Encoding("NVFP4", Format.NVFP4, ("U8",), _nvfp4, ("F8_E4M3",), others={"scale_2": _GLOBAL}),
     Encoding(
         "NVFP4 (divisor)", Format.NVFP4, ("U8",), _nvfp4, ("F8_E4M3",), others={"global_scale": _GLOBAL},
-        check=_check_divisor, per_element=2,
+        check=_check_divisor,
     ),
-    Encoding("MXFP4", Format.MXFP4, ("U8",), _mxfp4, E8M0, per_element=2),
+    Encoding("MXFP4", Format.MXFP4, ("U8",), _mxfp4, E8M0),
     Encoding(
         "INT4", Format.BF16, ("I32",), _int4, FLOAT, _int4_scale_shapes,
         others={"shape": TensorSpec(("I64", "I32"), ((2,),))}, optional=_int4_optional, check=_int4_check,
-        exact=_int4_values, per_element=8,
+        exact=_int4_values,
     ),
 )  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -58,16 +57,6 @@ class MatrixPlan:
     def shape(self) -> tuple[int, ...]:
         """(N, K); empty without an encoding."""
         return self.layout.shape if self.layout else ()
-
-    @property
-    def kept_bytes(self) -> int:
-        """Bytes in memory once loaded; 0 without an encoding."""
-        return self.layout.nbytes if self.layout else 0
-
-    @property
-    def upcast_bytes(self) -> int:
-        """Bytes in memory if upcast to bf16; 0 without an encoding."""
-        return 2 * math.prod(self.shape) if self.layout else 0
 
     def bind(self, tensors: Tensors, problems: list[Problem], warnings: list[Problem]) -> Matrix | None:
         """The matrix from name -> contiguous tensor; None, and problems, for bad values."""

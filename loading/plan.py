@@ -68,8 +68,8 @@ class Plan:
 
     @property
     def warnings(self) -> tuple[Problem, ...]:
-        """Contradictions within config.json that do not affect what loads."""
-        warnings, schedules = list(self.config.warnings), self.config.schedules
+        """Schedules in config.json that contradict each other, which does not affect what loads."""
+        warnings, schedules = [], self.config.schedules
         for source, schedule in schedules.items():
             if differing := [layer for layer, runs in enumerate(schedule) if runs != self.config.schedule[layer]]:
                 first, found = next(iter(schedules)), f"a difference in layers {ranges(differing)}"

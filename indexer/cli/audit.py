@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from itertools import groupby
@@ -53,13 +54,13 @@ def audit(path: Path, index_head_dim: int | None = None) -> dict[str, Any]:
 
 
 def _matrix(plan: MatrixPlan) -> dict[str, Any]:
-    encoding = plan.encoding
+    encoding, layout = plan.encoding, plan.layout
     return {
         "encoding": encoding.name if encoding else None,
         "in_memory": None if encoding is None else "native" if encoding.is_native else "bf16",
-        "shape": list(plan.shape) if plan.layout else None,
-        "kept_bytes": plan.kept_bytes,
-        "upcast_bytes": plan.upcast_bytes,
+        "shape": list(plan.shape) or None,
+        "kept_bytes": layout.nbytes if layout else 0,
+        "upcast_bytes": 2 * math.prod(plan.shape) if layout else 0,
         "tensors": _plain(plan.headers.values()),
     }
 

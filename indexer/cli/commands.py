@@ -73,16 +73,12 @@ def fixture(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=f"One of {', '.join(MODELS)}.")],
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Output directory; must be empty or new.")],
     layers: Annotated[int | None, typer.Option(help="Number of indexer layers, from the first. Default: all.")] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
-    power_of_two_scales: Annotated[
-        bool, typer.Option("--power-of-two-scales", help='Round FP8 scales up to powers of two ("scale_fmt": "ue8m0").')
-    ] = False,
 ) -> None:
-    """Write a checkpoint with random values in a published layout."""
+    """Write a checkpoint with random values in a published layout; always the same bytes."""
     from .fixture import write_fixture
 
     try:
-        files = write_fixture(model, directory, layers, seed, power_of_two_scales)
+        files = write_fixture(model, directory, layers)
     except (ValueError, OSError) as error:
         fail(str(error))
     console.print(f"Wrote {model} to {directory}: {len(files)} shards.", soft_wrap=True)

@@ -24,7 +24,7 @@ def check(path, wk: Export, gate: Export, **config):
     plan, weights = Plan.of(Checkpoint(path)).layers[0], load(path)[0]
     for matrix, planned, export in ((weights.wk, plan.wk, wk), (weights.gate, plan.gate, gate)):
         assert (planned.encoding.name, planned.encoding.is_native) == (export.encoding, export.is_native)
-        assert (planned.shape, planned.kept_bytes) == (matrix.shape, matrix.nbytes)
+        assert (planned.shape, planned.layout.nbytes) == (matrix.shape, matrix.nbytes)
         assert planned.headers.keys() == {ROLES[leaf] for leaf in export.tensors}
         assert torch.equal(matrix.dequantize(torch.float64), export.loaded)
 
@@ -129,7 +129,7 @@ def test_load_fused_matrix(tmp_path, export, k):
     assert torch.equal(weights.wk.dequantize(torch.float64), both.loaded[:128])
     assert torch.equal(weights.gate.dequantize(torch.float64), both.loaded[128:])
     assert plan.shape == weights.shape == (128, 16, k)
-    assert (plan.wk.kept_bytes, plan.gate.kept_bytes) == (weights.wk.nbytes, weights.gate.nbytes)
+    assert (plan.wk.layout.nbytes, plan.gate.layout.nbytes) == (weights.wk.nbytes, weights.gate.nbytes)
     if plan.wk.encoding.name in ("BF16", "F16", "F32", "INT4"):
         assert weights.fused_weight is not None
 

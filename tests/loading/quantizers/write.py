@@ -1,4 +1,4 @@
-"""Wrote the files beside it: wk of a small layer, packed by auto-round 0.16.1, llm-compressor 0.14.0 and amd-quark 0.13.
+"""Wrote the files beside it: wk of a small layer, packed by auto-round 0.16.1, llm-compressor 0.14.0, amd-quark 0.13.
 
 Installing these takes minutes, so the files are kept. "original" is the weight that was packed; the metadata have
 llm-compressor's quantization_config. Usage: python write.py {auto_round,quark,llm_compressor}
