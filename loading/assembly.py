@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,44 +27,37 @@ class Assembly:
     tensors may follow, by finish(). Not thread-safe.
 
     Attributes:
-        warnings: of the last load that finished: odd or rounded values, and layers whose weights are new objects.
+        warnings: of the current or last load: odd or rounded values, and layers whose weights are new objects.
     """
 
     def __init__(
         self,
         layers: Iterable[int],
         device: str | torch.device = "cpu",
-        *,
-        index_head_dim: int | None = None,
-        num_hidden_layers: int | None = None,
-        config: Mapping[str, Any] | None = None,
+        config: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         """
         Args:
             layers: layers to load; tensors of other layers are ignored.
             device: device of the weights.
-            index_head_dim: D, to split `wk_weights_proj`.
-            num_hidden_layers: index of the first MTP layer; needed for tensors named `mtp_layers` or `mtp`.
-            config: content of config.json, for its quantization_config and its sizes; the arguments above override it.
+            config: content of config.json: its sizes, among them index_head_dim, to split `wk_weights_proj`, and
+                num_hidden_layers, to number `mtp_layers` and `mtp`; and its quantization_config, which has a veto.
         """
         self.warnings: list[Problem] = []
         self._wanted = frozenset(map(operator.index, layers))
         self._device = real_device(device)
-        self._config = Config.of(config or {}).override(
-            index_head_dim=index_head_dim, num_hidden_layers=num_hidden_layers
-        )
+        self._config = Config.of(config)
         self._live: dict[int, ProjectionWeights] = {}
         self._collector: Collector | None = None
         self._tensors: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)  # layer -> name -> tensor, until bound
         self._bound: dict[int, ProjectionWeights | None] = {}  # None for bad layers
         self._problems: list[Problem] = []  # bad values
-        self._warnings: list[Problem] = []
 
     def begin(self) -> None:
         """Opens a load and drops an unfinished one."""
         self._collector = Collector(self._config)
         self._tensors.clear()
-        self._bound, self._problems, self._warnings = {}, [], []
+        self._bound, self._problems, self.warnings = {}, [], []
 
     def offer(self, name: str, tensor: Tensor, file: str = "") -> bool:
         """Takes a tensor if it belongs to the projection.
@@ -112,7 +106,7 @@ class Assembly:
         self._bound[plan.layer] = None if plan.problems else plan.bind(tensors, problems, warnings)
         del self._tensors[plan.layer]
         self._problems += problems  # only now: if memory ran out, they come again
-        self._warnings += warnings
+        self.warnings += warnings
 
     def finish(self) -> dict[int, ProjectionWeights]:
         """Closes the load, and logs `warnings` as one.
@@ -150,8 +144,7 @@ class Assembly:
             if live is not None:
                 expected, found = (f"{', '.join(map(str, each.formats))} {each.shape}" for each in (live, new))
                 advice = "the weights are new objects: capture CUDA graphs again"
-                self._warnings.append(Problem(f"layer {number}", "", f"{expected} as before", found, advice))
-        self.warnings = self._warnings
+                self.warnings.append(Problem(f"layer {number}", "", f"{expected} as before", found, advice))
         log(self.warnings)
         return dict(self._live)
 

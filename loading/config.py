@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import json
-import operator
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,21 +19,13 @@ _QUANTIZATION = ("quantization_config", "compression_config")
 # auto-round (two), compressed-tensors, Quark (two)
 _TRANSFORMS = ("rotation_config", "spinquant_config", "transform_config", "online_r1_rotation", "online_config")
 # Key -> values under which uint8 scales are E8M0. auto-round's scale_dtype may be that of its computation.
-_E8M0 = r"none|(torch\.)?(uint8|u?e8m0|float8_e8m0\w*|fp8_e8m0\w*)"
-_SCALE_FORMATS = {
-    "scale_format": re.compile(_E8M0),
-    "scale_fmt": re.compile(_E8M0),
-    "scale_dtype": re.compile(_E8M0 + r"|(torch\.)?(b?float|fp)(16|32|64)?"),
-}
+_E8M0 = r"none|(torch\.)?(uint8|\w*e8m0\w*)"
+_FLOAT = r"(torch\.)?(b?float|fp)(16|32|64)?"
+_SCALE_FORMATS = {"scale_format": _E8M0, "scale_fmt": _E8M0, "scale_dtype": f"{_E8M0}|{_FLOAT}"}
 _FOREIGN_CODES = re.compile(r"(opt_rtn_)?mx_?int\w*")  # auto-round's MXINT4
 _ACTIVATIONS = re.compile(r"act_\w+|activation\w*|(input|output)_(tensors|activations)|kv_cache\w*|bias")
 _BY_LAYER = ("extra_config", "layer_quant_config")  # auto-round's and Quark's entries: name or pattern -> settings
-_PREFIXES = (
-    "",
-    "model.",
-    "language_model.model.",
-    "model.language_model.",
-)  # of layers, which tools write as they like
+_PREFIXES = ("", "model.", "language_model.model.", "model.language_model.")  # of "layers.", which one varies
 _ALL_RUN = ("deepseek_v32", "glm_moe_dsa")  # without a schedule, all hidden layers of these models run an indexer
 _SIZES = ("num_hidden_layers", "num_nextn_predict_layers", "hidden_size", "index_head_dim", "index_n_heads")
 
@@ -121,13 +112,13 @@ class Config:
         problems += [Problem(CONFIG, "", f"{key} once", "it more than once") for key in _SIZES if key in repeated]
         return cls(**sizes, schedules=schedules, vetoes=vetoes, problems=problems, schedule_problems=schedule_problems)
 
-    def override(self, **sizes: int | None) -> Config:
-        """A copy with other sizes, except for those that are None. Raises TypeError for anything but integers."""
-        given = {key: value for key, value in sizes.items() if value is not None}
-        for key, value in given.items():
-            if isinstance(value, bool) or not hasattr(value, "__index__"):
-                raise TypeError(f"{key}: expected an integer, got {value!r}")
-        return replace(self, **{key: operator.index(value) for key, value in given.items()})  # type: ignore[arg-type]
+    def with_index_head_dim(self, value: int | None) -> Config:
+        """A copy with another D, unless that is None. Raises TypeError for anything but an integer."""
+        if value is None:
+            return self
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise TypeError(f"index_head_dim: expected an integer, got {value!r}")
+        return replace(self, index_head_dim=value)
 
     @property
     def schedule(self) -> Sequence[bool]:
@@ -151,7 +142,7 @@ def _vetoes(values: Mapping[str, Any]) -> Iterator[Veto]:
         if key in _TRANSFORMS:
             expected = "weights that multiply x as it comes, without a rotation or transform"
             yield from (Veto(expected, found, (*scopes, scope)) for scope in _transformed(value))
-        elif key in _SCALE_FORMATS and not _SCALE_FORMATS[key].fullmatch(word):
+        elif key in _SCALE_FORMATS and not re.fullmatch(_SCALE_FORMATS[key], word):
             yield Veto("scales in E8M0, as uint8 scales are read", found, scopes, "scale")
         elif _FOREIGN_CODES.fullmatch(word):
             yield Veto("codes in E2M1", found, scopes, "weight")

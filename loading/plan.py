@@ -1,16 +1,20 @@
-"""Which layers own an indexer and how each is stored, from headers alone."""
+"""Plans which layers own an indexer and how each is stored, from headers alone, and loads them."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
+
+from ..kernels.weights import ProjectionWeights
 from .checkpoint import Checkpoint
 from .config import CONFIG, Config
-from .layer import Collector, LayerPlan, check_alike
+from .layer import Collector, LayerPlan, check_alike, own, real_device
 from .names import parse
-from .problems import CheckpointError, Problem, ranges
+from .problems import CheckpointError, Problem, log, ranges
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Plan:
     @classmethod
     def of(cls, checkpoint: Checkpoint, index_head_dim: int | None = None) -> Plan:
         """Plans a load. Collects problems and never raises; index_head_dim overrides that of config.json."""
-        config = checkpoint.config.override(index_head_dim=index_head_dim)
+        config = checkpoint.config.with_index_head_dim(index_head_dim)
         collector = Collector(config)
         faults = [(problem, parse(problem.subject)) for problem in checkpoint.problems]
         others = {*checkpoint.neighbours, *(problem.subject for problem, _ in faults)} - checkpoint.headers.keys()
@@ -103,6 +107,48 @@ class Plan:
         if problems:
             raise CheckpointError(problems)
         return {layer: self.layers[layer] for layer in wanted}
+
+
+def load(
+    checkpoint: str | Path | Checkpoint,
+    layers: Iterable[int] | None = None,
+    device: str | torch.device = "cpu",
+    *,
+    index_head_dim: int | None = None,
+) -> dict[int, ProjectionWeights]:
+    """Loads the projection of some layers, reading only its own bytes.
+
+    Logs one warning with `Plan.warnings`, problems of layers that were not asked for, values that are odd, and values
+    that were rounded.
+
+    Args:
+        checkpoint: a directory, a .safetensors file, or a Checkpoint.
+        layers: layers to load; None for all that own an indexer.
+        device: device of the weights.
+        index_head_dim: D, to split `wk_weights_proj`; from config.json by default.
+
+    Returns:
+        layer -> weights.
+
+    Raises:
+        CheckpointError: lists every problem; nothing is loaded.
+    """
+    device = real_device(device)
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = Checkpoint(checkpoint)
+    plan = Plan.of(checkpoint, index_head_dim)
+    chosen = plan.select(layers)
+    problems: list[Problem] = []
+    warnings = [*plan.warnings, *plan.problems]
+    loaded: dict[int, ProjectionWeights] = {}
+    for layer in chosen.values():
+        tensors = {name: own(checkpoint.read(name), device) for name in layer.tensors}
+        if weights := layer.bind(tensors, problems, warnings):
+            loaded[layer.layer] = weights
+    if problems:
+        raise CheckpointError(problems)
+    log(warnings)
+    return loaded
 
 
 def _check_end(layers: dict[int, LayerPlan], end: int) -> None:

@@ -70,7 +70,7 @@ def test_any_encodings_in_any_order(data):
     lost = data.draw(st.sets(st.sampled_from(sorted(tensors)), max_size=2))
     lost = {name for name in lost if not name.endswith(("zero_point", "g_idx"))}
     names = data.draw(st.permutations(sorted(set(tensors) - lost)))
-    assembly = Assembly([0, 1], index_head_dim=128)
+    assembly = Assembly([0, 1], config={"index_head_dim": 128})
     assembly.begin()
     for name in names:
         assert assembly.offer(name, tensors[name])
@@ -95,7 +95,7 @@ def test_int4_optional_tensors_last(matrix):
     offers = {} if matrix.startswith("wk_") else named(STEM, other, EXPORTS["bf16"](16, 256))
     offers |= named(STEM, matrix, int4)
     assert list(offers)[-1].endswith("zero_point")
-    weights = assemble(offers.items(), index_head_dim=128 if matrix.startswith("wk_") else None)[0]
+    weights = assemble(offers.items(), config={"index_head_dim": 128} if matrix.startswith("wk_") else {})[0]
     whole = torch.cat((weights.wk.dequantize(torch.float64), weights.gate.dequantize(torch.float64)))
     assert torch.equal(whole[-144:] if matrix == "weights_proj" else whole[:144], int4.loaded)
 
@@ -149,7 +149,7 @@ def test_stray_scale_beside_bf16(matrix, position):
 def test_fused_matrix_beside_its_parts():
     offers = [*projection(bf16_layer()), (f"{STEM}wk_weights_proj.weight", torch.ones(144, 256).bfloat16())]
     for order in itertools.permutations(offers):
-        assert only(problems_of(order, index_head_dim=128)).subject == f"{STEM}wk_weights_proj"
+        assert only(problems_of(order, config={"index_head_dim": 128})).subject == f"{STEM}wk_weights_proj"
 
 
 def test_layer_under_two_prefixes():
@@ -165,15 +165,15 @@ def test_hidden_layers_have_one_prefix():
     """MTP layers may have their own; a model numbers them from num_hidden_layers."""
     layers = [projection(fp8_layer(0)), projection(fp8_layer(1))]
     offers = [offer for layer in layers for offer in layer] + renamed(projection(fp8_layer(2)), "model.", "mtp.")
-    assert list(assemble(offers, range(3), num_hidden_layers=2)) == [0, 1, 2]
+    assert list(assemble(offers, range(3), config={"num_hidden_layers": 2})) == [0, 1, 2]
     (problem,) = problems_of(offers, range(3))
     assert problem.subject == "mtp.layers.2.self_attn.indexer.wk.weight"
 
 
-@pytest.mark.parametrize("head_dim", [-16, 0, 144])
+@pytest.mark.parametrize("head_dim", [0, 144])
 def test_fused_matrix_needs_rows_of_both(head_dim):
     offers = [(f"{STEM}wk_weights_proj.weight", torch.ones(144, 256).bfloat16())]
-    (problem,) = problems_of(offers, index_head_dim=head_dim)
+    (problem,) = problems_of(offers, config={"index_head_dim": head_dim})
     assert problem.expected.startswith(f"{head_dim} rows of wk")
 
 
@@ -287,12 +287,12 @@ def test_input_scale_may_be_anything(scale, position):
 
 def test_mtp_layers_need_num_hidden_layers():
     offers = renamed(projection(fp8_layer()), "layers.0.", "mtp_layers.0.")
-    assert assemble(offers, [78], num_hidden_layers=78)[78].shape == (128, 16, 256)
+    assert assemble(offers, [78], config={"num_hidden_layers": 78})[78].shape == (128, 16, 256)
     missing, layer = problems_of(offers, [78])
     assert (missing.subject, layer.subject) == (offers[0][0], "layer 78")
     assert missing.expected.startswith("num_hidden_layers")
     offers += renamed(projection(fp8_layer()), "layers.0.", "layers.78.")  # two layers with one number
-    assert len(problems_of(offers, [78], num_hidden_layers=78)) == 3
+    assert len(problems_of(offers, [78], config={"num_hidden_layers": 78})) == 3
 
 
 def test_arrival_after_a_layer_with_bad_values():
@@ -304,7 +304,7 @@ def test_arrival_after_a_layer_with_bad_values():
 
 def test_bound_layers_hold_no_second_copy():
     """In file order, at most one layer's tensors are held beside the weights."""
-    assembly = Assembly(range(8), index_head_dim=128)
+    assembly = Assembly(range(8), config={"index_head_dim": 128})
     assembly.begin()
     for layer in range(8):
         stem, tensor = INDEXER.format(layer), EXPORTS["f32"](144, 352).tensors["weight"]

@@ -20,7 +20,7 @@ def changed(export, drop=(), **tensors):
 
 
 def streamed_problems(tensors):
-    assembly = Assembly([0], index_head_dim=128)
+    assembly = Assembly([0], config={"index_head_dim": 128})
     assembly.begin()
     for name, tensor in tensors.items():
         assembly.offer(name, tensor, "model-00001-of-00001.safetensors")

@@ -39,11 +39,11 @@ def test_reload_keeps_memory(export, is_fused):
         return named(STEM, "wk", EXPORTS[export](128, 256)) | named(STEM, "weights_proj", EXPORTS[export](16, 256))
 
     first, second = tensors(), tensors()
-    assembly = Assembly([0], index_head_dim=128)
+    assembly = Assembly([0], config={"index_head_dim": 128})
     live = send(assembly, first).pop(0)  # the dict belongs to the caller
     before = pointers(live)
     for load in (first, second, second, first):
-        fresh = send(Assembly([0], index_head_dim=128), load)[0]
+        fresh = send(Assembly([0], config={"index_head_dim": 128}), load)[0]
         assert send(assembly, load)[0] is live
         assert equal(live, fresh)
         assert pointers(live) == before
@@ -78,18 +78,18 @@ def test_failed_load_changes_nothing(make):
 
 @pytest.mark.parametrize("modes", [(True, False), (False, True)])
 def test_reload_across_inference_mode(modes):
-    assembly = Assembly([0], index_head_dim=128)
+    assembly = Assembly([0], config={"index_head_dim": 128})
     loaded = []
     for mode in modes:
         tensors = fp8_layer()
         with torch.inference_mode(mode):
             loaded.append(send(assembly, tensors)[0])
     assert loaded[0] is loaded[1]
-    assert equal(loaded[0], send(Assembly([0], index_head_dim=128), tensors)[0])
+    assert equal(loaded[0], send(Assembly([0], config={"index_head_dim": 128}), tensors)[0])
 
 
 def test_reload_in_another_encoding():
-    assembly, tensors = Assembly([0], index_head_dim=128), bf16_layer()
+    assembly, tensors = Assembly([0], config={"index_head_dim": 128}), bf16_layer()
     first, second = (send(assembly, layer)[0] for layer in (fp8_layer(), tensors))
     assert first is not second
     assert torch.equal(second.wk.weight, tensors[WK])
@@ -105,18 +105,18 @@ def test_reload_under_fused_names(export):
         name.replace("wk.", "wk_weights_proj."): torch.cat((new[name], new[name.replace("wk.", "weights_proj.")]))
         for name in new if "wk." in name
     }  # fmt: skip
-    assembly = Assembly([0], index_head_dim=128)
+    assembly = Assembly([0], config={"index_head_dim": 128})
     live = send(assembly, old)[0]
     before = pointers(live)
     for tensors, expected in ((fused, new), (old, old)):
         assert send(assembly, tensors)[0] is live
-        assert equal(live, send(Assembly([0], index_head_dim=128), expected)[0])
+        assert equal(live, send(Assembly([0], config={"index_head_dim": 128}), expected)[0])
         assert pointers(live) == before
 
 
 def test_reload_reaches_a_module_that_holds_the_weights():
     old, new = bf16_layer(), bf16_layer()
-    assembly = Assembly([0], index_head_dim=128)
+    assembly = Assembly([0], config={"index_head_dim": 128})
     module = IndexerProjection(send(assembly, old)[0])
     fused_weight, x = module.weights.fused_weight, torch.randn(2, 256)
     for tensors in (old, new):
