@@ -98,7 +98,7 @@ class Config:
         nested = values.get("text_config")
         text: Mapping[str, Any] = nested if isinstance(nested, dict) else {}
         repeated = ({*getattr(values, "repeated", ())} - text.keys()) | {*getattr(text, "repeated", ())}
-        vetoes = tuple(_vetoes(values))
+        vetoes = tuple(_vetoes(values, text))
         values = {**values, **text}
         problems: list[Problem] = []
         schedule_problems: list[Problem] = []
@@ -126,32 +126,33 @@ class Config:
         return next(iter(self.schedules.values()), ())
 
 
-def _vetoes(values: Mapping[str, Any]) -> Iterator[Veto]:
+def _vetoes(values: Mapping[str, Any], text: Mapping[str, Any]) -> Iterator[Veto]:
     """Searches all levels of quantization_config, also those of single layers and groups of them."""
-    text = values.get("text_config")
-    places = {"": values, "text_config.": text if isinstance(text, dict) else {}}
+    places = {"": values, "text_config.": text}
     entries: list[tuple[str, str, Any, tuple[Scope, ...]]]
     entries = [(key, f"{place}{key}", at.get(key), ()) for place, at in places.items() for key in _QUANTIZATION]
     while entries:
         key, path, value, scopes = entries.pop()
+        word = value.lower() if isinstance(value, str) else "none"
+        expected, role, concerned = "", None, [scopes]
         if _ACTIVATIONS.fullmatch(key):
             continue
-        word = value.lower() if isinstance(value, str) else "none"
-        shown = "{...}" if isinstance(value, dict | list) else f"{json.dumps(value, default=str):.80}"
-        found = f"{path} = {shown} in {CONFIG}"
         if key in _TRANSFORMS:
             expected = "weights that multiply x as it comes, without a rotation or transform"
-            yield from (Veto(expected, found, (*scopes, scope)) for scope in _transformed(value))
+            concerned = [(*scopes, scope) for scope in _transformed(value)]
         elif key in _SCALE_FORMATS and not re.fullmatch(_SCALE_FORMATS[key], word):
-            yield Veto("scales in E8M0, as uint8 scales are read", found, scopes, "scale")
+            expected, role = "scales in E8M0, as uint8 scales are read", "scale"
         elif _FOREIGN_CODES.fullmatch(word):
-            yield Veto("codes in E2M1", found, scopes, "weight")
+            expected, role = "codes in E2M1", "weight"
         elif isinstance(value, dict):
             scopes = (*scopes, *filter(None, [_scope(value)]))
             for name, each in value.items():
                 entries.append((name, f"{path}.{name}", each, (*scopes, Scope([name])) if key in _BY_LAYER else scopes))
         elif isinstance(value, list):
             entries += [("", f"{path}.{number}", each, scopes) for number, each in enumerate(value)]
+        if expected:
+            shown = "{...}" if isinstance(value, dict | list) else f"{json.dumps(value, default=str):.80}"
+            yield from (Veto(expected, f"{path} = {shown} in {CONFIG}", each, role) for each in concerned)
 
 
 def _transformed(value: Any) -> list[Scope]:

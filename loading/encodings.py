@@ -202,10 +202,6 @@ def _int4_parts(tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
     return numbers, scale, index
 
 
-def _int4_scale_shapes(n: int, k: int) -> Shapes:
-    return (n, 1), *((n, k // size) for size in (32, 64, 128, 256) if k % size == 0)
-
-
 def _int4_optional(n: int, k: int, groups: int) -> dict[str, TensorSpec]:
     return {"zero_point": TensorSpec(("I32",), ((-(-n // 8), groups),)), "g_idx": TensorSpec(("I32", "I64"), ((k,),))}
 
@@ -248,15 +244,10 @@ ENCODINGS = (
         lambda n, k: (grid := scale_shape((n, k)), (grid[0], 1, grid[1], 1)),
     ),
     Encoding("FP8 per row", Format.FP8_ROW, FP8, _fp8_row, FLOAT, lambda n, k: ((n, 1), (n,))),
-    Encoding(
-        "FP8 per row (torchao)", Format.FP8_ROW, ("F8_E4M3",), _fp8_row, ("F32", "BF16"), scale_role="row_scale"
-    ),
+    Encoding("FP8 per row (torchao)", Format.FP8_ROW, ("F8_E4M3",), _fp8_row, ("F32", "BF16"), scale_role="row_scale"),
     Encoding("FP8 per tensor", Format.FP8_ROW, FP8, _fp8_row, FLOAT, lambda n, k: ((), (1,), (1, 1))),
     Encoding("MXFP8", Format.MXFP8, FP8, _mxfp8, E8M0),
-    Encoding(
-        "FP8 packed UE8M0", Format.MXFP8, FP8, _fp8_packed, ("I32",),
-        lambda n, k: (scale_shape((n, k), 1, 4 * SCALE_BLOCK),),
-    ),
+    Encoding("FP8 packed UE8M0", Format.MXFP8, FP8, _fp8_packed, ("I32",), lambda n, k: ((n, -(-k // 512)),)),
     Encoding("NVFP4", Format.NVFP4, ("U8",), _nvfp4, ("F8_E4M3",), others={"scale_2": _GLOBAL}),
     Encoding(
         "NVFP4 (divisor)", Format.NVFP4, ("U8",), _nvfp4, ("F8_E4M3",), others={"global_scale": _GLOBAL},
@@ -264,7 +255,8 @@ ENCODINGS = (
     ),
     Encoding("MXFP4", Format.MXFP4, ("U8",), _mxfp4, E8M0),
     Encoding(
-        "INT4", Format.BF16, ("I32",), _int4, FLOAT, _int4_scale_shapes,
+        "INT4", Format.BF16, ("I32",), _int4, FLOAT,
+        lambda n, k: ((n, 1), *((n, k // size) for size in (32, 64, 128, 256) if k % size == 0)),
         others={"shape": TensorSpec(("I64", "I32"), ((2,),))}, optional=_int4_optional, check=_int4_check,
         exact=_int4_values,
     ),

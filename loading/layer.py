@@ -103,7 +103,6 @@ class LayerPlan:
     Attributes:
         layer: layer index; `mtp_layers` are numbered after the hidden layers.
         is_mtp: True for a multi-token-prediction layer (layer >= num_hidden_layers).
-        wk, gate: the two matrices.
         problems: why the layer does not load; empty if it does.
     """
 
@@ -218,7 +217,11 @@ class Collector:
         problems += self._check(wk, gate)
         parts = [(problem, parse(problem.subject)) for problem in problems]
         problems = [p for p, part in parts if not part or (number, part.matrix, part.role) not in self._absent]
-        hidden = self._config.num_hidden_layers
+        hidden, mtp = self._config.num_hidden_layers, self._config.num_nextn_predict_layers
+        part = parse(stem + WK)
+        if part and not part.is_mtp and hidden is not None and mtp is not None and number >= hidden + mtp:
+            expected = f"layers below {hidden + mtp} (num_hidden_layers + num_nextn_predict_layers)"
+            problems.append(Problem(f"layer {number}", "", expected, "an indexer in it"))
         is_mtp = hidden is not None and number >= hidden
         return LayerPlan(number, is_mtp, wk, gate, (*self.problems[number], *problems))
 

@@ -50,8 +50,6 @@ class Plan:
                 collector.problems[collector.number(part)].append(problem)
         layers = collector.plans()
         check_alike(layers)
-        if config.num_hidden_layers is not None and config.num_nextn_predict_layers is not None:
-            _check_end(layers, config.num_hidden_layers + config.num_nextn_predict_layers)
         file_problems, model_problems = [*checkpoint_wide], [*collector.problems[None], *config.schedule_problems]
         if not layers and not file_problems and not model_problems:
             expected = "tensors named ...layers.<L>.self_attn.indexer.wk.weight"
@@ -89,25 +87,6 @@ class Plan:
         schedule = self.config.schedule
         return schedule[layer] if 0 <= layer < len(schedule) else layer in self.layers
 
-    def select(self, layers: Iterable[int] | None = None) -> dict[int, LayerPlan]:
-        """The plans of some layers, or of all.
-
-        Raises:
-            CheckpointError: a problem in any of them, or a layer without an indexer; without `layers`, any problem.
-            TypeError: a layer index that is not an integer.
-        """
-        wanted = sorted(set(self.layers if layers is None else map(operator.index, layers)))
-        problems = [*self.file_problems, *(self.model_problems if layers is None else ())]
-        for layer in wanted:
-            if layer in self.layers:
-                problems += self.layers[layer].problems
-            else:
-                expected = f"one of the layers with an indexer, {ranges(self.layers) or 'none'}"
-                problems.append(Problem(f"layer {layer}", "", expected, "no indexer in it"))
-        if problems:
-            raise CheckpointError(problems)
-        return {layer: self.layers[layer] for layer in wanted}
-
 
 def load(
     checkpoint: str | Path | Checkpoint,
@@ -131,30 +110,32 @@ def load(
         layer -> weights.
 
     Raises:
-        CheckpointError: lists every problem; nothing is loaded.
+        CheckpointError: nothing is loaded. Lists every problem of these layers and of the files; without `layers`, of
+            the model too.
+        TypeError: a layer index that is not an integer.
     """
     device = real_device(device)
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint(checkpoint)
     plan = Plan.of(checkpoint, index_head_dim)
-    chosen = plan.select(layers)
-    problems: list[Problem] = []
+    wanted = sorted(set(plan.layers if layers is None else map(operator.index, layers)))
+    problems = [*plan.file_problems, *(plan.model_problems if layers is None else ())]
+    for number in wanted:
+        if number in plan.layers:
+            problems += plan.layers[number].problems
+        else:
+            expected = f"one of the layers with an indexer, {ranges(plan.layers) or 'none'}"
+            problems.append(Problem(f"layer {number}", "", expected, "no indexer in it"))
+    if problems:
+        raise CheckpointError(problems)
     warnings = [*plan.warnings, *plan.problems]
     loaded: dict[int, ProjectionWeights] = {}
-    for layer in chosen.values():
+    for number in wanted:
+        layer = plan.layers[number]
         tensors = {name: own(checkpoint.read(name), device) for name in layer.tensors}
         if weights := layer.bind(tensors, problems, warnings):
-            loaded[layer.layer] = weights
+            loaded[number] = weights
     if problems:
         raise CheckpointError(problems)
     log(warnings)
     return loaded
-
-
-def _check_end(layers: dict[int, LayerPlan], end: int) -> None:
-    """Adds a problem to each layer beyond the last one of the model."""
-    for number, plan in layers.items():
-        part = parse(plan.wk.name)
-        if number >= end and part and not part.is_mtp:
-            expected = f"layers below {end} (num_hidden_layers + num_nextn_predict_layers)"
-            layers[number] = plan.with_problems(Problem(f"layer {number}", "", expected, "an indexer in it"))

@@ -56,8 +56,9 @@ def verify(
     """
     checkpoint = Checkpoint(path)
     loaded = load(checkpoint, layers, device, index_head_dim=head_dim)
-    for layer, plan in Plan.of(checkpoint, head_dim).select(loaded).items():
-        weights = loaded.pop(layer)
+    plans = Plan.of(checkpoint, head_dim).layers
+    for layer in list(loaded):
+        weights, plan = loaded.pop(layer), plans[layer]
         on_disk = [matrix.to(device) for matrix in plan.exact({name: checkpoint.read(name) for name in plan.tensors})]
         encodings = tuple(matrix.encoding.name for matrix in (plan.wk, plan.gate) if matrix.encoding)
         for m in ms:
