@@ -1,13 +1,12 @@
 """Which layers own an indexer, and how config.json is checked against them."""
 
-import logging
-
 import pytest
 from safetensors.torch import save_file
 
 from indexproj.loading import Checkpoint, Plan, load
+from indexproj.loading.checkpoint import INDEX
 from indexproj.loading.config import Config
-from support import GATE, INDEXER, WK, bf16_layer, fp8_layer, only, problems_of, write_checkpoint
+from support import GATE, INDEXER, WK, bf16_layer, fp8_layer, invoke, only, problems_of, write_checkpoint
 
 
 def plan_of(tmp_path, owners, config):
@@ -45,14 +44,21 @@ def test_layer_unlike_the_others(tmp_path, d, h, k):
     assert {problem.subject for problem in problems_of(path)} > {WK}
 
 
-@pytest.mark.parametrize(("d", "h", "faulty"), [(256, 128, None), (257, 16, WK), (128, 257, GATE)])
-def test_at_most_256_rows(tmp_path, d, h, faulty):
+@pytest.mark.parametrize(
+    ("d", "h", "faulty", "expected"),
+    [
+        (256, 128, None, ""), (257, 16, WK, "at most 256 rows"), (128, 257, GATE, "at most 256 rows"),
+        (256, 200, WK, "at most 384 rows of wk and weights_proj, each rounded up to a power of two"),
+    ],
+)  # fmt: skip
+def test_limits_of_the_kernels(tmp_path, d, h, faulty, expected):
     path = write_checkpoint(tmp_path, bf16_layer(d=d, h=h))
     if faulty is None:
         assert load(path)[0].shape == (d, h, 256)
     else:
         problem = only(problems_of(path))
-        assert (problem.subject, problem.expected) == (faulty, "at most 256 rows")
+        assert (problem.subject, problem.expected) == (faulty, expected)
+        assert invoke("verify", path).exit_code == 2
 
 
 @pytest.mark.parametrize(("old", "new"), [("model.", "language_model.model."), ("layers.0.", "layers.00.")])
@@ -133,40 +139,30 @@ def test_weights_of_layers_that_share(tmp_path):
     assert list(load(tmp_path, filter(plan.runs, plan.layers))) == [0, 1, 5, 6]
 
 
+EACH, INTEGERS = "for each of 8 layers", "index_topk_freq and index_skip_topk_offset to be integers"
+DEFAULT = "index_topk_freq = 4 (index_skip_topk_offset = 2, the default)"
+
+
 @pytest.mark.parametrize(
     ("schedule", "expected", "found"),
     [
-        (
-            {"index_topk_freq": 4},
-            "indexers of layers 5, which run by index_topk_freq = 4 (index_skip_topk_offset = 2, the default)",
-            "an indexer in layers 0-2, 6 only",
-        ),
+        ({"index_topk_freq": 4}, f"indexers of layers 5, which run by {DEFAULT}", "an indexer in layers 0-2, 6 only"),
         ({"index_topk_freq": 1}, "weights for the indexers of layers 3-5, 7, which run", "in layers 0-2, 6 only"),
         ({"model_type": "deepseek_v32"}, "layers 3-5, 7, which run by the default of deepseek_v32", "0-2, 6 only"),
         ({"model_type": "glm_moe_dsa"}, "layers 3-5, 7, which run by the default of glm_moe_dsa", "0-2, 6 only"),
         ({"indexer_types": ["full"] * 4 + ["shared"] * 4}, "layers 3, which run by indexer_types", "0-2, 6 only"),
-        *(
-            ({"indexer_types": value, **other}, "indexer_types to say full or shared for each of 8 layers", found)
-            for value, other, found in (
-                (["full"] * 7, {}, "['full', 'full'"), (["full", 3] * 4, {}, "['full', 3"),
-                (["full"] * 7, {"model_type": "glm_moe_dsa"}, "['full', 'full'"),
-            )
-        ),
-        ({"index_topk_pattern": "FXFXFXFX"}, "index_topk_pattern to say F or S for each of 8 layers", "'FXFXFXFX'"),
-        ({"index_topk_pattern": 3}, "index_topk_pattern to say F or S for each of 8 layers", "3"),
-        *(
-            ({"index_topk_freq": freq, **offset}, "index_topk_freq and index_skip_topk_offset to be integers", found)
-            for freq, offset, found in (
-                (0, {}, "0 and 2"), ("4", {}, "'4' and 2"), (True, {}, "True and 2"),
-                (4, {"index_skip_topk_offset": 2.5}, "4 and 2.5"),
-            )
-        ),
-        (
-            {"num_hidden_layers": 2, "indexer_types": {"full": 1, "shared": 2}},
-            "indexer_types to say full or shared for each of 2 layers", "{'full': 1",
-        ),
+        ({"indexer_types": ["full"] * 7}, f"indexer_types to say full or shared {EACH}", "['full', 'full'"),
+        ({"indexer_types": ["full"] * 7, "model_type": "glm_moe_dsa"}, "indexer_types to say", "['full', 'full'"),
+        ({"indexer_types": ["full", 3] * 4}, f"indexer_types to say full or shared {EACH}", "['full', 3"),
+        ({"indexer_types": {"full": 1, "shared": 2}, "num_hidden_layers": 2}, "for each of 2 layers", "{'full': 1"),
+        ({"index_topk_pattern": "FXFXFXFX"}, f"index_topk_pattern to say F or S {EACH}", "'FXFXFXFX'"),
+        ({"index_topk_pattern": 3}, f"index_topk_pattern to say F or S {EACH}", "3"),
+        ({"index_topk_freq": 0}, INTEGERS, "0 and 2"),
+        ({"index_topk_freq": "4"}, INTEGERS, "'4' and 2"),
+        ({"index_topk_freq": True}, INTEGERS, "True and 2"),
+        ({"index_topk_freq": 4, "index_skip_topk_offset": 2.5}, INTEGERS, "4 and 2.5"),
     ],
-)  # fmt: skip
+)
 def test_schedules_that_contradict_weights(tmp_path, schedule, expected, found):
     layers = (fp8_layer(layer) for layer in (0, 1, 2, 6))
     problem = only(problems_of(write_checkpoint(tmp_path, *layers, config={"num_hidden_layers": 8, **schedule})))
@@ -178,7 +174,7 @@ def test_schedules_that_contradict_weights(tmp_path, schedule, expected, found):
 @pytest.mark.parametrize(
     ("other", "source", "layers"),
     [
-        ({"index_topk_freq": 4}, "index_topk_freq = 4 (index_skip_topk_offset = 2, the default)", "2, 5-6"),
+        ({"index_topk_freq": 4}, DEFAULT, "2, 5-6"),
         ({"index_topk_pattern": "FFFSSFFS"}, "index_topk_pattern", "5"),
     ],
 )
@@ -189,8 +185,7 @@ def test_schedules_that_disagree(tmp_path, caplog, other, source, layers):
     warning = only(plan.warnings)
     assert warning.expected == f"indexer_types and {source} to agree"
     assert warning.found == f"a difference in layers {layers}"
-    with caplog.at_level(logging.WARNING, "indexproj"):
-        assert list(load(tmp_path)) == [0, 1, 2, 6]
+    assert list(load(tmp_path)) == [0, 1, 2, 6]
     assert only(caplog.records).getMessage() == str(warning)
 
 
@@ -229,9 +224,24 @@ def test_config_may_hold_anything_else(tmp_path):
     assert not plan.warnings
 
 
-def test_repeated_keys_in_config(tmp_path):
+@pytest.mark.parametrize(
+    ("text", "loads"),
+    [
+        ('{"a": 1, "a": 2, "b": {"c": 1, "c": 1}, "hidden_size": 32}', True),
+        ('{"vision_config": {"hidden_size": 1, "hidden_size": 2}, "hidden_size": 32}', True),
+        ('{"hidden_size": 7, "hidden_size": 8, "text_config": {"hidden_size": 32}}', True),
+        ('{"hidden_size": 64, "hidden_size": 32}', False),
+        ('{"text_config": {"hidden_size": 64, "hidden_size": 32}}', False),
+    ],
+)
+def test_repeated_keys(tmp_path, text, loads):
+    """They matter if they are about sizes that count."""
     plan_of(tmp_path, [0], {})
-    (tmp_path / "config.json").write_text('{"a": 1, "a": 2, "b": {"c": 1, "c": 1}, "hidden_size": 32}')
-    assert list(load(tmp_path)) == [0]
-    (tmp_path / "config.json").write_text('{"hidden_size": 64, "hidden_size": 32}')
-    assert only(problems_of(tmp_path)).expected == "hidden_size once"
+    (tmp_path / INDEX).write_text(
+        (tmp_path / INDEX).read_text().replace('"metadata": {}', '"metadata": {"a": 1, "a": 2}')
+    )
+    (tmp_path / "config.json").write_text(text)
+    if loads:
+        assert list(load(tmp_path)) == [0]
+    else:
+        assert only(problems_of(tmp_path)).expected == "hidden_size once"

@@ -1,8 +1,10 @@
 """Problem lists that a person can read."""
 
+import functools
+
+import pytest
 import torch
 
-from exports import EXPORTS, named
 from indexproj.loading import CheckpointError, Problem
 from indexproj.loading.problems import summarize
 from support import INDEXER, bf16_layer, fp8_layer, invoke, only, problems_of, write_checkpoint
@@ -10,29 +12,15 @@ from support import INDEXER, bf16_layer, fp8_layer, invoke, only, problems_of, w
 I32 = torch.int32
 
 
-def gptq(n, k):
+def gptq(n, k, bits=4, **other):
     return {
-        "qweight": torch.zeros(k // 8, n, dtype=I32), "qzeros": torch.zeros(k // 128, n // 8, dtype=I32),
-        "scales": torch.ones(k // 128, n).half(), "g_idx": torch.zeros(k, dtype=I32),
+        "qweight": torch.zeros(k * bits // 32, n, dtype=I32), "scales": torch.ones(k // 128, n).half(),
+        "qzeros": torch.zeros(k // 128, n * bits // 32, dtype=I32), **other,
     }  # fmt: skip
-
-
-def gptq_without_order(n, k):
-    return {leaf: tensor for leaf, tensor in gptq(n, k).items() if leaf != "g_idx"}
-
-
-def gptq_8(n, k):
-    return gptq_without_order(n, k) | {
-        "qweight": torch.zeros(k // 4, n, dtype=I32),
-        "qzeros": torch.zeros(k // 128, n // 4, dtype=I32),
-    }
 
 
 def awq(n, k):
-    return {
-        "qweight": torch.zeros(k, n // 8, dtype=I32), "qzeros": torch.zeros(k // 128, n // 8, dtype=I32),
-        "scales": torch.ones(k // 128, n).half(),
-    }  # fmt: skip
+    return gptq(n, k) | {"qweight": torch.zeros(k, n // 8, dtype=I32)}
 
 
 def int8(n, k):
@@ -44,29 +32,28 @@ def mlx(n, k):
     return {"weight": torch.zeros(n, k // 8, dtype=torch.uint32), **groups}
 
 
-FOREIGN = [
-    ("GPTQ, 4 bit", gptq), ("GPTQ, 4 bit", gptq_without_order), ("GPTQ, 8 bit", gptq_8), ("AWQ, 4 bit", awq),
-    ("INT8", int8), ("MLX", mlx),
-]  # fmt: skip
-
-
-def test_foreign_formats(tmp_path):
-    """62 layers of each: one line per matrix, with the quantizer's name, and fewer than 25 lines in all."""
-    for name, make in FOREIGN:
-        tensors = {
-            f"{INDEXER.format(layer)}{matrix}.{leaf}": tensor
-            for layer in range(62)
-            for matrix, n in (("wk", 128), ("weights_proj", 64))
-            for leaf, tensor in make(n, 256).items()
-        }
-        path = write_checkpoint(tmp_path / make.__name__, tensors, config={"num_hidden_layers": 61})
-        result = invoke("audit", path)
-        assert result.exit_code == 2
-        assert len(result.output.splitlines()) < 25
-        lines = result.stderr.splitlines()
-        assert len(lines) == 3
-        assert all(f"{name} is not supported" in line and ".layers.{0-61}.self_attn." in line for line in lines[1:])
-        assert all("requantize it to" in line for line in lines[1:])
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("GPTQ, 4 bit", lambda n, k: gptq(n, k, g_idx=torch.zeros(k, dtype=I32))), ("GPTQ, 4 bit", gptq),
+        ("GPTQ, 8 bit", functools.partial(gptq, bits=8)), ("AWQ, 4 bit", awq), ("INT8", int8), ("MLX", mlx),
+    ],
+)  # fmt: skip
+def test_foreign_formats(tmp_path, name, make):
+    """62 layers: one line per matrix, with the quantizer's name, and fewer than 25 lines in all."""
+    tensors = {
+        f"{INDEXER.format(layer)}{matrix}.{leaf}": tensor
+        for layer in range(62)
+        for matrix, n in (("wk", 128), ("weights_proj", 64))
+        for leaf, tensor in make(n, 256).items()
+    }
+    result = invoke("audit", write_checkpoint(tmp_path, tensors, config={"num_hidden_layers": 61}))
+    assert result.exit_code == 2
+    assert len(result.output.splitlines()) < 25
+    lines = result.stderr.splitlines()
+    assert len(lines) == 3
+    assert all(f"{name} is not supported" in line and ".layers.{0-61}.self_attn." in line for line in lines[1:])
+    assert all("requantize it to" in line for line in lines[1:])
 
 
 def test_problems_of_layers_share_a_line():
@@ -113,14 +100,10 @@ def test_many_layers_are_summarized():
     assert only(summarize(problems)).startswith("model.layers.{0-19999}.")
 
 
-def test_every_encoding_without_its_scale(tmp_path):
-    """The same problem in some layers: one line names them."""
-    tensors = {}
-    for layer in range(5):
-        stem, export = INDEXER.format(layer), EXPORTS["fp8_block"](128, 256)
-        if layer != 2:
-            del export.tensors["weight_scale_inv"]
-        tensors |= named(stem, "wk", export) | named(stem, "weights_proj", EXPORTS["bf16"](16, 256))
-    path = write_checkpoint(tmp_path, tensors)
+def test_same_problem_in_some_layers(tmp_path):
+    layers = [fp8_layer(layer) for layer in range(5)]
+    for layer in (0, 1, 3, 4):
+        del layers[layer][INDEXER.format(layer) + "wk.weight_scale_inv"]
+    path = write_checkpoint(tmp_path, *layers)
     assert len(problems_of(path)) == 4
     assert "layers.{0-1, 3-4}.self_attn.indexer.wk.weight_scale_inv" in invoke("audit", path).stderr
