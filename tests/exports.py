@@ -3,7 +3,7 @@
 The values are worked out element by element from the definition of the format, not by the layouts under test.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import pytest
@@ -24,12 +24,14 @@ class Export:
         values: [N, K] fp64.
         encoding: as the audit names it.
         is_native: False if loading rounds to bf16.
+        unused: tensors beside them that nobody reads.
     """
 
     tensors: dict[str, torch.Tensor]
     values: torch.Tensor
     encoding: str
     is_native: bool = True
+    unused: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def loaded(self):
@@ -77,7 +79,9 @@ def fp8_row(n, k, dtype=torch.float32, encoding="FP8 per row", **options):
 
 
 def fp8_tensor(n, k, dtype=torch.float32, shape=()):
-    return e4m3(n, k, spread_scales(1, 1, dtype), n, k, "FP8 per tensor", lambda scale: scale.view(shape))
+    export = e4m3(n, k, spread_scales(1, 1, dtype), n, k, "FP8 per tensor", lambda scale: scale.view(shape))
+    export.unused["input_scale"] = torch.tensor(0.5)
+    return export
 
 
 def mxfp8(n, k, **options):
@@ -188,7 +192,7 @@ bf16 = EXPORTS["bf16"]
 
 def named(stem, matrix, export):
     """The tensors by their names in a checkpoint."""
-    return {f"{stem}{matrix}.{leaf}": tensor for leaf, tensor in export.tensors.items()}
+    return {f"{stem}{matrix}.{leaf}": tensor for leaf, tensor in (export.tensors | export.unused).items()}
 
 
 def layer_of(wk, gate="bf16", layer=0, n=(128, 16), k=256):

@@ -86,13 +86,13 @@ def test_tensors_that_fit_no_encoding(tmp_path, make, drop, change, leaf, expect
 @pytest.mark.parametrize("export", EXPORTS)
 @pytest.mark.parametrize("matrix", ["wk", "weights_proj", "wk_weights_proj"])
 def test_no_tensor_of_an_encoding_is_optional(matrix, export):
-    """Except INT4's zero points and g_idx."""
+    """Except INT4's zero points and g_idx, and scales of activations."""
     make, tensors = EXPORTS[export], {}
     if not matrix.startswith("wk_"):
         tensors = named(STEM, "weights_proj" if matrix == "wk" else "wk", bf16(128, 256))
     exported = named(STEM, matrix, make(144, 256))
     for name in exported:
-        if not name.endswith(("zero_point", "g_idx")):
+        if not name.endswith(("zero_point", "g_idx", "input_scale")):
             rest = {n: t for n, t in (tensors | exported).items() if n != name}
             problem = only(stream_problems(rest, config={"index_head_dim": 128}))
             assert problem.subject.startswith(f"{STEM}{matrix}.") or (not tensors and len(exported) == 1)
