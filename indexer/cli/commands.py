@@ -6,6 +6,7 @@ between GPU and interpreter before Triton is imported.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -31,6 +32,8 @@ class _Commands(typer.core.TyperGroup):
                 sys.stdout.flush()
         except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes once more
+            if error.errno == errno.EPIPE:  # the reader has seen enough
+                sys.exit(1)
             complain(str(error))
             sys.exit(2)
 

@@ -26,10 +26,12 @@ def glm(tmp_path_factory):
     return path
 
 
-def test_deepseek_names_dtypes_and_shapes(tmp_path):
-    files = write_fixture("deepseek-v3.2", tmp_path, layers=1)
+def test_names_dtypes_and_shapes(tmp_path, glm):
+    files = write_fixture("deepseek-v3.2", tmp_path / "deepseek", layers=1)
+    write_fixture("glm-5-bf16", tmp_path / "bf16", layers=1)
     assert files == [f"model-{n:05d}-of-000003.safetensors" for n in (1, 2, 3)]
-    assert {name: (tensor.dtype, list(tensor.shape)) for name, tensor in contents(tmp_path).items()} == {
+    deepseek, bf16, fp8 = map(contents, (tmp_path / "deepseek", tmp_path / "bf16", glm))
+    assert {name: (tensor.dtype, list(tensor.shape)) for name, tensor in deepseek.items()} == {
         "model.layers.0.input_layernorm.weight": (BF16, [7168]),
         f"{STEM}k_norm.bias": (F32, [128]),
         f"{STEM}k_norm.weight": (F32, [128]),
@@ -39,17 +41,11 @@ def test_deepseek_names_dtypes_and_shapes(tmp_path):
         f"{STEM}wq_b.weight": (F8, [8192, 1536]),
         f"{STEM}wq_b.weight_scale_inv": (F32, [64, 12]),
     }
-
-
-def test_glm_names_dtypes_and_shapes(tmp_path, glm):
-    write_fixture("glm-5-bf16", tmp_path, layers=1)
-    bf16, fp8 = contents(tmp_path), contents(glm)
-    assert {tensor.dtype for tensor in bf16.values()} == {BF16}
+    assert {tensor.dtype for tensor in bf16.values()} == {BF16} == {fp8[f"{STEM}k_norm.weight"].dtype}
     assert list(bf16[WK].shape) == list(fp8[WK].shape) == [128, 6144]
     assert list(bf16[f"{STEM}weights_proj.weight"].shape) == [32, 6144]
     assert list(fp8[f"{STEM}wk.weight_scale_inv"].shape) == [1, 48]
     assert list(fp8[f"{STEM}wq_b.weight_scale_inv"].shape) == [32, 16]
-    assert fp8[f"{STEM}k_norm.weight"].dtype == BF16
     scale = fp8[f"{STEM}wk.weight_scale_inv"].repeat_interleave(128, 1)
     torch.testing.assert_close(fp8[WK].float() * scale, bf16[WK].float(), rtol=0.07, atol=1e-5)  # one matrix, twice
 
