@@ -90,14 +90,9 @@ class Config:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Config:
-        """Reads the content of config.json; text_config, which multimodal models nest, takes precedence.
-
-        Args:
-            values: the JSON object. Its attribute `repeated`, if any, lists the keys that the file has more than once.
-        """
+        """Reads the content of config.json; text_config, which multimodal models nest, takes precedence."""
         nested = values.get("text_config")
         text: Mapping[str, Any] = nested if isinstance(nested, dict) else {}
-        repeated = ({*getattr(values, "repeated", ())} - text.keys()) | {*getattr(text, "repeated", ())}
         vetoes = tuple(_vetoes(values, text))
         values = {**values, **text}
         problems: list[Problem] = []
@@ -109,7 +104,6 @@ class Config:
                 (schedule_problems if key == "num_nextn_predict_layers" else problems).append(problem)
                 del sizes[key]
         schedules = _schedules(values, sizes.get("num_hidden_layers"), schedule_problems)
-        problems += [Problem(CONFIG, "", f"{key} once", "it more than once") for key in _SIZES if key in repeated]
         return cls(**sizes, schedules=schedules, vetoes=vetoes, problems=problems, schedule_problems=schedule_problems)
 
     def with_index_head_dim(self, value: int | None) -> Config:

@@ -125,14 +125,6 @@ def test_fused_matrix_beside_its_parts():
         assert fails(order, config={"index_head_dim": 128}).subject == f"{STEM}wk_weights_proj"
 
 
-def test_fused_matrix_is_split_at_index_head_dim():
-    offers = [(FUSED, torch.ones(144, 256).bfloat16())]
-    assert stream(offers, config={"index_head_dim": 64})[0].shape == (64, 80, 256)
-    for head_dim in (0, 144):
-        assert fails(offers, config={"index_head_dim": head_dim}).expected.startswith(f"{head_dim} rows of wk")
-    assert fails(offers).expected == "index_head_dim, in config.json or as an argument, to split wk_weights_proj"
-
-
 def test_layer_under_two_prefixes():
     one = projection(fp8_layer())
     two = renamed(one, "model.", "language_model.")
@@ -140,13 +132,6 @@ def test_layer_under_two_prefixes():
         assert [problem.subject for problem in stream_problems(offers)] == [name for name, _ in two]
     subjects = {problem.subject for problem in stream_problems([*one[:1], *two[1:]])}  # together, they are complete
     assert {name for name, _ in two[1:]} < subjects
-
-
-def test_hidden_layers_have_one_prefix():
-    """MTP layers may have their own; a model numbers them from num_hidden_layers."""
-    offers = projection(fp8_layer(0), fp8_layer(1)) + renamed(projection(fp8_layer(2)), "model.", "mtp.")
-    assert list(stream(offers, range(3), {"num_hidden_layers": 2})) == [0, 1, 2]
-    assert fails(offers, range(3)).subject == "mtp.layers.2.self_attn.indexer.wk.weight"
 
 
 def test_sizes_that_differ():

@@ -130,7 +130,7 @@ def test_file_replaced_between_header_and_data(tmp_path):
         (INDEX, "[]", "a JSON object"),
         *(
             (INDEX, text, 'a "weight_map" from tensor names to files')
-            for text in ("{}", '{"weight_map": {}}', '{"weight_map": {"a": "b", "a": "c"}}')
+            for text in ("{}", '{"weight_map": {}}', '{"weight_map": ["a"]}')
         ),
         *(
             (INDEX, f'{{"weight_map": {{"a": {file}}}}}', "the name of a file beside the index")

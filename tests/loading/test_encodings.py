@@ -126,7 +126,13 @@ def test_load_fused_matrix(tmp_path, export, k):
 
 @pytest.mark.parametrize(
     ("export", "rows", "head_dim", "loads"),
-    [("mxfp8", 144, 64, True), ("bf16", 128, 128, False), ("bf16", 100, 128, False), ("fp8_block", 144, 64, False)],
+    [
+        ("mxfp8", 144, 64, True),
+        ("bf16", 128, 128, False),
+        ("bf16", 128, 0, False),
+        ("bf16", 100, 128, False),
+        ("fp8_block", 144, 64, False),
+    ],
 )
 def test_fused_matrix_is_split_between_blocks(tmp_path, export, rows, head_dim, loads):
     tensors = named(STEM, "wk_weights_proj", EXPORTS[export](rows, 256))
