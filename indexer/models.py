@@ -25,16 +25,12 @@ class Model:
         shape: key of SHAPES.
         norm_dtype: torch dtype of k_norm.
         indexer_layers: layers with indexer weights. The last one is the MTP layer, after all hidden layers.
-        shard_name: format string that takes a shard's number and the number of shards.
-        shards: number of shards.
         config: config.json, without the keys that depend on how many layers are written.
     """
 
     shape: str
     norm_dtype: str
     indexer_layers: tuple[int, ...]
-    shard_name: str
-    shards: int
     config: dict[str, Any]
 
     @property
@@ -59,15 +55,11 @@ _GLM_FP8 = {**_FP8, "modules_to_not_convert": ["lm_head", "self_attn.indexers_pr
 MODELS = {
     "deepseek-v3.2": Model(
         shape="deepseek-v3.2", norm_dtype="float32", indexer_layers=tuple(range(62)),
-        shard_name="model-{:05d}-of-{:06d}.safetensors", shards=163, config=_DEEPSEEK | {"quantization_config": _FP8},
+        config=_DEEPSEEK | {"quantization_config": _FP8},
     ),
-    "glm-5-bf16": Model(
-        shape="glm-5", norm_dtype="bfloat16", indexer_layers=tuple(range(79)),
-        shard_name="model-{:05d}-of-{:05d}.safetensors", shards=282, config=_GLM,
-    ),
+    "glm-5-bf16": Model(shape="glm-5", norm_dtype="bfloat16", indexer_layers=tuple(range(79)), config=_GLM),
     "glm-5.2-fp8": Model(
         shape="glm-5", norm_dtype="bfloat16", indexer_layers=(0, 1, *range(2, 78, 4), 78),
-        shard_name="model-{:05d}-of-{:05d}.safetensors", shards=141,
         config=_GLM | {"index_topk_freq": 4, "index_skip_topk_offset": 3, "quantization_config": _GLM_FP8},
     ),
 }  # fmt: skip

@@ -19,7 +19,7 @@ from .synthetic import quantize_blocks, random_weight
 
 
 def write_fixture(name: str, directory: Path, layers: int | None = None) -> list[str]:
-    """Writes a checkpoint with the published names, dtypes, shapes, sharding and config.json; always the same bytes.
+    """Writes a checkpoint with the published names, dtypes, shapes and config.json, in shards; always the same bytes.
 
     Args:
         name: key of MODELS.
@@ -46,8 +46,8 @@ def write_fixture(name: str, directory: Path, layers: int | None = None) -> list
     layers_written = owners[-1] + 1
     names = [name for layer in range(layers_written) for name in _names(model, layer, layer in owners)]
     # Split by number of tensors, so a weight and its scale can be in different shards, as in published checkpoints.
-    shards = max(2, round(model.shards * layers_written / (model.indexer_layers[-1] + 1)))
-    files = [model.shard_name.format(shard + 1, shards) for shard in range(shards)]
+    shards = 2 * layers_written
+    files = [f"model-{shard + 1:05d}-of-{shards:05d}.safetensors" for shard in range(shards)]
     weight_map: dict[str, str] = {}
     for shard, file in enumerate(files):
         inside = names[len(names) * shard // shards : len(names) * (shard + 1) // shards]
