@@ -12,15 +12,9 @@ from typing import Any
 SHAPES = {"deepseek-v3.2": (128, 64, 7168), "glm-5": (128, 32, 6144)}
 # Formats of wk and weights_proj in published checkpoints.
 PAIRS = (
-    "BF16, BF16",
-    "FP8 128x128, BF16",
-    "FP8 128x128, FP8 128x128",
-    "MXFP8, MXFP8",
-    "NVFP4, BF16",
-    "NVFP4, NVFP4",
-    "MXFP4, BF16",
-    "MXFP4, MXFP4",
-)
+    "BF16, BF16", "FP8 128x128, BF16", "FP8 128x128, FP8 128x128", "MXFP8, MXFP8", "NVFP4, BF16", "NVFP4, NVFP4",
+    "MXFP4, BF16", "MXFP4, MXFP4",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,16 +25,12 @@ class Model:
         shape: key of SHAPES.
         norm_dtype: torch dtype of k_norm.
         indexer_layers: layers with indexer weights. The last one is the MTP layer, after all hidden layers.
-        shard_name: format string that takes a shard's number and the number of shards.
-        shards: number of shards.
         config: config.json, without the keys that depend on how many layers are written.
     """
 
     shape: str
     norm_dtype: str
     indexer_layers: tuple[int, ...]
-    shard_name: str
-    shards: int
     config: dict[str, Any]
 
     @property
@@ -50,41 +40,26 @@ class Model:
 
 
 _COMMON = {"index_topk": 2048, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "torch_dtype": "bfloat16"}
+_DEEPSEEK = {
+    **_COMMON, "architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32", "num_attention_heads": 128,
+    "q_lora_rank": 1536,
+}  # fmt: skip
 _GLM = {
-    **_COMMON,
-    "architectures": ["GlmMoeDsaForCausalLM"],
-    "model_type": "glm_moe_dsa",
-    "num_attention_heads": 64,
+    **_COMMON, "architectures": ["GlmMoeDsaForCausalLM"], "model_type": "glm_moe_dsa", "num_attention_heads": 64,
     "q_lora_rank": 2048,
-}
+}  # fmt: skip
 _FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+# `indexers_proj` names no tensor; the published ignore list has the same mistake.
+_GLM_FP8 = {**_FP8, "modules_to_not_convert": ["lm_head", "self_attn.indexers_proj"]}
 
 MODELS = {
     "deepseek-v3.2": Model(
         shape="deepseek-v3.2", norm_dtype="float32", indexer_layers=tuple(range(62)),
-        shard_name="model-{:05d}-of-{:06d}.safetensors", shards=163,
-        config={
-            **_COMMON,
-            "architectures": ["DeepseekV32ForCausalLM"],
-            "model_type": "deepseek_v32",
-            "num_attention_heads": 128,
-            "q_lora_rank": 1536,
-            "quantization_config": _FP8,
-        },
+        config=_DEEPSEEK | {"quantization_config": _FP8},
     ),
-    "glm-5-bf16": Model(
-        shape="glm-5", norm_dtype="bfloat16", indexer_layers=tuple(range(79)),
-        shard_name="model-{:05d}-of-{:05d}.safetensors", shards=282, config=_GLM,
-    ),
+    "glm-5-bf16": Model(shape="glm-5", norm_dtype="bfloat16", indexer_layers=tuple(range(79)), config=_GLM),
     "glm-5.2-fp8": Model(
         shape="glm-5", norm_dtype="bfloat16", indexer_layers=(0, 1, *range(2, 78, 4), 78),
-        shard_name="model-{:05d}-of-{:05d}.safetensors", shards=141,
-        # `indexers_proj` names no tensor; the published ignore list has the same mistake.
-        config={
-            **_GLM,
-            "index_topk_freq": 4,
-            "index_skip_topk_offset": 3,
-            "quantization_config": {**_FP8, "modules_to_not_convert": ["lm_head", "self_attn.indexers_proj"]},
-        },
+        config=_GLM | {"index_topk_freq": 4, "index_skip_topk_offset": 3, "quantization_config": _GLM_FP8},
     ),
 }  # fmt: skip

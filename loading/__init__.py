@@ -3,8 +3,7 @@
 from .assembly import Assembly
 from .checkpoint import Checkpoint
 from .layer import LayerPlan, MatrixPlan
-from .loader import load
-from .plan import Plan
+from .plan import Plan, load
 from .problems import CheckpointError, Problem
 
 __all__ = ["Assembly", "Checkpoint", "CheckpointError", "LayerPlan", "MatrixPlan", "Plan", "Problem", "load"]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from ..kernels.weights import ProjectionWeights
 from .config import Config
 from .headers import DTYPES, Header
 from .layer import Collector, LayerPlan, check_alike, own, real_device
-from .names import GATE, WK, parse
+from .names import GATE, UNUSED, WK, parse
 from .problems import CheckpointError, Problem, log
 
 
@@ -27,47 +27,37 @@ class Assembly:
     tensors may follow, by finish(). Not thread-safe.
 
     Attributes:
-        passed_over: layer -> number of its projection tensors in this load, for layers outside `layers`.
-        warnings: of the last load that finished: odd or rounded values, and layers whose weights are new objects.
+        warnings: of the current or last load: odd or rounded values, and layers whose weights are new objects.
     """
 
     def __init__(
         self,
         layers: Iterable[int],
         device: str | torch.device = "cpu",
-        *,
-        index_head_dim: int | None = None,
-        num_hidden_layers: int | None = None,
-        config: Mapping[str, Any] | None = None,
+        config: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         """
         Args:
-            layers: layers to load; tensors of other layers are counted and ignored.
+            layers: layers to load; tensors of other layers are ignored.
             device: device of the weights.
-            index_head_dim: D, to split `wk_weights_proj`.
-            num_hidden_layers: index of the first MTP layer; needed for tensors named `mtp_layers` or `mtp`.
-            config: content of config.json, for its quantization_config and its sizes; the arguments above override it.
+            config: content of config.json: its sizes, among them index_head_dim, to split `wk_weights_proj`, and
+                num_hidden_layers, to number `mtp_layers` and `mtp`; and its quantization_config, which has a veto.
         """
-        given = {"index_head_dim": index_head_dim, "num_hidden_layers": num_hidden_layers}
-        sizes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
         self.warnings: list[Problem] = []
-        self.passed_over: Counter[int] = Counter()
         self._wanted = frozenset(map(operator.index, layers))
         self._device = real_device(device)
-        self._config = replace(Config.of(config or {}), **sizes)
+        self._config = Config.of(config)
         self._live: dict[int, ProjectionWeights] = {}
         self._collector: Collector | None = None
         self._tensors: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)  # layer -> name -> tensor, until bound
         self._bound: dict[int, ProjectionWeights | None] = {}  # None for bad layers
         self._problems: list[Problem] = []  # bad values
-        self._warnings: list[Problem] = []
 
     def begin(self) -> None:
         """Opens a load and drops an unfinished one."""
         self._collector = Collector(self._config)
         self._tensors.clear()
-        self._bound, self._problems, self._warnings = {}, [], []
-        self.passed_over.clear()
+        self._bound, self._problems, self.warnings = {}, [], []
 
     def offer(self, name: str, tensor: Tensor, file: str = "") -> bool:
         """Takes a tensor if it belongs to the projection.
@@ -87,11 +77,9 @@ class Assembly:
         collector = self._open_load("offer")
         parsed = parse(name)
         if parsed is None or parsed.matrix is None:
-            return False
+            return parsed is not None and parsed.role == UNUSED
         number = collector.number(parsed)
-        if number not in self._wanted:
-            if number is not None:
-                self.passed_over[number] += 1
+        if number is None or number not in self._wanted:
             return True
         header = Header.of(name, tensor, file)
         # Nothing needs a tensor that comes once its layer is bound; finish() says if it is an error.
@@ -112,16 +100,15 @@ class Assembly:
         return True
 
     def _bind(self, plan: LayerPlan) -> None:
+        problems: list[Problem] = []
+        warnings: list[Problem] = []
         tensors = self._tensors[plan.layer]
-        self._bound[plan.layer] = None if plan.problems else plan.bind(tensors, self._problems, self._warnings)
+        self._bound[plan.layer] = None if plan.problems else plan.bind(tensors, problems, warnings)
         del self._tensors[plan.layer]
+        self._problems += problems  # only now: if memory ran out, they come again
+        self.warnings += warnings
 
-    @property
-    def is_complete(self) -> bool:
-        """True if a load is open that needs no more tensors."""
-        return self._collector is not None and self._wanted <= self._bound.keys()
-
-    def finish(self, *, log_warnings: bool = True) -> dict[int, ProjectionWeights]:
+    def finish(self) -> dict[int, ProjectionWeights]:
         """Closes the load, and logs `warnings` as one.
 
         Returns:
@@ -157,10 +144,8 @@ class Assembly:
             if live is not None:
                 expected, found = (f"{', '.join(map(str, each.formats))} {each.shape}" for each in (live, new))
                 advice = "the weights are new objects: capture CUDA graphs again"
-                self._warnings.append(Problem(f"layer {number}", "", f"{expected} as before", found, advice))
-        self.warnings = self._warnings
-        if log_warnings:
-            log(self.warnings)
+                self.warnings.append(Problem(f"layer {number}", "", f"{expected} as before", found, advice))
+        log(self.warnings)
         return dict(self._live)
 
     def _open_load(self, call: str) -> Collector:

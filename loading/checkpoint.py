@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,6 @@ _ADVICE = {  # part of an error of safetensors -> what to do
     "not valid UTF-8": "safetensors opens UTF-8 paths only: rename the file or its directory",
     "": "the file is truncated, corrupt or a Git LFS pointer: fetch it again",
 }
-
-
-class JsonObject(dict[str, Any]):
-    """A JSON object, and the keys that it has more than once."""
-
-    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
-        super().__init__(pairs)
-        self.repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
 
 
 class Checkpoint:
@@ -127,14 +119,16 @@ def _promised(path: Path) -> dict[str, list[str] | None]:
         for single in (path / SINGLE, *sorted(path.glob("model0-mp*.safetensors"))):
             if os.path.lexists(single):
                 return {single.name: None}
-        found = "none of them in this directory" if path.is_dir() else "no directory or .safetensors file"
-        advice = "give the directory of a downloaded checkpoint, or one .safetensors file"
-        raise CheckpointError([Problem(str(path), "", f"{INDEX} or {SINGLE}", found, advice)])
+        expected, advice = "the directory of a checkpoint or a .safetensors file", ""
+        found = "another file" if os.path.lexists(path) else "no such file or directory"
+        if path.is_dir():
+            expected, found = f"{INDEX} or {SINGLE}", "no .safetensors file in it"
+            if any(path.glob("*.safetensors")):
+                found, advice = "other .safetensors files", "fetch the index, or give one file"
+        raise CheckpointError([Problem(str(path), "", expected, found, advice)])
     weight_map = _read_json(path / INDEX).get("weight_map")
-    repeated = weight_map.repeated if isinstance(weight_map, JsonObject) else []
-    if repeated or not weight_map or not isinstance(weight_map, JsonObject):
-        found = f"{', '.join(repeated)} more than once" if repeated else "none"
-        raise CheckpointError([Problem(INDEX, "", 'a "weight_map" from tensor names to files', found)])
+    if not weight_map or not isinstance(weight_map, dict):
+        raise CheckpointError([Problem(INDEX, "", 'a "weight_map" from tensor names to files', "none")])
     promised: defaultdict[str, list[str]] = defaultdict(list)
     problems = []
     for name, file in weight_map.items():
@@ -156,12 +150,12 @@ def _check_is_file(path: Path) -> None:
         raise OSError("not a file")
 
 
-def _read_json(path: Path) -> JsonObject:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         _check_is_file(path)
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=JsonObject)
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError([Problem(path.name, "", "readable JSON", str(error))]) from error
-    if not isinstance(value, JsonObject):
+    if not isinstance(value, dict):
         raise CheckpointError([Problem(path.name, "", "a JSON object", type(value).__name__)])
     return value

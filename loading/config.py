@@ -2,24 +2,61 @@
 
 from __future__ import annotations
 
+import contextlib
+import fnmatch
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from .headers import Header
+from .names import FUSED, GATE, WK
 from .problems import Problem
 
 CONFIG = "config.json"
 _QUANTIZATION = ("quantization_config", "compression_config")
 # auto-round (two), compressed-tensors, Quark (two)
 _TRANSFORMS = ("rotation_config", "spinquant_config", "transform_config", "online_r1_rotation", "online_config")
-_NO_TRANSFORM: tuple[dict[str, Any], ...] = ({"config_groups": {}}, {"config_groups": None}, {"enable": False})
-_SCALE_FORMATS = re.compile(r"(torch\.)?(none|u?e8m0|uint8|(float8_|fp8_)?e[48]m[03]\w*|(b?float|fp)(16|32|64)?)")
+# Key -> values under which uint8 scales are E8M0. auto-round's scale_dtype may be that of its computation.
+_E8M0 = r"none|(torch\.)?(uint8|\w*e8m0\w*)"
+_FLOAT = r"(torch\.)?(b?float|fp)(16|32|64)?"
+_SCALE_FORMATS = {"scale_format": _E8M0, "scale_fmt": _E8M0, "scale_dtype": f"{_E8M0}|{_FLOAT}"}
 _FOREIGN_CODES = re.compile(r"(opt_rtn_)?mx_?int\w*")  # auto-round's MXINT4
-_ACTIVATIONS = ("act", "input", "output", "kv_cache", "bias")  # keys about anything but weights start like this
+_ACTIVATIONS = re.compile(r"act_\w+|activation\w*|(input|output)_(tensors|activations)|kv_cache\w*|bias")
+_BY_LAYER = ("extra_config", "layer_quant_config")  # auto-round's and Quark's entries: name or pattern -> settings
+_PREFIXES = ("", "model.", "language_model.model.", "model.language_model.")  # of "layers.", which one varies
 _ALL_RUN = ("deepseek_v32", "glm_moe_dsa")  # without a schedule, all hidden layers of these models run an indexer
 _SIZES = ("num_hidden_layers", "num_nextn_predict_layers", "hidden_size", "index_head_dim", "index_n_heads")
+
+
+class Scope(NamedTuple):
+    """The modules that an entry of quantization_config concerns."""
+
+    targets: Sequence[Any]  # (parts of) names, classes, regular expressions with or without "re:", globs, layer numbers
+    ignore: Sequence[Any] = ()  # names, or "re:" and a regular expression
+
+    def may_hold(self, module: str) -> bool:
+        """False only if no target can mean a module such as "model.layers.0.self_attn.indexer.wk", or it is ignored."""
+        names = [prefix + module[max(module.rfind("layers."), 0) :] for prefix in _PREFIXES] + [module]
+        if module.endswith(FUSED):
+            names += [name.replace(FUSED, part) for name in names for part in (WK, GATE)]
+        try:
+            for name in filter(lambda name: isinstance(name, str), self.ignore):
+                if name == module or (name.startswith("re:") and re.match(name[3:], module)):
+                    return False
+            return any(_may_mean(target, name) for target in self.targets for name in names)
+        except re.error:
+            return True
+
+
+def _may_mean(target: Any, name: str) -> bool:
+    if type(target) is int:
+        return f"layers.{target}." in name
+    if not isinstance(target, str) or target[:1].isupper():  # unknown, or a class
+        return True
+    pattern = fnmatch.translate(target) if target.startswith("*") else target.removeprefix("re:")
+    return re.search(pattern, name) is not None  # also finds names, and globs that begin otherwise
 
 
 class Veto(NamedTuple):
@@ -27,7 +64,13 @@ class Veto(NamedTuple):
 
     expected: str
     found: str
+    scopes: tuple[Scope, ...]  # counts only for modules in all of them
     role: str | None = None  # counts only for weights with a uint8 tensor in that role: bytes may mean anything
+
+    def concerns(self, module: str, headers: Mapping[str, Header]) -> bool:
+        """True if it may be about a matrix with these headers by role."""
+        is_meant = self.role is None or (self.role in headers and headers[self.role].dtype == "U8")
+        return is_meant and all(scope.may_hold(module) for scope in self.scopes)
 
 
 @dataclass(frozen=True)
@@ -41,25 +84,19 @@ class Config:
     index_n_heads: int | None = None  # H
     # Source -> per hidden layer, True if it runs its indexer, False if it reuses the tokens of an earlier layer.
     schedules: Mapping[str, Sequence[bool]] = field(default_factory=dict)
-    vetoes: tuple[Veto, ...] = ()
-    problems: tuple[Problem, ...] = ()
-    warnings: tuple[Problem, ...] = ()  # contradictions that do not affect what loads
-    schedule_problems: tuple[Problem, ...] = ()  # these concern the model as a whole, not a single layer
+    vetoes: Sequence[Veto] = ()
+    problems: Sequence[Problem] = ()
+    schedule_problems: Sequence[Problem] = ()  # these concern the model as a whole, not a single layer
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Config:
-        """Reads the content of config.json; text_config, which multimodal models nest, takes precedence.
-
-        Args:
-            values: the JSON object. Its attribute `repeated`, if any, lists the keys that the file has more than once.
-        """
+        """Reads the content of config.json; text_config, which multimodal models nest, takes precedence."""
         nested = values.get("text_config")
         text: Mapping[str, Any] = nested if isinstance(nested, dict) else {}
-        repeated = ({*getattr(values, "repeated", ())} - text.keys()) | {*getattr(text, "repeated", ())}
-        vetoes = tuple(_vetoes(values))
+        vetoes = tuple(_vetoes(values, text))
         values = {**values, **text}
-        notes: list[list[Problem]] = [[], [], []]
-        problems, warnings, schedule_problems = notes
+        problems: list[Problem] = []
+        schedule_problems: list[Problem] = []
         sizes: dict[str, Any] = {key: values[key] for key in _SIZES if values.get(key) is not None}
         for key, value in list(sizes.items()):
             if type(value) is not int or not 0 <= value < 1_000_000:
@@ -67,10 +104,15 @@ class Config:
                 (schedule_problems if key == "num_nextn_predict_layers" else problems).append(problem)
                 del sizes[key]
         schedules = _schedules(values, sizes.get("num_hidden_layers"), schedule_problems)
-        for key in sorted(repeated):
-            problem = Problem(CONFIG, "", "every key once", f"{key} more than once", "only the last one counts")
-            (problems if key in _SIZES else warnings).append(problem)
-        return cls(*map(sizes.get, _SIZES), schedules, vetoes, *map(tuple, notes))  # type: ignore[arg-type, call-arg]
+        return cls(**sizes, schedules=schedules, vetoes=vetoes, problems=problems, schedule_problems=schedule_problems)
+
+    def with_index_head_dim(self, value: int | None) -> Config:
+        """A copy with another D, unless that is None. Raises TypeError for anything but an integer."""
+        if value is None:
+            return self
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise TypeError(f"index_head_dim: expected an integer, got {value!r}")
+        return replace(self, index_head_dim=value)
 
     @property
     def schedule(self) -> Sequence[bool]:
@@ -78,27 +120,55 @@ class Config:
         return next(iter(self.schedules.values()), ())
 
 
-def _vetoes(values: Mapping[str, Any]) -> Iterator[Veto]:
+def _vetoes(values: Mapping[str, Any], text: Mapping[str, Any]) -> Iterator[Veto]:
     """Searches all levels of quantization_config, also those of single layers and groups of them."""
-    text = values.get("text_config")
-    places = {"": values, "text_config.": text if isinstance(text, dict) else {}}
-    entries = [(f"{place}{key}", at.get(key)) for place, at in places.items() for key in _QUANTIZATION]
+    places = {"": values, "text_config.": text}
+    entries: list[tuple[str, str, Any, tuple[Scope, ...]]]
+    entries = [(key, f"{place}{key}", at.get(key), ()) for place, at in places.items() for key in _QUANTIZATION]
     while entries:
-        path, value = entries.pop()
-        key, found = path.rpartition(".")[2], f"{path} = {json.dumps(value, default=str):.80} in {CONFIG}"
+        key, path, value, scopes = entries.pop()
         word = value.lower() if isinstance(value, str) else "none"
-        if key.startswith(_ACTIVATIONS):
+        expected, role, concerned = "", None, [scopes]
+        if _ACTIVATIONS.fullmatch(key):
             continue
-        if key in _TRANSFORMS and value and value not in _NO_TRANSFORM:
-            yield Veto("weights that multiply x as it comes, without a rotation or transform", found)
-        elif key in ("scale_format", "scale_fmt", "scale_dtype") and not _SCALE_FORMATS.fullmatch(word):
-            yield Veto("scales in E8M0, E4M3 or floating point", found, "scale")
+        if key in _TRANSFORMS:
+            expected = "weights that multiply x as it comes, without a rotation or transform"
+            concerned = [(*scopes, scope) for scope in _transformed(value)]
+        elif key in _SCALE_FORMATS and not re.fullmatch(_SCALE_FORMATS[key], word):
+            expected, role = "scales in E8M0, as uint8 scales are read", "scale"
         elif _FOREIGN_CODES.fullmatch(word):
-            yield Veto("codes in E2M1", found, "weight")
+            expected, role = "codes in E2M1", "weight"
         elif isinstance(value, dict):
-            entries += [(f"{path}.{name}", each) for name, each in value.items()]
+            scopes = (*scopes, *filter(None, [_scope(value)]))
+            for name, each in value.items():
+                entries.append((name, f"{path}.{name}", each, (*scopes, Scope([name])) if key in _BY_LAYER else scopes))
         elif isinstance(value, list):
-            entries += [(f"{path}.{name}", each) for name, each in enumerate(value)]
+            entries += [("", f"{path}.{number}", each, scopes) for number, each in enumerate(value)]
+        if expected:
+            shown = "{...}" if isinstance(value, dict | list) else f"{json.dumps(value, default=str):.80}"
+            yield from (Veto(expected, f"{path} = {shown} in {CONFIG}", each, role) for each in concerned)
+
+
+def _transformed(value: Any) -> list[Scope]:
+    """What a rotation or transform concerns: nothing if it is off, all modules if its form is unknown."""
+    if not value or (isinstance(value, dict) and value.get("enable") is False):
+        return []
+    parts = [value]
+    if isinstance(value, dict) and value.keys() == {"config_groups"}:  # compressed-tensors
+        with contextlib.suppress(AttributeError, KeyError, TypeError):
+            parts = [part for group in (value["config_groups"] or {}).values() for part in group["apply"]]
+    return [_scope(part) or Scope([None]) for part in parts]
+
+
+def _scope(value: Any) -> Scope | None:
+    """The scope that an entry states."""
+    if not isinstance(value, dict):
+        return None
+    targets, ignore = (each if isinstance(each, list) else [each] for each in map(value.get, ("targets", "ignore")))
+    layers = value.get("layers")
+    if "targets" not in value and isinstance(layers, list) and all(type(each) is int for each in layers):
+        return Scope(layers, ignore)
+    return Scope(targets, ignore) if "targets" in value else None
 
 
 def _schedules(values: Mapping[str, Any], layers: int | None, problems: list[Problem]) -> dict[str, list[bool]]:

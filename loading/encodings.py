@@ -15,12 +15,13 @@ from torch import Tensor
 from ..kernels.formats import MX_GROUP, SCALE_BLOCK, Format, scale_group, scale_shape
 from ..kernels.matrix import DenseMatrix, Fp4Matrix, Fp8Matrix, Matrix
 from .headers import Header
-from .names import SPELLINGS, UNUSED
-from .values import Faults
+from .names import SPELLINGS
+from .values import Faults, judge_scale
 
 FP8 = ("F8_E4M3", "F8_E4M3FNUZ")
 FLOAT = ("F32", "BF16", "F16")
 E8M0 = ("F8_E8M0", "U8")
+PACKED = {"U8": 2, "I32": 8}  # dtype of a weight -> values along K in one element; 1 in all others
 
 Tensors = Mapping[str, Tensor]  # role -> contiguous tensor
 Shapes = tuple[tuple[int, ...], ...]
@@ -53,11 +54,10 @@ class Encoding:
     others: Mapping[str, TensorSpec] = field(default_factory=dict)  # role -> any other tensor it needs
     # Of N, K and groups per row: role -> tensors that may be missing. Only the end of a load tells if they are.
     optional: Callable[[int, int, int], dict[str, TensorSpec]] | None = None
-    bad_values: Callable[[Tensors], Faults] = lambda tensors: {}  # those that `bind` cannot handle
+    # Faults that `bind` cannot handle or hides, and oddities, as `judge` returns them.
+    check: Callable[[Tensors], tuple[Faults, list[str]]] = lambda tensors: ({}, [])
     exact: Callable[[Tensors], Tensor] | None = None  # the values [N, K] in fp64, if `bind` rounds them to bf16
-    per_element: int = 1  # values along K in one element of the weight
     scale_role: str = "scale"
-    scale_name: str = "weight_scale"  # usual spelling, for messages
 
     @property
     def is_native(self) -> bool:
@@ -71,14 +71,14 @@ class Encoding:
             role -> spec of each tensor that is missing or wrong, None for each that has no role here; empty if all fit.
         """
         weight = headers["weight"]
-        n, k = weight.shape[0], weight.shape[1] * self.per_element
+        n, k = weight.shape[0], weight.shape[1] * PACKED.get(weight.dtype, 1)
         specs = dict(self.others)
         if self.scale_dtypes:
             in_memory = scale_shape((n, k), *scale_group(self.format, k))
             shapes = self.scale_shapes(n, k) if self.scale_shapes else (in_memory,)
             specs = {self.scale_role: TensorSpec(self.scale_dtypes, shapes), **specs}
         wrong: dict[str, TensorSpec | None] = {r: spec for r, spec in specs.items() if not spec.fits(headers.get(r))}
-        known = {"weight", *specs, *UNUSED}
+        known = {"weight", *specs}
         if self.optional:
             optional = self.optional(n, k, 0 if wrong else headers["scale"].shape[1])
             known |= optional.keys()
@@ -88,7 +88,8 @@ class Encoding:
 
     def spelling(self, role: str) -> str:
         """Last part of the name of a tensor in that role, for messages."""
-        return self.scale_name if role == self.scale_role else SPELLINGS[role]
+        is_deepseek = self.format == Format.FP8_BLOCK
+        return "weight_scale" if role == "scale" and not is_deepseek else SPELLINGS[role]
 
 
 def _bf16(tensors: Tensors) -> DenseMatrix:
@@ -112,27 +113,14 @@ def _fp8_block(tensors: Tensors) -> Fp8Matrix:
 
 
 def _fp8_row(tensors: Tensors) -> Fp8Matrix:
-    """One scale per row; value = code * scale.
+    """One scale per row, or one for all, which is repeated for every row; value = code * scale.
 
-    Source: compressed-tensors' strategy "channel" ([N, 1]); Quark and PyTorch write [N].
+    Source: compressed-tensors' strategy "channel" ([N, 1]), Quark and PyTorch ([N]); ModelOpt's FP8 (scalar) and
+    compressed-tensors' strategy "tensor" ([1]). Under names of its own, torchao's `flatten_tensor_state_dict` of a
+    `Float8Tensor`, as `Float8WeightOnlyConfig` makes it.
     """
-    return _fp8(tensors, tensors["scale"].float().view(-1, 1))
-
-
-def _fp8_torchao(tensors: Tensors) -> Fp8Matrix:
-    """FP8 per row under torchao's names.
-
-    Source: torchao's `flatten_tensor_state_dict` of a `Float8Tensor`, as `Float8WeightOnlyConfig` makes it.
-    """
-    return _fp8_row({**tensors, "scale": tensors["row_scale"]})
-
-
-def _fp8_tensor(tensors: Tensors) -> Fp8Matrix:
-    """One scale; value = code * scale. The scale is repeated for every row.
-
-    Source: ModelOpt's FP8 (scalar), compressed-tensors' strategy "tensor" ([1]).
-    """
-    return _fp8(tensors, tensors["scale"].float().view(1, 1).repeat(len(tensors["weight"]), 1))
+    scale = tensors["scale"] if "scale" in tensors else tensors["row_scale"]
+    return _fp8(tensors, scale.float().view(-1, 1).expand(len(tensors["weight"]), 1).contiguous())
 
 
 def _mxfp8(tensors: Tensors) -> Fp8Matrix:
@@ -163,23 +151,18 @@ def _fp8(tensors: Tensors, scale: Tensor) -> Fp8Matrix:
 def _nvfp4(tensors: Tensors) -> Fp4Matrix:
     """One e4m3 scale per 16 values of a row, one global factor; value = code * scale * factor.
 
-    Source: ModelOpt's `NVFP4QTensor`. Two codes per byte, the even column in the low half.
+    Two codes per byte, the even column in the low half. A divisor's reciprocal is rounded to fp32 once.
+
+    Source: ModelOpt's `NVFP4QTensor`; compressed-tensors' `NVFP4PackedCompressor`, which has a divisor for the factor.
     """
-    codes, factor = tensors["weight"], tensors["scale_2"]
-    return Fp4Matrix(codes, tensors["scale"], factor.view(1, 1).repeat(len(codes), 1))
+    factor = tensors["scale_2"] if "scale_2" in tensors else tensors["global_scale"].reciprocal()
+    return Fp4Matrix(tensors["weight"], tensors["scale"], factor.view(1, 1).repeat(len(tensors["weight"]), 1))
 
 
-def _nvfp4_divisor(tensors: Tensors) -> Fp4Matrix:
-    """NVFP4 with a global divisor; value = code * scale / divisor. The reciprocal is rounded to fp32 once.
-
-    Source: compressed-tensors' `NVFP4PackedCompressor`.
-    """
-    return _nvfp4({**tensors, "scale_2": tensors["global_scale"].reciprocal()})
-
-
-def _nvfp4_bad_divisor(tensors: Tensors) -> Faults:
+def _check_divisor(tensors: Tensors) -> tuple[Faults, list[str]]:
     divisor = tensors["global_scale"].item()  # the reciprocal of infinity is 0, which is a valid scale
-    return {} if math.isfinite(divisor) and divisor else {"global_scale": ("a finite divisor", f"{divisor}")}
+    is_usable = math.isfinite(divisor) and divisor
+    return {} if is_usable else {"global_scale": ("a finite divisor", f"{divisor}")}, []
 
 
 def _mxfp4(tensors: Tensors) -> Fp4Matrix:
@@ -203,38 +186,41 @@ def _int4(tensors: Tensors) -> DenseMatrix:
 
 
 def _int4_values(tensors: Tensors) -> Tensor:
-    values, scale = _nibbles(tensors["weight"]).double(), tensors["scale"].double()
-    n, k = values.shape
-    zero = torch.zeros_like(scale)
-    if "zero_point" in tensors:
-        zero = _nibbles(tensors["zero_point"].T.contiguous()).T[:n].double()
+    numbers, scale, index = _int4_parts(tensors)
+    return numbers * scale[:, index]
+
+
+def _int4_parts(tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
+    """Integers less their zero points [N, K] fp64, scales [N, groups] fp64, and the group of each column [K]."""
+    numbers, scale = _nibbles(tensors["weight"]).double(), tensors["scale"].double()
+    n, k = numbers.shape
+    index = torch.arange(k, device=scale.device) // (k // scale.shape[1])
     if "g_idx" in tensors:
         index = tensors["g_idx"].long()
-    else:
-        index = torch.arange(k, device=scale.device) // (k // scale.shape[1])
-    return (values - zero[:, index]) * scale[:, index]
-
-
-def _int4_scale_shapes(n: int, k: int) -> Shapes:
-    return (n, 1), *((n, k // size) for size in (32, 64, 128, 256) if k % size == 0)
+    if "zero_point" in tensors:
+        numbers -= _nibbles(tensors["zero_point"].T.contiguous()).T[:n][:, index]
+    return numbers, scale, index
 
 
 def _int4_optional(n: int, k: int, groups: int) -> dict[str, TensorSpec]:
     return {"zero_point": TensorSpec(("I32",), ((-(-n // 8), groups),)), "g_idx": TensorSpec(("I32", "I64"), ((k,),))}
 
 
-def _int4_bad_values(tensors: Tensors) -> Faults:
+def _int4_check(tensors: Tensors) -> tuple[Faults, list[str]]:
     n, words = tensors["weight"].shape
     groups = tensors["scale"].shape[1]
-    bad = {}
-    if not (tensors["scale"].float().abs() <= 2.0**96).all():  # times 15, the largest difference of two integers
-        bad["scale"] = "magnitudes up to 2**96", "larger ones or NaN"
+    faults: Faults = {}
+    oddities: list[str] = []
     if (shape := tensors["shape"].tolist()) != [n, 8 * words]:
-        bad["shape"] = f"{[n, 8 * words]}, for 4-bit integers", f"{shape}"
+        faults["shape"] = f"{[n, 8 * words]}, for 4-bit integers", f"{shape}"
     index = tensors.get("g_idx")
     if index is not None and not ((index >= 0) & (index < groups)).all():
-        bad["g_idx"] = f"group numbers from 0 to {groups - 1}", "others"
-    return bad
+        faults["g_idx"] = f"group numbers from 0 to {groups - 1}", "others"
+    if not faults:
+        numbers, scale, index = _int4_parts(tensors)
+        sizes = torch.zeros_like(scale).scatter_reduce_(1, index.expand(n, -1), numbers.abs(), "amax")
+        judge_scale("scale", scale.float(), sizes.float(), 1, faults, oddities)
+    return faults, oddities
 
 
 def _e8m0(scale: Tensor) -> Tensor:
@@ -255,30 +241,23 @@ ENCODINGS = (
     Encoding("F32", Format.BF16, ("F32",), _bf16, exact=lambda tensors: tensors["weight"].double()),
     Encoding(
         "FP8 128x128", Format.FP8_BLOCK, FP8, _fp8_block, (*FLOAT, *E8M0),
-        lambda n, k: (grid := scale_shape((n, k)), (grid[0], 1, grid[1], 1)), scale_name="weight_scale_inv",
+        lambda n, k: (grid := scale_shape((n, k)), (grid[0], 1, grid[1], 1)),
     ),
     Encoding("FP8 per row", Format.FP8_ROW, FP8, _fp8_row, FLOAT, lambda n, k: ((n, 1), (n,))),
-    Encoding(
-        "FP8 per row (torchao)", Format.FP8_ROW, ("F8_E4M3",), _fp8_torchao, ("F32", "BF16"), scale_role="row_scale",
-        scale_name="_weight_scale",
-    ),
-    Encoding("FP8 per tensor", Format.FP8_ROW, FP8, _fp8_tensor, FLOAT, lambda n, k: ((), (1,), (1, 1))),
+    Encoding("FP8 per row (torchao)", Format.FP8_ROW, ("F8_E4M3",), _fp8_row, ("F32", "BF16"), scale_role="row_scale"),
+    Encoding("FP8 per tensor", Format.FP8_ROW, FP8, _fp8_row, FLOAT, lambda n, k: ((), (1,), (1, 1))),
     Encoding("MXFP8", Format.MXFP8, FP8, _mxfp8, E8M0),
+    Encoding("FP8 packed UE8M0", Format.MXFP8, FP8, _fp8_packed, ("I32",), lambda n, k: ((n, -(-k // 512)),)),
+    Encoding("NVFP4", Format.NVFP4, ("U8",), _nvfp4, ("F8_E4M3",), others={"scale_2": _GLOBAL}),
     Encoding(
-        "FP8 packed UE8M0", Format.MXFP8, FP8, _fp8_packed, ("I32",),
-        lambda n, k: (scale_shape((n, k), 1, 4 * SCALE_BLOCK),),
+        "NVFP4 (divisor)", Format.NVFP4, ("U8",), _nvfp4, ("F8_E4M3",), others={"global_scale": _GLOBAL},
+        check=_check_divisor,
     ),
+    Encoding("MXFP4", Format.MXFP4, ("U8",), _mxfp4, E8M0),
     Encoding(
-        "NVFP4", Format.NVFP4, ("U8",), _nvfp4, ("F8_E4M3",), others={"scale_2": _GLOBAL}, per_element=2,
-    ),
-    Encoding(
-        "NVFP4 (divisor)", Format.NVFP4, ("U8",), _nvfp4_divisor, ("F8_E4M3",), others={"global_scale": _GLOBAL},
-        bad_values=_nvfp4_bad_divisor, per_element=2,
-    ),
-    Encoding("MXFP4", Format.MXFP4, ("U8",), _mxfp4, E8M0, per_element=2),
-    Encoding(
-        "INT4", Format.BF16, ("I32",), _int4, FLOAT, _int4_scale_shapes,
-        others={"shape": TensorSpec(("I64", "I32"), ((2,),))}, optional=_int4_optional, bad_values=_int4_bad_values,
-        exact=_int4_values, per_element=8,
+        "INT4", Format.BF16, ("I32",), _int4, FLOAT,
+        lambda n, k: ((n, 1), *((n, k // size) for size in (32, 64, 128, 256) if k % size == 0)),
+        others={"shape": TensorSpec(("I64", "I32"), ((2,),))}, optional=_int4_optional, check=_int4_check,
+        exact=_int4_values,
     ),
 )  # fmt: skip

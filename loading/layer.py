@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,7 @@ from ..kernels.weights import ProjectionWeights
 from .config import CONFIG, Config
 from .encodings import Encoding, Tensors
 from .headers import Header
-from .names import FUSED, GATE, UNUSED, WK, IndexerTensor, parse
+from .names import FUSED, GATE, WK, IndexerTensor, parse
 from .problems import Problem
 from .recognition import explain, recognize
 from .values import judge, nan_codes
@@ -57,32 +56,24 @@ class MatrixPlan:
         """(N, K); empty without an encoding."""
         return self.layout.shape if self.layout else ()
 
-    @property
-    def kept_bytes(self) -> int:
-        """Bytes in memory once loaded; 0 without an encoding."""
-        return self.layout.nbytes if self.layout else 0
-
-    @property
-    def upcast_bytes(self) -> int:
-        """Bytes in memory if upcast to bf16; 0 without an encoding."""
-        return 2 * math.prod(self.shape) if self.layout else 0
-
     def bind(self, tensors: Tensors, problems: list[Problem], warnings: list[Problem]) -> Matrix | None:
         """The matrix from name -> contiguous tensor; None, and problems, for bad values."""
         assert self.encoding is not None
-        roles = self._roles(tensors)
-        faults, matrix, odd = self.encoding.bad_values(roles), None, ""
+        roles, matrix = self._roles(tensors), None
+        faults, oddities = self.encoding.check(roles)
         if not faults:
             matrix = self.encoding.bind(roles)
-            faults, odd = judge(matrix)
-            faults = nan_codes(roles["weight"]) | faults
+            faults, others = judge(matrix)
+            faults |= nan_codes(roles["weight"])
+            oddities += others
         for role, (expected, found) in faults.items():
             header = self.headers[next(r for r in (role, "scale_2", self.encoding.scale_role) if r in self.headers)]
             problems.append(Problem(header.name, header.file, expected, found, BAD_VALUES))
         if matrix is None or faults:
             return None
-        if odd:
-            warnings.append(self.wrong("no rows or blocks of zeros and no negative scales", odd, "loaded nevertheless"))
+        if oddities:
+            expected, found = "no rows or blocks of zeros and no negative scales", ", ".join(oddities)
+            warnings.append(self.wrong(expected, found, "loaded nevertheless"))
         if self.encoding.exact and not torch.equal(self.encoding.exact(roles), matrix.dequantize(torch.float64)):
             warnings.append(self.wrong("values that BF16 holds", f"{self.headers['weight']}", "rounded to BF16"))
         return matrix
@@ -95,7 +86,7 @@ class MatrixPlan:
         return exact(roles) if exact else self.encoding.bind(roles).dequantize(torch.float64)
 
     def _roles(self, tensors: Tensors) -> dict[str, Tensor]:
-        return {role: tensors[header.name] for role, header in self.headers.items() if role not in UNUSED}
+        return {role: tensors[header.name] for role, header in self.headers.items()}
 
     def wrong(self, expected: str, found: str = "", advice: str = "") -> Problem:
         """A problem with the weight; without `found`, with its header."""
@@ -110,7 +101,6 @@ class LayerPlan:
     Attributes:
         layer: layer index; `mtp_layers` are numbered after the hidden layers.
         is_mtp: True for a multi-token-prediction layer (layer >= num_hidden_layers).
-        wk, gate: the two matrices.
         problems: why the layer does not load; empty if it does.
     """
 
@@ -123,8 +113,7 @@ class LayerPlan:
     @property
     def tensors(self) -> tuple[str, ...]:
         """Names of the tensors to read."""
-        headers = [item for plan in (self.wk, self.gate) for item in plan.headers.items()]
-        return tuple(dict.fromkeys(header.name for role, header in headers if role not in UNUSED))
+        return tuple(dict.fromkeys(header.name for plan in (self.wk, self.gate) for header in plan.headers.values()))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -226,7 +215,11 @@ class Collector:
         problems += self._check(wk, gate)
         parts = [(problem, parse(problem.subject)) for problem in problems]
         problems = [p for p, part in parts if not part or (number, part.matrix, part.role) not in self._absent]
-        hidden = self._config.num_hidden_layers
+        hidden, mtp = self._config.num_hidden_layers, self._config.num_nextn_predict_layers
+        part = parse(stem + WK)
+        if part and not part.is_mtp and hidden is not None and mtp is not None and number >= hidden + mtp:
+            expected = f"layers below {hidden + mtp} (num_hidden_layers + num_nextn_predict_layers)"
+            problems.append(Problem(f"layer {number}", "", expected, "an indexer in it"))
         is_mtp = hidden is not None and number >= hidden
         return LayerPlan(number, is_mtp, wk, gate, (*self.problems[number], *problems))
 
@@ -241,10 +234,9 @@ class Collector:
                 found = f"{plan.headers['weight']}, a matrix {list(plan.shape)}"
                 problems.append(plan.wrong(f"{value} in dimension {axis} of the matrix ({key})", found))
         for plan in (wk, gate)[: 1 if wk.name == gate.name else 2]:
-            for veto in self._config.vetoes:
-                header = plan.headers.get(veto.role or "weight")
-                if plan.encoding and header and (veto.role is None or header.dtype == "U8"):
-                    problems.append(plan.wrong(veto.expected, veto.found, "dequantize it with its own tool"))
+            vetoes = [veto for veto in self._config.vetoes if plan.encoding and veto.concerns(plan.name, plan.headers)]
+            for veto in {veto.found: veto for veto in vetoes}.values():
+                problems.append(plan.wrong(veto.expected, veto.found, "dequantize it with its own tool"))
         return problems
 
     def _split(self, both: MatrixPlan, problems: list[Problem]) -> tuple[MatrixPlan, MatrixPlan]:

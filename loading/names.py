@@ -23,16 +23,9 @@ ROLES = {
     "_weight_qdata": "weight",  # torchao
     "_weight_scale": "row_scale",  # torchao; its MX scales may be in a GEMM library's order, so this is another role
 }
-# Scales of activations: accepted beside any weight and ignored.
-UNUSED = frozenset(
-    {
-        "input_scale", "input_scale_inv", "input_scale_2", "input_global_scale", "input_zero_point",
-        "activation_scale", "activation_scale_inv", "output_scale", "output_zero_point",
-    }
-)  # fmt: skip
-ROLES |= {leaf: leaf for leaf in UNUSED}
-
 SPELLINGS = {role: spelling for spelling, role in reversed(ROLES.items())}  # the first spelling of each role
+UNUSED = "unused"  # role of scales of activations: accepted beside any weight and not read
+_ACTIVATION = re.compile(r"(input|output|act|activation)_(global_)?(scale|zero_point|amax)(_inv|_\d+)?", re.ASCII)
 
 _NAME = re.compile(
     r"(?P<stem>(?:[\w-]+\.)*(?:(?P<mtp>mtp_layers|mtp)|layers)\.(?P<number>\d{1,6})\.(?:self_)?attn\.indexer\.)"
@@ -52,8 +45,8 @@ class IndexerTensor:
     stem: str  # everything up to and including "indexer."
     number: int
     is_mtp: bool  # True for `mtp_layers` and `mtp`, which are numbered from 0, after the hidden layers
-    matrix: str | None  # WK, GATE or FUSED; None for tensors outside the projection (wq_b, k_norm)
-    role: str  # a value of ROLES; for an unknown leaf, a dot and the leaf
+    matrix: str | None  # WK, GATE or FUSED; None for UNUSED tensors and those outside the projection (wq_b, k_norm)
+    role: str  # a value of ROLES, or UNUSED; for an unknown leaf, a dot and the leaf
 
     def layer(self, num_hidden_layers: int | None) -> int | None:
         """Layer index in the model; None for `mtp_layers` and `mtp` if num_hidden_layers is unknown."""
@@ -68,5 +61,7 @@ def parse(name: str) -> IndexerTensor | None:
     if match is None:
         return None
     leaf = match["leaf"] or ""
-    role = ROLES.get(leaf, f".{leaf}")
-    return IndexerTensor(name, match["stem"], int(match["number"]), match["mtp"] is not None, match["matrix"], role)
+    matrix, role = match["matrix"], ROLES.get(leaf, f".{leaf}")
+    if _ACTIVATION.fullmatch(leaf):
+        matrix, role = None, UNUSED
+    return IndexerTensor(name, match["stem"], int(match["number"]), match["mtp"] is not None, matrix, role)

@@ -1,16 +1,20 @@
-"""Which layers own an indexer and how each is stored, from headers alone."""
+"""Plans which layers own an indexer and how each is stored, from headers alone, and loads them."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 
+import torch
+
+from ..kernels.weights import ProjectionWeights
 from .checkpoint import Checkpoint
 from .config import CONFIG, Config
-from .layer import Collector, LayerPlan, check_alike
+from .layer import Collector, LayerPlan, check_alike, own, real_device
 from .names import parse
-from .problems import CheckpointError, Problem, ranges
+from .problems import CheckpointError, Problem, log, ranges
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,7 @@ class Plan:
     @classmethod
     def of(cls, checkpoint: Checkpoint, index_head_dim: int | None = None) -> Plan:
         """Plans a load. Collects problems and never raises; index_head_dim overrides that of config.json."""
-        config = checkpoint.config
-        if index_head_dim is not None:
-            config = replace(config, index_head_dim=index_head_dim)
+        config = checkpoint.config.with_index_head_dim(index_head_dim)
         collector = Collector(config)
         faults = [(problem, parse(problem.subject)) for problem in checkpoint.problems]
         others = {*checkpoint.neighbours, *(problem.subject for problem, _ in faults)} - checkpoint.headers.keys()
@@ -48,8 +50,6 @@ class Plan:
                 collector.problems[collector.number(part)].append(problem)
         layers = collector.plans()
         check_alike(layers)
-        if config.num_hidden_layers is not None and config.num_nextn_predict_layers is not None:
-            _check_end(layers, config.num_hidden_layers + config.num_nextn_predict_layers)
         file_problems, model_problems = [*checkpoint_wide], [*collector.problems[None], *config.schedule_problems]
         if not layers and not file_problems and not model_problems:
             expected = "tensors named ...layers.<L>.self_attn.indexer.wk.weight"
@@ -70,8 +70,8 @@ class Plan:
 
     @property
     def warnings(self) -> tuple[Problem, ...]:
-        """Contradictions within config.json that do not affect what loads."""
-        warnings, schedules = list(self.config.warnings), self.config.schedules
+        """Schedules in config.json that contradict each other, which does not affect what loads."""
+        warnings, schedules = [], self.config.schedules
         for source, schedule in schedules.items():
             if differing := [layer for layer, runs in enumerate(schedule) if runs != self.config.schedule[layer]]:
                 first, found = next(iter(schedules)), f"a difference in layers {ranges(differing)}"
@@ -79,42 +79,63 @@ class Plan:
                 warnings.append(Problem(CONFIG, "", f"{first} and {source} to agree", found, advice))
         return tuple(warnings)
 
-    def has_weights(self, layer: int) -> bool:
-        """True if the checkpoint has tensors of that layer's indexer, whether or not the model runs it."""
-        return layer in self.layers
-
     def runs(self, layer: int) -> bool:
         """True if the model runs that layer's indexer, False if it reuses the tokens that an earlier layer picked.
 
         The config decides for hidden layers; without a schedule, and for other layers, having weights does.
         """
         schedule = self.config.schedule
-        return schedule[layer] if 0 <= layer < len(schedule) else self.has_weights(layer)
-
-    def select(self, layers: Iterable[int] | None = None) -> dict[int, LayerPlan]:
-        """The plans of some layers, or of all.
-
-        Raises:
-            CheckpointError: a problem in any of them, or a layer without an indexer; without `layers`, any problem.
-            TypeError: a layer index that is not an integer.
-        """
-        wanted = sorted(set(self.layers if layers is None else map(operator.index, layers)))
-        problems = [*self.file_problems, *(self.model_problems if layers is None else ())]
-        for layer in wanted:
-            if layer in self.layers:
-                problems += self.layers[layer].problems
-            else:
-                expected = f"one of the layers with an indexer, {ranges(self.layers) or 'none'}"
-                problems.append(Problem(f"layer {layer}", "", expected, "no indexer in it"))
-        if problems:
-            raise CheckpointError(problems)
-        return {layer: self.layers[layer] for layer in wanted}
+        return schedule[layer] if 0 <= layer < len(schedule) else layer in self.layers
 
 
-def _check_end(layers: dict[int, LayerPlan], end: int) -> None:
-    """Adds a problem to each layer beyond the last one of the model."""
-    for number, plan in layers.items():
-        part = parse(plan.wk.name)
-        if number >= end and part and not part.is_mtp:
-            expected = f"layers below {end} (num_hidden_layers + num_nextn_predict_layers)"
-            layers[number] = plan.with_problems(Problem(f"layer {number}", "", expected, "an indexer in it"))
+def load(
+    checkpoint: str | Path | Checkpoint,
+    layers: Iterable[int] | None = None,
+    device: str | torch.device = "cpu",
+    *,
+    index_head_dim: int | None = None,
+) -> dict[int, ProjectionWeights]:
+    """Loads the projection of some layers, reading only its own bytes.
+
+    Logs one warning with `Plan.warnings`, problems of layers that were not asked for, values that are odd, and values
+    that were rounded.
+
+    Args:
+        checkpoint: a directory, a .safetensors file, or a Checkpoint.
+        layers: layers to load; None for all that own an indexer.
+        device: device of the weights.
+        index_head_dim: D, to split `wk_weights_proj`; from config.json by default.
+
+    Returns:
+        layer -> weights.
+
+    Raises:
+        CheckpointError: nothing is loaded. Lists every problem of these layers and of the files; without `layers`, of
+            the model too.
+        TypeError: a layer index that is not an integer.
+    """
+    device = real_device(device)
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = Checkpoint(checkpoint)
+    plan = Plan.of(checkpoint, index_head_dim)
+    wanted = sorted(set(plan.layers if layers is None else map(operator.index, layers)))
+    problems = [*plan.file_problems, *(plan.model_problems if layers is None else ())]
+    for number in wanted:
+        if number in plan.layers:
+            problems += plan.layers[number].problems
+        else:
+            expected = f"one of the layers with an indexer, {ranges(plan.layers) or 'none'}"
+            problems.append(Problem(f"layer {number}", "", expected, "no indexer in it"))
+    if problems:
+        raise CheckpointError(problems)
+    warnings = [*plan.warnings, *plan.problems]
+    loaded: dict[int, ProjectionWeights] = {}
+    for number in wanted:
+        layer = plan.layers[number]
+        tensors = {name: own(checkpoint.read(name), device) for name in layer.tensors}
+        if weights := layer.bind(tensors, problems, warnings):
+            loaded[number] = weights
+    if problems:
+        raise CheckpointError(problems)
+    log(warnings)
+    return loaded

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 LOGGER = logging.getLogger("indexproj")
-# The number of a layer in the name of a tensor or in a sentence.
-_NUMBER = re.compile(r"(?<=layers\.)\d+(?=\.)|(?<=\bmtp\.)\d+(?=\.)|(?<=\blayer )\d+\b")
+# The number of a layer in the name of a tensor or in a sentence, and any number in the name of a file.
+_LAYER = r"(?<=layers\.)\d+(?=\.)|(?<=\bmtp\.)\d+(?=\.)|(?<=\blayer )\d+\b"
+_NUMBER = re.compile(rf"{_LAYER}|\d+(?=[\w-]*\.safetensors)")
 
 
 @dataclass(frozen=True)
@@ -44,35 +45,38 @@ class CheckpointError(ValueError):
     """A failed load, with every problem that was found.
 
     Attributes:
-        problems: at least one, in order of discovery. The message has one line for those that differ only in the layer.
+        problems: at least one, in order of discovery. The message has one line for those that differ only in numbers of
+            layers and shards.
     """
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(problems)
-        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        super().__init__("\n".join([f"{count}:", *(f"  {line}" for line in summarize(self.problems))]))
+        lines = [f"{len(self.problems)} problems:"] * (len(self.problems) > 1)
+        super().__init__("\n  ".join(lines + summarize(self.problems)))
 
 
 def summarize(problems: Iterable[Problem]) -> list[str]:
-    """One line per problem; those that differ only in layer and file share a line that has their layers as ranges."""
-    groups: defaultdict[tuple[str, ...], list[tuple[str, Problem]]] = defaultdict(list)
+    """One line per problem; those that differ only in layer and shard share a line that has these as ranges."""
+    groups: defaultdict[tuple[Any, ...], list[list[str]]] = defaultdict(list)
     for problem in problems:
-        match = _NUMBER.search(problem.subject)
-        layer = match[0] if match else ""
-        mark = functools.partial(lambda layer, number: "\0" if number[0] == layer else number[0], layer)
-        texts = (problem.subject, problem.expected, problem.found, problem.advice)
-        groups[tuple(_NUMBER.sub(mark, text) for text in texts)].append((layer, problem))
+        text = str(problem)
+        layers = re.findall(_LAYER, text)
+        pattern = tuple(map(layers.index, layers))  # two layers in one line stay two
+        key = pattern, *_NUMBER.split(text)
+        groups[key].append(_NUMBER.findall(text))
     lines = []
-    for marked, members in groups.items():
-        problem = members[0][1]
-        if len(members) > 1 and "\0" in marked[0]:
-            layers = f"{{{ranges({int(layer) for layer, _ in members})}}}"
-            subject, expected, found, advice = (text.replace("\0", layers) for text in marked)
-            files = {problem.file for _, problem in members}
-            file = problem.file if len(files) == 1 else f"{len(files)} files"
-            problem = Problem(subject, file, expected, found, advice)
-        lines.append(str(problem))
+    for (_, *parts), members in groups.items():
+        numbers = ["", *map(_merged, zip(*members, strict=True))]
+        lines.append("".join(number + part for number, part in zip(numbers, parts, strict=True)))
     return lines
+
+
+def _merged(numbers: Iterable[str]) -> str:
+    distinct = sorted(set(numbers))
+    if len(distinct) == 1:
+        return distinct[0]
+    width = min(map(len, distinct))  # shards are numbered with leading zeros
+    return f"{{{re.sub('[0-9]+', lambda match: match[0].zfill(width), ranges(map(int, distinct)))}}}"
 
 
 def log(warnings: Iterable[Problem], logger: logging.Logger = LOGGER) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from ..kernels.matrix import Matrix
 from .encodings import ENCODINGS, Encoding
 from .headers import Header
-from .names import ROLES, SPELLINGS, UNUSED
+from .names import ROLES, SPELLINGS
 from .problems import Problem
 
 
@@ -19,7 +19,7 @@ def recognize(*items: tuple[str, Header]) -> tuple[Encoding, Matrix] | None:
     encoding = next((each for each in _candidates(headers) if not each.misfits(headers)), None)
     if encoding is None:
         return None
-    return encoding, encoding.bind({role: header.meta() for role, header in items if role not in UNUSED})
+    return encoding, encoding.bind({role: header.meta() for role, header in items})
 
 
 def _candidates(headers: Mapping[str, Header]) -> list[Encoding]:
@@ -55,13 +55,13 @@ def _foreign(headers: Mapping[str, Header]) -> str:
     """The format of another quantizer, if it shows and nothing here reads it; else ""."""
     if "weight" in headers:
         return {"I8": "INT8", "U32": "MLX"}.get(headers["weight"].dtype, "")
-    codes, scales, index = (headers.get(role) for role in (".qweight", ".scales", ".g_idx"))
+    codes, scales, zeros = (headers.get(role) for role in (".qweight", ".scales", ".qzeros"))
     if codes is None:
         return ""
-    rows, columns = codes.shape if len(codes.shape) == 2 else (0, 0)
-    # Of a matrix [N, K], GPTQ packs K and AWQ packs N; both store the transpose.
-    whole, packed = (index.shape[:1], rows) if index else (scales.shape[1:] if scales else (), columns)
-    return f"{'GPTQ' if index else 'AWQ'}{f', {32 * packed // whole[0]} bit' if whole and whole[0] else ''}"
+    # Both store the transpose of a matrix [N, K]. GPTQ packs K, AWQ packs N; both pack N in qzeros [groups, N / pack].
+    n = scales.shape[-1:] if scales else ()
+    name = "GPTQ or AWQ" if not n else "GPTQ" if codes.shape[1:] == n else "AWQ"
+    return f"{name}, {32 * zeros.shape[1] // n[0]} bit" if zeros and len(zeros.shape) == 2 and n and n[0] else name
 
 
 def _explain_scales(matrix: str, headers: Mapping[str, Header], candidates: list[Encoding]) -> list[Problem]:

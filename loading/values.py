@@ -25,7 +25,7 @@ def nan_codes(codes: Tensor) -> Faults:
     return {"weight": ("finite values", _summary(codes))} if has_nan else {}
 
 
-def judge(matrix: Matrix) -> tuple[Faults, str]:
+def judge(matrix: Matrix) -> tuple[Faults, list[str]]:
     """Finds bad values; NaN among FP8 codes is up to `nan_codes`.
 
     Returns:
@@ -33,7 +33,7 @@ def judge(matrix: Matrix) -> tuple[Faults, str]:
         blocks of zeros (pruned heads, half-written files) and negative scales.
     """
     faults: Faults = {}
-    oddities = []
+    oddities: list[str] = []
     if isinstance(matrix, DenseMatrix):
         # Ignoring the sign, bf16 values sort like their bits, with infinity and NaN above all others.
         bits = (matrix.weight.view(torch.int16) & 0x7FFF).amax(1, keepdim=True)
@@ -43,22 +43,29 @@ def judge(matrix: Matrix) -> tuple[Faults, str]:
     else:
         assert isinstance(matrix, Fp8Matrix | Fp4Matrix)
         sizes = _largest_codes(matrix)
-        for role, tensor in zip(("scale", "global_scale"), matrix.tensors[1:], strict=False):
-            scale = tensor.float()
-            factor = scale.repeat_interleave(matrix.group[0] if role == "scale" else 1, 0)[: len(sizes)]
-            size = factor.abs()
-            if not ((size <= _LARGEST) & ((sizes == 0) | (size >= _SMALLEST))).all():
-                faults[role] = (_SCALES, _summary(scale)) if scale.any() else _ALL_ZERO
-            if negative := int((scale < 0).sum()):
-                oddities.append(f"{negative} negative values in {role}")
-            sizes = sizes * size
+        for role, scale in zip(("scale", "global_scale"), matrix.tensors[1:], strict=False):
+            sizes = judge_scale(role, scale.float(), sizes, matrix.group[0] if role == "scale" else 1, faults, oddities)
     if not faults and (largest := sizes.max().item()) < _LEAST:
         small = f"weights of a magnitude above {_LEAST}", f"none above {largest:.1e}"
         faults["weight"] = small if largest else _ALL_ZERO
     is_zero = sizes == 0
     if is_zero.any():
         oddities += _zeros(is_zero, matrix)
-    return faults, ", ".join(oddities)
+    return faults, oddities
+
+
+def judge_scale(role: str, scale: Tensor, sizes: Tensor, rows: int, faults: Faults, oddities: list[str]) -> Tensor:
+    """Judges a scale [ceil(N / rows), groups] fp32 of codes whose largest magnitudes are sizes [N, groups] fp32.
+
+    Returns:
+        sizes times the scale.
+    """
+    size = scale.abs().repeat_interleave(rows, 0)[: len(sizes)]
+    if not ((size <= _LARGEST) & ((sizes == 0) | (size >= _SMALLEST))).all():
+        faults[role] = (_SCALES, _summary(scale)) if scale.any() else _ALL_ZERO
+    if negative := int((scale < 0).sum()):
+        oddities.append(f"{negative} negative values in {role}")
+    return sizes * size
 
 
 def _largest_codes(matrix: Fp8Matrix | Fp4Matrix) -> Tensor:

@@ -3,11 +3,14 @@
 The values are worked out element by element from the definition of the format, not by the layouts under test.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
+import pytest
 import torch
 
 from indexproj.indexer.cli.synthetic import random_e4m3, random_e8m0
+from indexproj.loading import Assembly, CheckpointError
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
 
@@ -21,12 +24,14 @@ class Export:
         values: [N, K] fp64.
         encoding: as the audit names it.
         is_native: False if loading rounds to bf16.
+        unused: tensors beside them that nobody reads.
     """
 
     tensors: dict[str, torch.Tensor]
     values: torch.Tensor
     encoding: str
     is_native: bool = True
+    unused: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def loaded(self):
@@ -40,9 +45,9 @@ def each(scale, rows, columns, shape):
     return scale.double()[i // rows, j // columns]
 
 
-def floats(n, k, dtype, encoding, is_native):
+def floats(n, k, dtype, encoding):
     values = (torch.randn(n, k) * torch.exp2(4 * torch.rand(n, 1))).to(dtype)
-    return Export({"weight": values}, values.double(), encoding, is_native)
+    return Export({"weight": values}, values.double(), encoding, encoding == "BF16")
 
 
 def spread_scales(n, k, dtype=torch.float32):
@@ -50,96 +55,56 @@ def spread_scales(n, k, dtype=torch.float32):
     return (torch.exp2(6 * torch.rand(n, k)) / 448).to(dtype)
 
 
-def bf16(n, k):
-    return floats(n, k, torch.bfloat16, "BF16", True)
-
-
-def f16(n, k):
-    return floats(n, k, torch.float16, "F16", False)
-
-
-def f32(n, k):
-    return floats(n, k, torch.float32, "F32", False)
-
-
-def e4m3(n, k, scale, rows, columns, encoding, stored=None, leaf="weight_scale", fnuz=False):
-    weight = random_e4m3(n, k)
+def e4m3(n, k, scale, rows, columns, encoding, stored=None, leaf="weight_scale", fnuz=False, weight="weight"):
+    codes = random_e4m3(n, k)
     if fnuz:
         bits = torch.randint(0, 256, (n, k), dtype=torch.uint8)
-        weight = bits.masked_fill(bits == 0x80, 0).view(torch.float8_e4m3fnuz)
-    values = weight.double() * each(scale, rows, columns, (n, k))
-    return Export({"weight": weight, leaf: scale if stored is None else stored}, values, encoding)
+        codes = bits.masked_fill(bits == 0x80, 0).view(torch.float8_e4m3fnuz)
+    values = codes.double() * each(scale.float(), rows, columns, (n, k))
+    return Export({weight: codes, leaf: scale if stored is None else stored(scale)}, values, encoding)
 
 
-def fp8_block(n, k, dtype=torch.float32, fnuz=False):
+def fp8_block(n, k, dtype=torch.float32, **options):
     scale = spread_scales(-(-n // 128), -(-k // 128), dtype)
-    return e4m3(n, k, scale, 128, 128, "FP8 128x128", leaf="weight_scale_inv", fnuz=fnuz)
+    return e4m3(n, k, scale, 128, 128, "FP8 128x128", **{"leaf": "weight_scale_inv", **options})
 
 
-def fp8_block_bf16(n, k):
-    return fp8_block(n, k, torch.bfloat16)
-
-
-def fp8_block_fnuz(n, k):
-    return fp8_block(n, k, fnuz=True)
-
-
-def fp8_block_e8m0(n, k):
+def fp8_block_e8m0(n, k, **options):
     scale = random_e8m0(-(-n // 128), -(-k // 128))
-    return e4m3(n, k, scale.float(), 128, 128, "FP8 128x128", scale, "weight_scale_inv")
+    return e4m3(n, k, scale, 128, 128, "FP8 128x128", **{"leaf": "weight_scale_inv", **options})
 
 
-def fp8_block_u8(n, k):
-    scale = random_e8m0(-(-n // 128), -(-k // 128))
-    return e4m3(n, k, scale.float(), 128, 128, "FP8 128x128", scale.view(torch.uint8), "scale")
+def fp8_row(n, k, dtype=torch.float32, encoding="FP8 per row", **options):
+    return e4m3(n, k, spread_scales(n, 1, dtype), 1, k, encoding, **options)
 
 
-def fp8_row(n, k):
-    return e4m3(n, k, spread_scales(n, 1), 1, k, "FP8 per row")
-
-
-def fp8_row_flat(n, k):
-    scale = spread_scales(n, 1, torch.bfloat16)
-    return e4m3(n, k, scale, 1, k, "FP8 per row", scale.flatten())
-
-
-def fp8_torchao(n, k):
-    scale = spread_scales(n, 1)
-    export = e4m3(n, k, scale, 1, k, "FP8 per row (torchao)", leaf="_weight_scale")
-    export.tensors["_weight_qdata"] = export.tensors.pop("weight")
+def fp8_tensor(n, k, dtype=torch.float32, shape=()):
+    export = e4m3(n, k, spread_scales(1, 1, dtype), n, k, "FP8 per tensor", lambda scale: scale.view(shape))
+    export.unused["input_scale"] = torch.tensor(0.5)
     return export
 
 
-def fp8_tensor(n, k):
-    scale = spread_scales(1, 1)
-    export = e4m3(n, k, scale, n, k, "FP8 per tensor", scale.view(()))
-    export.tensors["input_scale"] = torch.tensor(0.5)
-    return export
+def mxfp8(n, k, **options):
+    return e4m3(n, k, random_e8m0(n, -(-k // 32)), 1, 32, "MXFP8", **options)
 
 
-def fp8_tensor_flat(n, k):
-    scale = spread_scales(1, 1, torch.bfloat16)
-    return e4m3(n, k, scale, n, k, "FP8 per tensor", scale.view(1))
+def as_bytes(scale):
+    return scale.view(torch.uint8)
 
 
-def mxfp8(n, k):
-    scale = random_e8m0(n, -(-k // 32))
-    return e4m3(n, k, scale.float(), 1, 32, "MXFP8", scale)
-
-
-def mxfp8_u8(n, k):
-    scale = random_e8m0(n, -(-k // 32))
-    return e4m3(n, k, scale.float(), 1, 32, "MXFP8", scale.view(torch.uint8), "weight_scale_inv")
+def to_int32(words):
+    return torch.where(words < 1 << 31, words, words - (1 << 32)).int()
 
 
 def fp8_packed(n, k):
     """Exponents packed by arithmetic; those beyond K are set to what would be NaN."""
-    scale = random_e8m0(n, -(-k // 128))
-    exponents = torch.full((n, 4 * -(-k // 512)), 255, dtype=torch.int64)
-    exponents[:, : scale.shape[1]] = scale.view(torch.uint8)
-    words = (exponents.view(n, -1, 4) * torch.tensor([1, 1 << 8, 1 << 16, 1 << 24])).sum(-1)
-    stored = torch.where(words < 1 << 31, words, words - (1 << 32)).int()
-    return e4m3(n, k, scale.float(), 1, 128, "FP8 packed UE8M0", stored, "weight_scale_inv")
+
+    def pack(scale):
+        exponents = torch.full((n, 4 * -(-k // 512)), 255, dtype=torch.int64)
+        exponents[:, : scale.shape[1]] = as_bytes(scale)
+        return to_int32((exponents.view(n, -1, 4) * 256 ** torch.arange(4)).sum(-1))
+
+    return e4m3(n, k, random_e8m0(n, -(-k // 128)), 1, 128, "FP8 packed UE8M0", pack, "weight_scale_inv")
 
 
 def e2m1(n, k):
@@ -148,35 +113,26 @@ def e2m1(n, k):
     return (numbers[:, ::2] + 16 * numbers[:, 1::2]).to(torch.uint8), E2M1[numbers]
 
 
-def nvfp4(n, k):
+def nvfp4(n, k, is_divisor=False):
     packed, values = e2m1(n, k)
     scale = torch.exp2(6 * torch.rand(n, -(-k // 16))).to(torch.float8_e4m3fn)
+    values = values * each(scale, 1, 16, (n, k))
+    if is_divisor:
+        divisor = 448 * torch.rand(1) + 1
+        factor = (1 / divisor).double()  # rounded to fp32, as the format's own library does
+        tensors = {"weight_packed": packed, "weight_scale": scale, "weight_global_scale": divisor}
+        return Export(tensors, values * factor, "NVFP4 (divisor)")
     factor = torch.rand(()) / 448
-    tensors = {"weight": packed, "weight_scale": scale, "weight_scale_2": factor, "input_scale": torch.tensor(0.5)}
-    return Export(tensors, values * each(scale, 1, 16, (n, k)) * factor.double(), "NVFP4")
+    return Export(
+        {"weight": packed, "weight_scale": scale, "weight_scale_2": factor}, values * factor.double(), "NVFP4"
+    )
 
 
-def nvfp4_divisor(n, k):
-    packed, values = e2m1(n, k)
-    scale = torch.exp2(6 * torch.rand(n, -(-k // 16))).to(torch.float8_e4m3fn)
-    divisor = 448 * torch.rand(1) + 1
-    tensors = {"weight_packed": packed, "weight_scale": scale, "weight_global_scale": divisor}
-    factor = (1 / divisor).double()  # rounded to fp32, as the format's own library does
-    return Export(tensors, values * each(scale, 1, 16, (n, k)) * factor, "NVFP4 (divisor)")
-
-
-def mxfp4(n, k):
+def mxfp4(n, k, weight="weight_packed", stored=as_bytes):
     packed, values = e2m1(n, k)
     scale = random_e8m0(n, -(-k // 32))
     values = values * each(scale.float(), 1, 32, (n, k))
-    return Export({"weight_packed": packed, "weight_scale": scale.view(torch.uint8)}, values, "MXFP4")
-
-
-def mxfp4_e8m0(n, k):
-    export = mxfp4(n, k)
-    packed, scale = export.tensors.values()
-    export.tensors = {"weight": packed, "weight_scale": scale.view(torch.float8_e8m0fnu)}
-    return export
+    return Export({weight: packed, "weight_scale": stored(scale)}, values, "MXFP4")
 
 
 def pack_int4(numbers, dim):
@@ -185,7 +141,7 @@ def pack_int4(numbers, dim):
     padded = torch.full((*numbers.shape[:-1], -(-numbers.shape[-1] // 8) * 8), 13)
     padded[..., : numbers.shape[-1]] = numbers
     words = (padded.unflatten(-1, (-1, 8)) * 16 ** torch.arange(8)).sum(-1)
-    return torch.where(words < 1 << 31, words, words - (1 << 32)).int().movedim(-1, dim).contiguous()
+    return to_int32(words).movedim(-1, dim).contiguous()
 
 
 def int4(n, k, groups=None, zero_point=False, g_idx=False):
@@ -205,30 +161,57 @@ def int4(n, k, groups=None, zero_point=False, g_idx=False):
     return Export(tensors, values, "INT4", is_native=False)
 
 
-def int4_row(n, k):
-    return int4(n, k, groups=1)
-
-
-def int4_zero_point(n, k):
-    return int4(n, k, zero_point=True)
-
-
-def int4_g_idx(n, k, groups=None):
-    return int4(n, k, groups, zero_point=True, g_idx=True)
-
-
 EXPORTS = {
-    make.__name__: make
-    for make in (
-        bf16, f16, f32,
-        fp8_block, fp8_block_bf16, fp8_block_e8m0, fp8_block_u8, fp8_block_fnuz,
-        fp8_row, fp8_row_flat, fp8_torchao, fp8_tensor, fp8_tensor_flat, mxfp8, mxfp8_u8, fp8_packed,
-        nvfp4, nvfp4_divisor, mxfp4, mxfp4_e8m0,
-        int4, int4_row, int4_zero_point, int4_g_idx,
-    )
-}  # fmt: skip
+    "bf16": partial(floats, dtype=torch.bfloat16, encoding="BF16"),
+    "f16": partial(floats, dtype=torch.float16, encoding="F16"),
+    "f32": partial(floats, dtype=torch.float32, encoding="F32"),
+    "fp8_block": fp8_block,
+    "fp8_block_bf16": partial(fp8_block, dtype=torch.bfloat16),
+    "fp8_block_e8m0": fp8_block_e8m0,
+    "fp8_block_u8": partial(fp8_block_e8m0, stored=as_bytes, leaf="scale"),
+    "fp8_block_fnuz": partial(fp8_block, fnuz=True),
+    "fp8_row": fp8_row,
+    "fp8_row_flat": partial(fp8_row, dtype=torch.bfloat16, stored=torch.flatten),
+    "fp8_torchao": partial(fp8_row, encoding="FP8 per row (torchao)", weight="_weight_qdata", leaf="_weight_scale"),
+    "fp8_tensor": fp8_tensor,
+    "fp8_tensor_flat": partial(fp8_tensor, dtype=torch.bfloat16, shape=(1,)),
+    "mxfp8": mxfp8,
+    "mxfp8_u8": partial(mxfp8, stored=as_bytes, leaf="weight_scale_inv"),
+    "fp8_packed": fp8_packed,
+    "nvfp4": nvfp4,
+    "nvfp4_divisor": partial(nvfp4, is_divisor=True),
+    "mxfp4": mxfp4,
+    "mxfp4_e8m0": partial(mxfp4, weight="weight", stored=torch.clone),
+    "int4": int4,
+    "int4_row": partial(int4, groups=1),
+    "int4_zero_point": partial(int4, zero_point=True),
+    "int4_g_idx": partial(int4, zero_point=True, g_idx=True),
+}
+bf16 = EXPORTS["bf16"]
 
 
 def named(stem, matrix, export):
     """The tensors by their names in a checkpoint."""
-    return {f"{stem}{matrix}.{leaf}": tensor for leaf, tensor in export.tensors.items()}
+    return {f"{stem}{matrix}.{leaf}": tensor for leaf, tensor in (export.tensors | export.unused).items()}
+
+
+def layer_of(wk, gate="bf16", layer=0, n=(128, 16), k=256):
+    """The tensors of a layer from two exports, or names of EXPORTS."""
+    stem = f"model.layers.{layer}.self_attn.indexer."
+    wk, gate = (EXPORTS[made](n[i], k) if isinstance(made, str) else made for i, made in enumerate((wk, gate)))
+    return named(stem, "wk", wk) | named(stem, "weights_proj", gate)
+
+
+def stream(offers, layers=(0,), config={}, assembly=None):  # noqa: B006
+    """The weights that an Assembly makes of a dict or of pairs (name, tensor)."""
+    assembly = assembly or Assembly(layers, config=config)
+    assembly.begin()
+    for name, tensor in offers.items() if isinstance(offers, dict) else offers:
+        assembly.offer(name, tensor)
+    return assembly.finish()
+
+
+def stream_problems(*args, **keywords):
+    with pytest.raises(CheckpointError) as caught:
+        stream(*args, **keywords)
+    return caught.value.problems

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
@@ -9,12 +11,16 @@ from typing import Any
 
 from rich.table import Table
 
-from ...loading import Checkpoint, CheckpointError, MatrixPlan, Plan
+from ...loading import Checkpoint, CheckpointError, MatrixPlan, Plan, Problem
+from ...loading.config import CONFIG
 from ...loading.problems import ranges
 
 
-def audit(path: Path) -> dict[str, Any]:
+def audit(path: Path, index_head_dim: int | None = None) -> dict[str, Any]:
     """Reads headers only. Problems are part of the report, never raised.
+
+    Args:
+        index_head_dim: D, to split `wk_weights_proj`; from config.json by default.
 
     Returns:
         The report that audit.schema.json describes.
@@ -24,7 +30,7 @@ def audit(path: Path) -> dict[str, Any]:
         checkpoint = Checkpoint(path)
     except CheckpointError as error:
         return {**report, "problems": _plain(error.problems)}
-    plan = Plan.of(checkpoint)
+    plan = Plan.of(checkpoint, index_head_dim)
     report["loads"] = not plan.problems
     for layer in plan.layers.values():
         loads = not layer.problems and not plan.file_problems
@@ -39,18 +45,22 @@ def audit(path: Path) -> dict[str, Any]:
         "all_tensors": checkpoint.tensors,
         "unread_shards": len(checkpoint.unread),
     }
-    report["warnings"] = _plain(plan.warnings)
+    warnings = list(plan.warnings)
+    if not os.path.lexists(checkpoint.path / CONFIG):
+        advice = "sizes, missing layers, rotations and unusual scale formats are not checked"
+        warnings.append(Problem(CONFIG, "", "the model's config beside the tensors", "no such file", advice))
+    report["warnings"] = _plain(warnings)
     return {**report, "problems": _plain(plan.problems)}
 
 
 def _matrix(plan: MatrixPlan) -> dict[str, Any]:
-    encoding = plan.encoding
+    encoding, layout = plan.encoding, plan.layout
     return {
         "encoding": encoding.name if encoding else None,
         "in_memory": None if encoding is None else "native" if encoding.is_native else "bf16",
-        "shape": list(plan.shape) if plan.layout else None,
-        "kept_bytes": plan.kept_bytes,
-        "upcast_bytes": plan.upcast_bytes,
+        "shape": list(plan.shape) or None,
+        "kept_bytes": layout.nbytes if layout else 0,
+        "upcast_bytes": 2 * math.prod(plan.shape) if layout else 0,
         "tensors": _plain(plan.headers.values()),
     }
 

@@ -23,17 +23,19 @@ from ..models import MODELS
 
 
 class _Commands(typer.core.TyperGroup):
-    def invoke(self, ctx: Any) -> Any:
+    def main(self, *args: Any, **kwargs: Any) -> Any:
         """Reports output that cannot be written, such as to a full disk, without a traceback."""
         try:
-            result = super().invoke(ctx)
-            sys.stdout.flush()
-            return result
+            try:
+                return super().main(*args, **kwargs)
+            finally:
+                sys.stdout.flush()
         except OSError as error:
-            if error.errno == errno.EPIPE:
-                raise  # the reader has seen enough; Typer exits quietly
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes once more
-            fail(str(error))
+            if error.errno == errno.EPIPE:  # the reader has seen enough
+                sys.exit(1)
+            complain(str(error))
+            sys.exit(2)
 
 
 app = typer.Typer(
@@ -48,6 +50,12 @@ app = typer.Typer(
 console = Console(width=max(100, shutil.get_terminal_size().columns), highlight=False, markup=False)
 
 CheckpointPath = Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint directory or .safetensors file.")]
+HeadDim = Annotated[
+    int | None,
+    typer.Option(
+        "--index-head-dim", metavar="D", help="Rows of wk in wk_weights_proj. Default: index_head_dim in config.json."
+    ),
+]
 
 
 def _version(value: bool) -> None:
@@ -68,16 +76,12 @@ def fixture(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=f"One of {', '.join(MODELS)}.")],
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Output directory; must be empty or new.")],
     layers: Annotated[int | None, typer.Option(help="Number of indexer layers, from the first. Default: all.")] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
-    power_of_two_scales: Annotated[
-        bool, typer.Option("--power-of-two-scales", help='Round FP8 scales up to powers of two ("scale_fmt": "ue8m0").')
-    ] = False,
 ) -> None:
-    """Write a checkpoint with random values in a published layout."""
+    """Write a checkpoint with random values in a published layout; always the same bytes."""
     from .fixture import write_fixture
 
     try:
-        files = write_fixture(model, directory, layers, seed, power_of_two_scales)
+        files = write_fixture(model, directory, layers)
     except (ValueError, OSError) as error:
         fail(str(error))
     console.print(f"Wrote {model} to {directory}: {len(files)} shards.", soft_wrap=True)
@@ -86,6 +90,7 @@ def fixture(
 @app.command()
 def audit(
     checkpoint: CheckpointPath,
+    index_head_dim: HeadDim = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; audit.schema.json describes it.")] = False,
 ) -> None:
     """Show what a checkpoint holds and whether it loads.
@@ -98,7 +103,7 @@ def audit(
     from .audit import audit as run
     from .audit import audit_table
 
-    report = run(checkpoint)
+    report = run(checkpoint, index_head_dim)
     if as_json:
         print(json.dumps(report, indent=2))
         raise typer.Exit(0 if report["loads"] else 2)
@@ -126,6 +131,7 @@ def verify(
         list[int] | None,
         typer.Option(metavar="N", min=1, max=65536, help="Rows of x; repeatable. Default: 1, 17 and 100."),
     ] = None,
+    index_head_dim: HeadDim = None,
 ) -> None:
     """Run the kernels on a checkpoint and compare with fp64.
 
@@ -138,22 +144,20 @@ def verify(
     if device.type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
     from ...kernels.target import INTERPRETED
-    from ...loading import Checkpoint, CheckpointError, Plan
+    from ...loading import CheckpointError
     from .verify import verify as run
     from .verify import verify_table
 
     found = []
     try:
-        headers = Checkpoint(checkpoint)
-        plans = Plan.of(headers).select(layer)
-        where = "Triton's interpreter, with configs for an H100" if INTERPRETED else torch.cuda.get_device_name()
-        console.print(f"The kernels run on: {where}")
         with console.status("Loading") as status:
-            for measurement in run(headers, plans, list(dict.fromkeys(m or (1, 17, 100))), device):
+            for measurement in run(checkpoint, list(dict.fromkeys(m or (1, 17, 100))), device, layer, index_head_dim):
                 found.append(measurement)
                 status.update(f"Layer {measurement.layer}, M = {measurement.m}")
     except CheckpointError as error:
         fail(str(error))
+    where = "Triton's interpreter, with configs for an H100" if INTERPRETED else torch.cuda.get_device_name()
+    console.print(f"The kernels ran on: {where}")
     console.print(verify_table(found))
     console.print(
         "error: fp32 outputs against fp64 with the values on disk, relative to the largest output.\n"

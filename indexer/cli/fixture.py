@@ -18,23 +18,19 @@ from ..models import MODELS, SHAPES, Model
 from .synthetic import quantize_blocks, random_weight
 
 
-def write_fixture(
-    name: str, directory: Path, layers: int | None = None, seed: int = 0, power_of_two_scales: bool = False
-) -> list[str]:
-    """Writes a checkpoint with the published names, dtypes, shapes, sharding and config.json.
+def write_fixture(name: str, directory: Path, layers: int | None = None) -> list[str]:
+    """Writes a checkpoint with the published names, dtypes, shapes and config.json, in shards; always the same bytes.
 
     Args:
         name: key of MODELS.
         directory: created if missing; must be empty.
         layers: number of indexers to write, counted from the first; all by default.
-        seed: the same seed gives the same bytes.
-        power_of_two_scales: round FP8 scales up to powers of two ("scale_fmt": "ue8m0").
 
     Returns:
         File names of the shards.
 
     Raises:
-        ValueError: unknown model, layers out of range, power-of-two scales in a BF16 model, directory not empty.
+        ValueError: unknown model, layers out of range, directory not empty.
     """
     if name not in MODELS:
         raise ValueError(f"fixture: expected one of {', '.join(MODELS)}, got {name!r}")
@@ -42,8 +38,6 @@ def write_fixture(
     count = len(model.indexer_layers) if layers is None else layers
     if not 1 <= count <= len(model.indexer_layers):
         raise ValueError(f"fixture: {name} has 1 to {len(model.indexer_layers)} indexer layers, got {layers}")
-    if power_of_two_scales and not model.is_fp8:
-        raise ValueError(f"fixture: {name} is BF16 and has no scales to round")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"fixture: {directory} is not an empty directory")
     directory.mkdir(parents=True, exist_ok=True)
@@ -52,17 +46,17 @@ def write_fixture(
     layers_written = owners[-1] + 1
     names = [name for layer in range(layers_written) for name in _names(model, layer, layer in owners)]
     # Split by number of tensors, so a weight and its scale can be in different shards, as in published checkpoints.
-    shards = max(2, round(model.shards * layers_written / (model.indexer_layers[-1] + 1)))
-    files = [model.shard_name.format(shard + 1, shards) for shard in range(shards)]
+    shards = 2 * layers_written
+    files = [f"model-{shard + 1:05d}-of-{shards:05d}.safetensors" for shard in range(shards)]
     weight_map: dict[str, str] = {}
     for shard, file in enumerate(files):
         inside = names[len(names) * shard // shards : len(names) * (shard + 1) // shards]
-        tensors = {name: _tensor(model, name, seed, power_of_two_scales) for name in inside}
+        tensors = {name: _tensor(model, name) for name in inside}
         (directory / file).write_bytes(save(tensors, metadata={"format": "pt"}))  # save_file sets mode 0600
         weight_map |= dict.fromkeys(inside, file)
     total_size = sum((directory / file).stat().st_size for file in files)
     _write_json(directory / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
-    _write_json(directory / "config.json", _config(model, owners, power_of_two_scales))
+    _write_json(directory / "config.json", _config(model, owners))
     return files
 
 
@@ -75,12 +69,12 @@ def _names(model: Model, layer: int, has_indexer: bool) -> Iterator[str]:
         yield from (f"model.layers.{layer}.self_attn.indexer.{leaf}" for leaf in sorted(leaves))
 
 
-def _tensor(model: Model, name: str, seed: int, power_of_two_scales: bool) -> Tensor:
+def _tensor(model: Model, name: str) -> Tensor:
     d, h, k = SHAPES[model.shape]
     norm_dtype = getattr(torch, model.norm_dtype)
     wq_b_shape = (h * d, model.config["q_lora_rank"])
     # A weight and its scale come from the same values.
-    digest = hashlib.sha256(f"{seed}/{name.removesuffix('_scale_inv')}".encode()).digest()
+    digest = hashlib.sha256(name.removesuffix("_scale_inv").encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     match name.split(".")[-2:]:
         case "input_layernorm", _:
@@ -93,7 +87,7 @@ def _tensor(model: Model, name: str, seed: int, power_of_two_scales: bool) -> Te
             weight = random_weight(d, k, generator)
             if not model.is_fp8:
                 return weight.bfloat16()
-            codes, scale = quantize_blocks(weight, power_of_two_scales)
+            codes, scale = quantize_blocks(weight)
             return codes if role == "weight" else scale
         case "wq_b", "weight":
             # Not part of the projection: any finite codes will do.
@@ -103,7 +97,7 @@ def _tensor(model: Model, name: str, seed: int, power_of_two_scales: bool) -> Te
     return torch.full(scale_shape(wq_b_shape), 1e-4)
 
 
-def _config(model: Model, owners: tuple[int, ...], power_of_two_scales: bool) -> dict[str, Any]:
+def _config(model: Model, owners: tuple[int, ...]) -> dict[str, Any]:
     d, h, k = SHAPES[model.shape]
     layers = owners[-1] + 1
     hidden_layers = min(layers, model.indexer_layers[-1])
@@ -117,8 +111,6 @@ def _config(model: Model, owners: tuple[int, ...], power_of_two_scales: bool) ->
     }
     if len(model.indexer_layers) < model.indexer_layers[-1]:
         config["indexer_types"] = ["full" if layer in owners else "shared" for layer in range(hidden_layers)]
-    if power_of_two_scales:
-        config["quantization_config"] = {**config["quantization_config"], "scale_fmt": "ue8m0"}
     return config
 
 

@@ -30,8 +30,8 @@ def random_matrix(format: Format, n: int, k: int) -> Matrix:
     return Fp4Matrix(packed, torch.exp2(6 * torch.rand(grid)).to(torch.float8_e4m3fn), torch.rand(n, 1) / 448)
 
 
-def quantize_blocks(weight: Tensor, power_of_two_scales: bool = False) -> tuple[Tensor, Tensor]:
-    """Quantizes weight [N, K] fp32 to e4m3fn with one scale per 128x128 block: amax / 448, or the next power of two.
+def quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantizes weight [N, K] fp32 to e4m3fn with one scale per 128x128 block: amax / 448.
 
     Returns:
         codes [N, K] float8_e4m3fn and scale [ceil(N/128), ceil(K/128)] fp32.
@@ -41,8 +41,6 @@ def quantize_blocks(weight: Tensor, power_of_two_scales: bool = False) -> tuple[
     padded[:n, :k] = weight
     blocks = padded.view(rows, SCALE_BLOCK, columns, SCALE_BLOCK)
     scale = blocks.abs().amax(dim=(1, 3)).clamp(min=1e-12) / 448
-    if power_of_two_scales:
-        scale = torch.exp2(scale.log2().ceil())
     codes = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
     return codes.view(padded.shape)[:n, :k].contiguous(), scale
 

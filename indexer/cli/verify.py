@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ...kernels import project, reference
 from ...kernels.launch import decide, signature_of
-from ...loading import Checkpoint, LayerPlan, load
+from ...loading import Checkpoint, Plan, load
 from .audit import new_table
 
 # fp32 sums of 7168 products stay well below this; a wrong scale, mask or decode exceeds it.
@@ -46,16 +47,18 @@ class Measurement(NamedTuple):
 
 
 def verify(
-    checkpoint: Checkpoint, plans: dict[int, LayerPlan], ms: Iterable[int], device: torch.device
+    path: Path, ms: Iterable[int], device: torch.device, layers: list[int] | None = None, head_dim: int | None = None
 ) -> Iterator[Measurement]:
-    """Yields one measurement per layer and m.
+    """Yields one measurement per layer and m; the other arguments are those of `load`.
 
     Raises:
         CheckpointError: a layer does not load. Raised before the first measurement.
     """
-    loaded = load(checkpoint, plans, device)
-    for layer, plan in plans.items():
-        weights = loaded.pop(layer)
+    checkpoint = Checkpoint(path)
+    loaded = load(checkpoint, layers, device, index_head_dim=head_dim)
+    plans = Plan.of(checkpoint, head_dim).layers
+    for layer in list(loaded):
+        weights, plan = loaded.pop(layer), plans[layer]
         on_disk = [matrix.to(device) for matrix in plan.exact({name: checkpoint.read(name) for name in plan.tensors})]
         encodings = tuple(matrix.encoding.name for matrix in (plan.wk, plan.gate) if matrix.encoding)
         for m in ms:

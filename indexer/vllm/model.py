@@ -240,12 +240,12 @@ class IndexerModel:
         for item in weights:
             name, tensor = item[:2]
             part = parse(name) if ".indexer." in name else None
-            if part is None or part.matrix is None:
+            if part is None or (part.matrix is None and part.role != UNUSED):
                 yield item
                 continue
             # Passed over: layers of other pipeline ranks or models (MTP), and layers that share another one's choice.
             number: Any = part.layer(self._num_hidden_layers)
-            if number in self.layers and part.role not in UNUSED:
+            if number in self.layers and part.matrix:
                 self.layers[number].offer(part, tensor)
 
     def _abandon(self) -> None:

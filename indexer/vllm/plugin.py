@@ -122,11 +122,13 @@ def swap(model: Any, vllm_config: Any, model_config: Any, to_bf16: bool) -> None
         from .method import IndexerMethod
         from .model import IndexerModel
 
+        text: dict[str, Any] = {}
         config = {"num_hidden_layers": getattr(model_config.hf_text_config, "num_hidden_layers", None)}
-        for source in (model_config.hf_text_config, getattr(model_config, "hf_config", None)):
+        config["text_config"] = text
+        for values, source in ((text, "hf_text_config"), (config, "hf_config")):
             for key in ("quantization_config", "compression_config"):
-                if (value := getattr(source, key, None)) is not None:
-                    config[key] = value.to_dict() if hasattr(value, "to_dict") else value
+                if (value := getattr(getattr(model_config, source, None), key, None)) is not None:
+                    values[key] = value.to_dict() if hasattr(value, "to_dict") else value
         # A rank that joins gets dummy weights, then the tensors of another rank in order: both need one layout.
         to_bf16 = to_bf16 or vllm_config.parallel_config.enable_elastic_ep
         names = {layer_of(name): name for name in indexers}

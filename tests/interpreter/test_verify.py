@@ -53,6 +53,13 @@ def test_verify_shows_what_loading_rounded(tmp_path):
     assert 1e-4 < float(error) < 1e-2
 
 
+def test_verify_index_head_dim(tmp_path):
+    both = named(INDEXER.format(0), "wk_weights_proj", EXPORTS["bf16"](160, 256))
+    path = write_checkpoint(tmp_path, both)
+    assert invoke("verify", path, "--m", 9).exit_code == 2
+    assert table_rows(invoke("verify", path, "--m", 9, "--index-head-dim", 64))[0][-1] == "ok"
+
+
 def test_verify_wrong_kernel_exits_with_1(tiny, monkeypatch):
     monkeypatch.setattr(verify, "MAX_ERROR", 0.0)
     result = invoke("verify", tiny, "--m", 9)
@@ -63,7 +70,7 @@ def test_verify_wrong_kernel_exits_with_1(tiny, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "nowhere: expected model.safetensors.index.json or model.safetensors"),
+        (["nowhere"], "nowhere: expected the directory of a checkpoint or a .safetensors file"),
         (["{tiny}", "--layer", "9"], "layer 9: expected one of the layers with an indexer, 0-1"),
         (["{tiny}", "--m", "0"], "Invalid value for '--m'"),
         (["{tiny}", "--m", "65537"], "Invalid value for '--m'"),

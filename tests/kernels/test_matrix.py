@@ -31,16 +31,13 @@ def test_dequantize_to_fp64_is_exact_and_to_fp32_rounds_once():
 
 
 @pytest.mark.parametrize("shape", [(128, 256), (130, 300), (1, 1)])
-@pytest.mark.parametrize("power_of_two", [False, True])
-def test_quantize_blocks_error_is_half_a_step(shape, power_of_two):
+def test_quantize_blocks_error_is_half_a_step(shape):
     weight = random_weight(*shape, torch.default_generator)
-    codes, scale = quantize_blocks(weight, power_of_two)
+    codes, scale = quantize_blocks(weight)
     matrix = Fp8Matrix(codes, scale)
     step = torch.maximum(weight.abs() / 8, 2**-9 * scale.max())  # 3 mantissa bits, or the subnormal step
     assert ((matrix.dequantize() - weight).abs() <= step / 2 * 1.001).all()
-    assert (scale.log2().frac() == 0).all() == power_of_two
-    if not power_of_two:
-        assert codes.float().abs().max() == 448
+    assert codes.float().abs().max() == 448
 
 
 @pytest.mark.parametrize(

@@ -3,57 +3,37 @@
 import gc
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exports import EXPORTS, named
-from indexproj.kernels import DenseMatrix, Fp8Matrix
+from exports import EXPORTS, layer_of, named, stream, stream_problems
 from indexproj.loading import Assembly, CheckpointError
 from indexproj.loading.names import parse
 from support import GATE, INDEXER, SCALE, WK, bf16_layer, fp8_layer, only, same
 
 STEM = INDEXER.format(0)
+FUSED = f"{STEM}wk_weights_proj.weight"
 
 
-def assemble(offers, layers=(0,), **options):
+def started(layers=(0,), **options):
     assembly = Assembly(layers, **options)
     assembly.begin()
-    for name, tensor in offers:
-        assembly.offer(name, tensor)
-    return assembly.finish()
+    return assembly
 
 
-def problems_of(offers, layers=(0,), **options):
-    with pytest.raises(CheckpointError) as caught:
-        assemble(offers, layers, **options)
-    return caught.value.problems
-
-
-def fails(offers):
-    return only(problems_of(offers))
-
-
-def matrices(tensors):
-    return Fp8Matrix(tensors[WK], tensors[SCALE]), DenseMatrix(tensors[GATE])
-
-
-def projection(tensors):
-    return [(name, tensor) for name, tensor in tensors.items() if parse(name).matrix]
+def projection(*layers):
+    return [(name, tensor) for tensors in layers for name, tensor in tensors.items() if parse(name).matrix]
 
 
 def renamed(tensors, old, new):
     return [(name.replace(old, new), tensor) for name, tensor in tensors]
 
 
-def test_every_order():
-    tensors = fp8_layer()
-    wk, gate = matrices(tensors)
-    for offers in itertools.permutations(projection(tensors)):
-        weights = assemble(offers)[0]
-        assert same(weights.wk, wk)
-        assert same(weights.gate, gate)
+def fails(offers, *args, **options):
+    return only(stream_problems(offers, *args, **options))
 
 
 @settings(max_examples=100, deadline=None)
@@ -65,17 +45,14 @@ def test_any_encodings_in_any_order(data):
     """
     torch.manual_seed(data.draw(st.integers(0, 9)))
     wk, gate, both = (EXPORTS[data.draw(st.sampled_from(sorted(EXPORTS)))](n, 128) for n in (128, 16, 144))
-    named_0, named_1 = INDEXER.format(0), INDEXER.format(1)
-    tensors = named(named_0, "wk", wk) | named(named_0, "weights_proj", gate) | named(named_1, "wk_weights_proj", both)
+    tensors = layer_of(wk, gate) | named(INDEXER.format(1), "wk_weights_proj", both)
     lost = data.draw(st.sets(st.sampled_from(sorted(tensors)), max_size=2))
-    lost = {name for name in lost if not name.endswith(("zero_point", "g_idx"))}
+    lost = {name for name in lost if not name.endswith(("zero_point", "g_idx", "input_scale"))}
     names = data.draw(st.permutations(sorted(set(tensors) - lost)))
-    assembly = Assembly([0, 1], index_head_dim=128)
-    assembly.begin()
+    assembly = started([0, 1], config={"index_head_dim": 128})
     for name in names:
         assert assembly.offer(name, tensors[name])
-    needed = {name for name in lost if not name.endswith("input_scale")}
-    if not needed:
+    if not lost:
         loaded = assembly.finish()
         assert torch.equal(loaded[0].wk.dequantize(torch.float64), wk.loaded)
         assert torch.equal(loaded[0].gate.dequantize(torch.float64), gate.loaded)
@@ -84,8 +61,7 @@ def test_any_encodings_in_any_order(data):
         return
     with pytest.raises(CheckpointError) as caught:
         assembly.finish()
-    for name in needed:
-        layer = name.split(".")[2]
+    for layer in {name.split(".")[2] for name in lost}:
         assert any(f"layers.{layer}." in p.subject or p.subject == f"layer {layer}" for p in caught.value.problems)
 
 
@@ -95,7 +71,7 @@ def test_int4_optional_tensors_last(matrix):
     offers = {} if matrix.startswith("wk_") else named(STEM, other, EXPORTS["bf16"](16, 256))
     offers |= named(STEM, matrix, int4)
     assert list(offers)[-1].endswith("zero_point")
-    weights = assemble(offers.items(), index_head_dim=128 if matrix.startswith("wk_") else None)[0]
+    weights = stream(offers, config={"index_head_dim": 128} if matrix.startswith("wk_") else {})[0]
     whole = torch.cat((weights.wk.dequantize(torch.float64), weights.gate.dequantize(torch.float64)))
     assert torch.equal(whole[-144:] if matrix == "weights_proj" else whole[:144], int4.loaded)
 
@@ -104,10 +80,8 @@ def test_int4_optional_tensors_last(matrix):
 def test_reused_buffer(layer):
     """A streamer may overwrite its buffer after each offer."""
     tensors = projection(layer())
-    expected = assemble([(name, tensor.clone()) for name, tensor in tensors])[0]
-    buffer = torch.empty(1 << 17, dtype=torch.uint8)
-    assembly = Assembly([0])
-    assembly.begin()
+    expected = stream([(name, tensor.clone()) for name, tensor in tensors])[0]
+    buffer, assembly = torch.empty(1 << 17, dtype=torch.uint8), started()
     for name, tensor in tensors:
         assembly.offer(name, buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor))
         buffer.fill_(0x55)
@@ -117,13 +91,13 @@ def test_reused_buffer(layer):
 
 
 def test_offer_returns_true_for_projection_tensors():
-    assembly, one = Assembly([0]), torch.ones(1)
-    assembly.begin()
+    assembly, one = started(), torch.ones(1)
     for leaf in ("wq_b.weight", "wq_b.weight_scale_inv", "k_norm.weight", "index_kpool_compress_gate"):
         assert not assembly.offer(f"{STEM}{leaf}", one)
     assert not assembly.offer("model.norm.weight", one)
     assert not assembly.offer("model.layers.0.mlp.indexer.wk.weight", one)
     assert assembly.offer(INDEXER.format(7) + "wk.weight", one)  # a layer of another pipeline rank
+    assert assembly.offer(f"{STEM}wk.input_scale", one)  # never read, but no one else's
     for name, tensor in projection(bf16_layer()):
         assert assembly.offer(name, tensor)
     assert list(assembly.finish()) == [0]
@@ -138,74 +112,52 @@ def test_second_arrival():
             assert problem.expected.startswith("one tensor in the role of ")
 
 
-@pytest.mark.parametrize("position", [0, 1, 2])
-@pytest.mark.parametrize("matrix", ["wk", "weights_proj"])
-def test_stray_scale_beside_bf16(matrix, position):
-    offers = projection(bf16_layer())
-    offers.insert(position, (f"{STEM}{matrix}.weight_scale_inv", torch.ones(1, 2)))
-    assert fails(offers).subject == f"{STEM}{matrix}.weight_scale_inv"
+def test_stray_scale_beside_bf16():
+    for matrix, position in itertools.product(("wk", "weights_proj"), range(3)):
+        offers = projection(bf16_layer())
+        offers.insert(position, (f"{STEM}{matrix}.weight_scale_inv", torch.ones(1, 2)))
+        assert fails(offers).subject == f"{STEM}{matrix}.weight_scale_inv"
 
 
 def test_fused_matrix_beside_its_parts():
-    offers = [*projection(bf16_layer()), (f"{STEM}wk_weights_proj.weight", torch.ones(144, 256).bfloat16())]
+    offers = [*projection(bf16_layer()), (FUSED, torch.ones(144, 256).bfloat16())]
     for order in itertools.permutations(offers):
-        assert only(problems_of(order, index_head_dim=128)).subject == f"{STEM}wk_weights_proj"
+        assert fails(order, config={"index_head_dim": 128}).subject == f"{STEM}wk_weights_proj"
 
 
 def test_layer_under_two_prefixes():
     one = projection(fp8_layer())
     two = renamed(one, "model.", "language_model.")
     for offers in ([*one, *two], [offer for pair in zip(one, two, strict=True) for offer in pair]):
-        assert [problem.subject for problem in problems_of(offers)] == [name for name, _ in two]
-    subjects = {problem.subject for problem in problems_of([*one[:1], *two[1:]])}  # together, they are complete
+        assert [problem.subject for problem in stream_problems(offers)] == [name for name, _ in two]
+    subjects = {problem.subject for problem in stream_problems([*one[:1], *two[1:]])}  # together, they are complete
     assert {name for name, _ in two[1:]} < subjects
 
 
-def test_hidden_layers_have_one_prefix():
-    """MTP layers may have their own; a model numbers them from num_hidden_layers."""
-    layers = [projection(fp8_layer(0)), projection(fp8_layer(1))]
-    offers = [offer for layer in layers for offer in layer] + renamed(projection(fp8_layer(2)), "model.", "mtp.")
-    assert list(assemble(offers, range(3), num_hidden_layers=2)) == [0, 1, 2]
-    (problem,) = problems_of(offers, range(3))
-    assert problem.subject == "mtp.layers.2.self_attn.indexer.wk.weight"
-
-
-@pytest.mark.parametrize("head_dim", [-16, 0, 144])
-def test_fused_matrix_needs_rows_of_both(head_dim):
-    offers = [(f"{STEM}wk_weights_proj.weight", torch.ones(144, 256).bfloat16())]
-    (problem,) = problems_of(offers, index_head_dim=head_dim)
-    assert problem.expected.startswith(f"{head_dim} rows of wk")
-
-
-def test_matrices_that_differ_in_k():
-    offers = {**bf16_layer(), GATE: torch.zeros(16, 128).bfloat16()}
-    problem = fails(offers.items())
-    assert problem.subject == GATE
-    assert (problem.expected, problem.found) == ("wk's K = 256", "BF16 [16, 128]")
-
-
-def test_layer_unlike_the_others():
+def test_sizes_that_differ():
+    problem = fails({**bf16_layer(), GATE: torch.zeros(16, 128).bfloat16()})
+    assert (problem.subject, problem.expected, problem.found) == (GATE, "wk's K = 256", "BF16 [16, 128]")
+    problem = fails(fp8_layer(), config={"hidden_size": 512})
+    assert (problem.subject, problem.expected) == (WK, "512 in dimension 1 of the matrix (hidden_size)")
+    for value in ("128", True, 128.0, -1):
+        problem = fails(fp8_layer(), config={"num_hidden_layers": value})
+        assert problem.expected == "num_hidden_layers to be an integer from 0 to 999999"
     for d, h, k in ((128, 16, 384), (128, 32, 256), (64, 16, 256)):
-        layers = fp8_layer(0), fp8_layer(1), fp8_layer(2, d, h, k)
-        (problem,) = problems_of([offer for layer in layers for offer in projection(layer)], range(3))
+        problem = fails(projection(fp8_layer(0), fp8_layer(1), fp8_layer(2, d, h, k)), range(3))
         assert problem.subject == f"{INDEXER.format(2)}wk.weight"
         assert problem.expected == "(D, H, K) = (128, 16, 256), like most layers"
 
 
 def test_failed_or_abandoned_load_leaves_nothing_behind():
     for leaf in ("wk.weight_scale_inv", "wk.weight"):
-        stale, fresh = fp8_layer(), fp8_layer()
-        assembly = Assembly([0])
+        stale, fresh, assembly = fp8_layer(), fp8_layer(), Assembly([0])
         for finish in (True, False):
             assembly.begin()
             assembly.offer(f"{STEM}{leaf}", stale[f"{STEM}{leaf}"])
             if finish:
                 with pytest.raises(CheckpointError):
                     assembly.finish()
-        assembly.begin()
-        for name, tensor in projection(fresh):
-            assembly.offer(name, tensor)
-        assert same(assembly.finish()[0].wk, matrices(fresh)[0])
+        assert same(stream(fresh, assembly=assembly)[0].wk, stream(fresh)[0].wk)
 
 
 def test_calls_out_of_order():
@@ -221,27 +173,23 @@ def test_calls_out_of_order():
 
 
 def test_layers_that_were_not_asked_for():
-    """They are counted and never inspected: another pipeline rank's, or without an indexer that runs."""
+    """They are never inspected: another pipeline rank's, or without an indexer that runs."""
+    others = [(name, tensor[:1]) for name, tensor in projection(fp8_layer(7), fp8_layer(78))]
+    offers = [*projection(fp8_layer()), *others, (INDEXER.format(7) + "wk.bias", torch.zeros(1))]
     assembly = Assembly([0])
     for _ in range(2):
-        assembly.begin()
-        for name, tensor in (offer for layer in (0, 7, 78) for offer in projection(fp8_layer(layer))):
-            assembly.offer(name, tensor if ".0." in name else tensor[:1])
-        assembly.offer(INDEXER.format(7) + "wk.bias", torch.zeros(1))
-        assert list(assembly.finish()) == [0]
-        assert dict(assembly.passed_over) == {7: 4, 78: 3}
+        assert list(stream(offers, assembly=assembly)) == [0]
+
+
+def no_memory(*_):
+    raise torch.OutOfMemoryError
 
 
 def test_out_of_memory_in_an_offer(monkeypatch):
     """The caller may free memory and offer the tensor again, or give up."""
-
-    def no_memory(*_):
-        raise torch.OutOfMemoryError
-
     offers = projection(fp8_layer())
     for again in (True, False):
-        assembly = Assembly([0])
-        assembly.begin()
+        assembly = started()
         assembly.offer(*offers[0])
         with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
             patch.setattr("indexproj.loading.assembly.own", no_memory)
@@ -249,11 +197,30 @@ def test_out_of_memory_in_an_offer(monkeypatch):
         for offer in offers[1 if again else 2 :]:
             assembly.offer(*offer)
         if again:
-            assert same(assembly.finish()[0].wk, matrices(dict(offers))[0])
+            assert same(assembly.finish()[0].wk, stream(offers)[0].wk)
         else:
             with pytest.raises(CheckpointError) as caught:
                 assembly.finish()
             assert only(caught.value.problems).subject == offers[1][0]
+
+
+@pytest.mark.parametrize("export", ["fp8_block", "int4"])
+def test_out_of_memory_in_binding(monkeypatch, export):
+    """The tensor can be offered again, and finish() called again; warnings come once."""
+    tensors = layer_of(export)
+    tensors[f"{STEM}wk.weight_scale" if export == "int4" else SCALE][:] *= -1
+    assembly = started()
+    *first, last = tensors.items()
+    for offer in first:
+        assembly.offer(*offer)
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr("indexproj.kernels.ProjectionWeights.pack", no_memory)
+        assembly.offer(*last)
+        assembly.finish()
+    if export == "fp8_block":
+        assembly.offer(*last)
+    assert list(assembly.finish()) == [0]
+    assert len({str(warning) for warning in assembly.warnings}) == len(assembly.warnings) > 0
 
 
 class Wrapped(torch.Tensor):
@@ -268,47 +235,62 @@ class Wrapped(torch.Tensor):
         (lambda tensor: tensor.bfloat16().to_sparse(), "sparse_coo"),
     ],
 )
-@pytest.mark.parametrize("position", [0, 1, 2])
-def test_tensor_subclass_meta_and_sparse(wrap, found, position):
-    offers = projection(fp8_layer())
-    name, tensor = offers[position]
-    offers[position] = name, wrap(tensor)
-    problem = fails(offers)
-    assert problem.subject == name
-    assert found in problem.found
+def test_tensor_subclass_meta_and_sparse(wrap, found):
+    for position in range(3):
+        offers = projection(fp8_layer())
+        name, tensor = offers[position]
+        offers[position] = name, wrap(tensor)
+        problem = fails(offers)
+        assert problem.subject == name
+        assert found in problem.found
 
 
-@pytest.mark.parametrize("scale", [torch.ones(1, device="meta"), torch.ones(1, dtype=torch.complex128)])
-@pytest.mark.parametrize("position", [0, 2, 3])
-def test_input_scale_may_be_anything(scale, position):
-    offers = projection(fp8_layer())
-    offers.insert(position, (f"{STEM}wk.input_scale", scale))
-    assert list(assemble(offers)) == [0]
+@pytest.mark.parametrize("thing", [3, None, "codes", [1.0], np.ones((2, 2))])
+def test_offer_of_a_non_tensor(thing):
+    with pytest.raises(TypeError, match=r"wk\.weight: expected a torch.Tensor, got "):
+        started().offer(WK, thing)
+
+
+def test_meta_device():
+    with pytest.raises(ValueError, match="expected a device that holds values, got meta"):
+        Assembly([0], device="meta")
+
+
+@pytest.mark.parametrize("export", ["bf16", "f16", "f32", "fp8_block", "mxfp8", "nvfp4", "mxfp4", "int4"])
+def test_scales_of_activations_are_ignored(export):
+    """Quark's NVFP4 has input_scale_2, static FP8 of transformers has activation_scale; whatever they are."""
+    things = torch.ones(3), torch.ones(1, device="meta"), torch.ones(1, dtype=torch.complex128)
+    leaves = ("input_scale", "input_scale_2", "input_global_scale", "act_scale", "activation_scale", "output_scale")
+    scales = [
+        (f"{STEM}{matrix}.{leaf}", thing)
+        for matrix in ("wk", "weights_proj")
+        for leaf, thing in zip(leaves, things * 2, strict=True)
+    ]
+    for position in (0, 2, 9):
+        offers = list(layer_of(export).items())
+        assert list(stream([*offers[:position], *scales, *offers[position:]])) == [0]
 
 
 def test_mtp_layers_need_num_hidden_layers():
     offers = renamed(projection(fp8_layer()), "layers.0.", "mtp_layers.0.")
-    assert assemble(offers, [78], num_hidden_layers=78)[78].shape == (128, 16, 256)
-    missing, layer = problems_of(offers, [78])
+    assert stream(offers, [78], {"num_hidden_layers": 78})[78].shape == (128, 16, 256)
+    missing, layer = stream_problems(offers, [78])
     assert (missing.subject, layer.subject) == (offers[0][0], "layer 78")
     assert missing.expected.startswith("num_hidden_layers")
     offers += renamed(projection(fp8_layer()), "layers.0.", "layers.78.")  # two layers with one number
-    assert len(problems_of(offers, [78], num_hidden_layers=78)) == 3
+    assert len(stream_problems(offers, [78], {"num_hidden_layers": 78})) == 3
 
 
 def test_arrival_after_a_layer_with_bad_values():
-    tensors = EXPORTS["fp8_tensor"](128, 256).tensors
-    tensors["weight"].view(torch.uint8)[0, 0] = 0x7F
-    offers = [(f"{STEM}wk.{leaf}", tensor) for leaf, tensor in tensors.items()]
-    offers.insert(0, (GATE, bf16_layer()[GATE]))
-    assert offers[-1][0].endswith("input_scale")
-    assert fails(offers).subject == WK
+    tensors = bf16_layer()
+    tensors[GATE][0, 0] = torch.nan
+    offers = [*tensors.items(), (f"{STEM}wk.bias", torch.ones(1)), (f"{STEM}wk.input_scale", torch.ones(1))]
+    assert {problem.subject for problem in stream_problems(offers)} == {GATE, f"{STEM}wk.bias"}
 
 
 def test_bound_layers_hold_no_second_copy():
     """In file order, at most one layer's tensors are held beside the weights."""
-    assembly = Assembly(range(8), index_head_dim=128)
-    assembly.begin()
+    assembly = started(range(8), config={"index_head_dim": 128})
     for layer in range(8):
         stem, tensor = INDEXER.format(layer), EXPORTS["f32"](144, 352).tensors["weight"]
         if layer % 2:
@@ -324,18 +306,5 @@ def test_bound_layers_hold_no_second_copy():
 
 
 def test_parameters_lose_their_gradients():
-    weights = assemble([(name, torch.nn.Parameter(tensor)) for name, tensor in projection(bf16_layer())])
+    weights = stream([(name, torch.nn.Parameter(tensor)) for name, tensor in projection(bf16_layer())])
     assert not weights[0].fused_weight.requires_grad
-
-
-def test_is_complete():
-    for layer in (fp8_layer(), bf16_layer(k=256)):
-        assembly = Assembly([0])
-        assert not assembly.is_complete
-        assembly.begin()
-        for name, tensor in projection(layer):
-            assert not assembly.is_complete
-            assembly.offer(name, tensor)
-        assert assembly.is_complete
-        assembly.finish()
-        assert not assembly.is_complete

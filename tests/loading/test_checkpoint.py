@@ -1,7 +1,8 @@
-"""Files that are missing, damaged or say different things."""
+"""Files that are missing, damaged, no files, or that say different things."""
 
 import json
 import os
+import time
 
 import pytest
 import torch
@@ -9,67 +10,89 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
+from indexproj.indexer.cli.audit import audit
 from indexproj.kernels import DenseMatrix, Fp8Matrix
 from indexproj.loading import Checkpoint, CheckpointError, load
 from indexproj.loading.checkpoint import INDEX
-from support import GATE, INDEXER, SCALE, WK, fp8_layer, only, problems_of, same, write_checkpoint
+from support import GATE, INDEXER, SCALE, WK, fp8_layer, invoke, only, problems_of, same, write_checkpoint
+
+FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+POINTER = "version https://git-lfs.github.com/spec/v1"
+LEAVES = "wk.weight", "wk.weight_scale_inv", "weights_proj.weight"
 
 
 def test_missing_shard(tmp_path):
     tensors = fp8_layer()
     path = write_checkpoint(tmp_path, {WK: tensors[WK], SCALE: tensors.pop(SCALE)}, {GATE: tensors[GATE]})
-    (path / "model-00001-of-00002.safetensors").unlink()
+    (path / FIRST).unlink()
     problems = problems_of(path)
     assert {problem.subject for problem in problems} == {WK, SCALE}
     assert {(problem.file, problem.found, problem.advice) for problem in problems} == {
-        ("model-00001-of-00002.safetensors", "no such file", "fetch the rest of the checkpoint")
+        (FIRST, "no such file", "fetch the rest of the checkpoint")
     }
 
 
-def test_missing_shard_of_other_tensors(tmp_path):
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_text(POINTER)])
+def test_shard_of_other_tensors(tmp_path, damage):
     path = write_checkpoint(tmp_path, fp8_layer(), {"model.norm.weight": torch.ones(4)})
-    (path / "model-00002-of-00002.safetensors").unlink()
-    assert Checkpoint(path).unread == ["model-00002-of-00002.safetensors"]
+    damage(path / SECOND)
+    assert Checkpoint(path).unread == [SECOND]
     assert list(load(path)) == [0]
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 0.5, -1])
 def test_truncated_file(tmp_path, keep):
     path = write_checkpoint(tmp_path, fp8_layer(0), fp8_layer(1))
-    shard = path / "model-00002-of-00002.safetensors"
-    size = shard.stat().st_size
-    os.truncate(shard, int(keep * size) if isinstance(keep, float) else keep % size)
+    size = (path / SECOND).stat().st_size
+    os.truncate(path / SECOND, int(keep * size) if isinstance(keep, float) else keep % size)
     problems = problems_of(path)
-    assert all(problem.file == shard.name for problem in problems)
+    assert all(problem.file == SECOND for problem in problems)
     assert all("the file is truncated, corrupt" in problem.advice for problem in problems)
     assert list(load(path, [0])) == [0]
-    assert {problem.subject for problem in problems} == {
-        INDEXER.format(1) + leaf for leaf in ("wk.weight", "wk.weight_scale_inv", "weights_proj.weight")
-    }
+    assert {problem.subject for problem in problems} == {INDEXER.format(1) + leaf for leaf in LEAVES}
 
 
-@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
-def test_shard_that_is_not_a_file(tmp_path, make):
-    path = write_checkpoint(tmp_path, fp8_layer())
-    (path / "model-00001-of-00001.safetensors").unlink()
-    make(path / "model-00001-of-00001.safetensors")
-    assert {problem.found for problem in problems_of(path)} == {"an unreadable file (not a file)"}
+LINK, LOOP = (lambda path: path.symlink_to("gone")), (lambda path: path.symlink_to(path.name))
+NO_FILES = [
+    (LINK, "a link that leads nowhere"), (LOOP, "a link that leads nowhere"), (os.mkfifo, "not a file"),
+    (os.mkdir, "not a file"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("file", [INDEX, "config.json"])
-@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: path.symlink_to("gone")])
-def test_index_or_config_that_is_not_a_file(tmp_path, file, make):
+@pytest.mark.parametrize(("make", "found"), NO_FILES)
+@pytest.mark.parametrize("file", [INDEX, "config.json", "model-00001-of-00001.safetensors", "model.safetensors"])
+def test_file_that_is_no_file(tmp_path, file, make, found):
     """A pipe does not block, and a dangling link is not an absent file."""
     path = write_checkpoint(tmp_path, fp8_layer(), config={})
-    (path / file).unlink()
+    if file == "model.safetensors":
+        (path / INDEX).unlink()
+    (path / file).unlink(missing_ok=True)
     make(path / file)
-    problem = only(problems_of(path))
-    assert (problem.subject, problem.expected) == (file, "readable JSON")
+    problems = problems_of(path)
+    assert all(found in problem.found for problem in problems)
+    if file != "model-00001-of-00001.safetensors":
+        expected = "readable JSON" if file.endswith(".json") else "a readable safetensors file"
+        assert (only(problems).subject, problems[0].expected) == (file, expected)
 
 
-def test_damaged_single_file(tmp_path):
-    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
-    assert only(problems_of(tmp_path)).subject == "model.safetensors"
+@pytest.mark.parametrize(
+    ("content", "advice"),
+    [
+        (POINTER.encode(), "the file is truncated, corrupt or a Git LFS pointer: fetch it again"),
+        (save(fp8_layer()).replace(b'"BF16"', b'"QF16"'), "the installed safetensors does not know that dtype: "),
+    ],
+)
+def test_single_file_that_safetensors_does_not_read(tmp_path, content, advice):
+    (tmp_path / "model.safetensors").write_bytes(content)
+    problem = only(problems_of(tmp_path))
+    assert problem.subject == "model.safetensors"
+    assert problem.advice.startswith(advice)
+
+
+def test_path_that_is_not_utf8(tmp_path):
+    problems = problems_of(write_checkpoint(tmp_path / os.fsdecode(b"caf\xe9"), fp8_layer()))
+    advice = "safetensors opens UTF-8 paths only: rename the file or its directory"
+    assert {problem.advice for problem in problems} == {advice}
 
 
 def test_index_names_absent_tensor(tmp_path):
@@ -80,16 +103,13 @@ def test_index_names_absent_tensor(tmp_path):
     problems = problems_of(path)
     assert problems[0].found == "no such tensor"
     assert problems[0].advice == "index and file are of different exports: fetch both again"
-    assert [problem.subject for problem in problems] == [
-        INDEXER.format(1) + leaf for leaf in ("wk.weight", "weights_proj.weight")
-    ]
+    assert [problem.subject for problem in problems] == [INDEXER.format(1) + leaf for leaf in LEAVES[::2]]
 
 
 def test_tensor_in_two_shards(tmp_path):
     path = write_checkpoint(tmp_path, fp8_layer(), {GATE: fp8_layer()[GATE]})
     problem = only(problems_of(path))
-    assert problem.found == "a second copy"
-    assert (problem.subject, problem.file) == (GATE, "model-00002-of-00002.safetensors")
+    assert (problem.subject, problem.file, problem.found) == (GATE, SECOND, "a second copy")
 
 
 def test_file_replaced_between_header_and_data(tmp_path):
@@ -110,7 +130,7 @@ def test_file_replaced_between_header_and_data(tmp_path):
         (INDEX, "[]", "a JSON object"),
         *(
             (INDEX, text, 'a "weight_map" from tensor names to files')
-            for text in ("{}", '{"weight_map": {}}', '{"weight_map": {"a": "b", "a": "c"}}')
+            for text in ("{}", '{"weight_map": {}}', '{"weight_map": ["a"]}')
         ),
         *(
             (INDEX, f'{{"weight_map": {{"a": {file}}}}}', "the name of a file beside the index")
@@ -126,18 +146,16 @@ def test_unreadable_json(tmp_path, file, text, expected):
 
 
 def test_no_checkpoint(tmp_path):
-    assert only(problems_of(tmp_path)).found == "none of them in this directory"
-    assert only(problems_of(tmp_path / "nowhere")).found == "no directory or .safetensors file"
     (tmp_path / "config.json").write_text("{}")
-    assert only(problems_of(tmp_path / "config.json")).found == "no directory or .safetensors file"
+    for path, found in (
+        (tmp_path, "no .safetensors file in it"), (tmp_path / "nowhere", "no such file or directory"),
+        (tmp_path / "config.json", "another file"),
+    ):  # fmt: skip
+        assert only(problems_of(path)).found == found
     assert only(problems_of(tmp_path / ("long" * 100))).expected == "the path of a checkpoint"
-
-
-def test_damaged_shard_of_other_tensors(tmp_path):
-    path = write_checkpoint(tmp_path, fp8_layer(), {"model.norm.weight": torch.ones(4)})
-    (path / "model-00002-of-00002.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
-    assert Checkpoint(path).unread == ["model-00002-of-00002.safetensors"]
-    assert list(load(path)) == [0]
+    save_file(fp8_layer(), tmp_path / FIRST)
+    problem = only(problems_of(tmp_path))
+    assert (problem.found, problem.advice) == ("other .safetensors files", "fetch the index, or give one file")
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -161,3 +179,17 @@ def test_damaged_header_loads_right_or_not_at_all(tmp_path, data):
         stem = INDEXER.format(layer)
         assert same(weights[layer].wk, Fp8Matrix(tensors[f"{stem}wk.weight"], tensors[f"{stem}wk.weight_scale_inv"]))
         assert same(weights[layer].gate, DenseMatrix(tensors[f"{stem}weights_proj.weight"]))
+
+
+def test_many_made_up_layers(tmp_path):
+    """A header of 10,000 layers is audited in seconds: nothing is quadratic."""
+    entry = {"dtype": "BF16", "shape": [0, 4], "data_offsets": [0, 0]}
+    header = {f"{INDEXER.format(n)}{matrix}.weight": entry for n in range(10_000) for matrix in ("wk", "weights_proj")}
+    text = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    start = time.process_time()
+    result = invoke("audit", tmp_path)
+    assert time.process_time() - start < 10
+    assert len(result.output.splitlines()) < 10
+    assert "layers.{0-9999}.self_attn.indexer.wk.weight" in result.stderr
+    assert len(audit(tmp_path)["problems"]) == 20_000

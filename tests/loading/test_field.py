@@ -4,20 +4,11 @@ from pathlib import Path
 
 # Number -> where it happened and what went wrong, and the test.
 FIELD = {
-    1: (
-        "vLLM #38684: KeyError weight_scale_inv, as names are rewritten by substring",
-        "names::parse_projection",
-    ),
-    2: (
-        "vLLM #38684: wk_weights_proj_weights_proj for a fused checkpoint",
-        "encodings::load_fused_matrix",
-    ),
+    1: ("vLLM #38684: KeyError weight_scale_inv, as names are rewritten by substring", "names::parse_projection"),
+    2: ("vLLM #38684: wk_weights_proj_weights_proj for a fused checkpoint", "encodings::load_fused_matrix"),
     3: ("vLLM #42944: KeyError on a layer of another pipeline rank", "assembly::layers_that_were_not_asked_for"),
     4: ("vLLM #57639: the same in a copy of the loader for another prefix", "names::parse_projection"),
-    5: (
-        "vLLM #46078: rows stay uninitialized in a streaming load",
-        "assembly::any_encodings_in_any_order",
-    ),
+    5: ("vLLM #46078: rows stay uninitialized in a streaming load", "assembly::any_encodings_in_any_order"),
     6: ("vLLM 0.33.0: the same in glm5next, hy_v4 and MTP models", "assembly::mtp_layers_need_num_hidden_layers"),
     7: ("vLLM 0.33.0: a scale never comes", "recognition::no_tensor_of_an_encoding_is_optional"),
     8: ("vLLM 0.33.0: a scale beside a BF16 wk is kept forever", "assembly::stray_scale_beside_bf16"),
@@ -46,7 +37,7 @@ FIELD = {
     31: ("llm-compressor #2512: KeyError weights_proj.weight_packed", "producers::format"),
     32: ("vLLM #41108: NVFP4 in a BF16 model", "encodings::load_published_shapes"),
     33: ("vLLM 0.33.0: weight_scale_2 overwrites weight_scale", "assembly::any_encodings_in_any_order"),
-    34: ("vLLM 0.33.0: IndexError for a scalar scale", "encodings::load_fp8_one_scale_or_one_per_row"),
+    34: ("vLLM 0.33.0: IndexError for a scalar scale", "encodings::load_fp8_scale_in_any_shape"),
     35: ("vLLM 0.33.0: codes of an FP8 gate copied before the KeyError", "reload::failed_load_changes_nothing"),
     36: ("ATOM #439: an ignore list names no tensor", "encodings::quantization_config_is_ignored"),
     37: ("sglang-jax #1111: N = 128 taken for too narrow", "encodings::load_published_shapes"),

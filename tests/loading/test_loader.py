@@ -1,4 +1,4 @@
-"""From files to weights: what loads, and what is read."""
+"""From files to weights: what loads, what is read, and whose problems count."""
 
 import json
 import os
@@ -10,38 +10,34 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
+from exports import EXPORTS, named
 from indexproj.kernels import DenseMatrix, Fp8Matrix
-from indexproj.loading import Checkpoint, CheckpointError, load
+from indexproj.loading import Checkpoint, CheckpointError, Plan, load
 from indexproj.loading.checkpoint import INDEX
 from indexproj.loading.names import parse
 from support import GATE, INDEXER, SCALE, WK, bf16_layer, fp8_layer, only, problems_of, same, write_checkpoint
 
 
-def test_load_fp8_keeps_bits(tmp_path):
+def test_load_keeps_bits(tmp_path):
+    """Also from several shards; two BF16 matrices share a buffer."""
     tensors = fp8_layer()
-    weights = load(write_checkpoint(tmp_path, tensors))[0]
-    assert same(weights.wk, Fp8Matrix(tensors[WK], tensors[SCALE]))
-    assert same(weights.gate, DenseMatrix(tensors[GATE]))
-
-
-def test_load_bf16_in_one_buffer(tmp_path):
+    for number, shards in enumerate(([tensors], [{name: tensors[name]} for name in reversed(tensors)])):
+        weights = load(write_checkpoint(tmp_path / f"{number}", *shards))[0]
+        assert same(weights.wk, Fp8Matrix(tensors[WK], tensors[SCALE]))
+        assert same(weights.gate, DenseMatrix(tensors[GATE]))
     tensors = {**bf16_layer(), GATE: torch.full((16, 256), 1e-9).bfloat16()}
-    weights = load(write_checkpoint(tmp_path, tensors))[0]
+    weights = load(write_checkpoint(tmp_path / "bf16", tensors))[0]
     assert torch.equal(weights.fused_weight, torch.cat((tensors[WK], tensors[GATE])))
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "anything.safetensors"])
-def test_load_single_file(tmp_path, name):
+def test_load_by_any_path(tmp_path):
+    """A file, its directory, or the index file, also in a directory named like a file."""
     tensors = fp8_layer()
-    save_file(tensors, tmp_path / name)
-    path = tmp_path if name == "model.safetensors" else tmp_path / name
-    assert same(load(path)[0].gate, DenseMatrix(tensors[GATE]))
-
-
-def test_load_matrix_over_several_shards(tmp_path):
-    tensors = fp8_layer()
-    shards = [{name: tensors[name]} for name in reversed(tensors)]
-    assert same(load(write_checkpoint(tmp_path, *shards))[0].wk, Fp8Matrix(tensors[WK], tensors[SCALE]))
+    for name in ("model.safetensors", "anything.safetensors"):
+        save_file(tensors, tmp_path / name)
+    odd = write_checkpoint(tmp_path / "glm.safetensors", tensors)
+    for path in (tmp_path, tmp_path / "anything.safetensors", odd, odd / INDEX):
+        assert same(load(path)[0].gate, DenseMatrix(tensors[GATE]))
 
 
 def test_load_some_layers(tmp_path):
@@ -49,19 +45,38 @@ def test_load_some_layers(tmp_path):
     path = write_checkpoint(tmp_path, *layers.values())
     assert list(load(path)) == [0, 2, 11]
     assert load(path, []) == {}
-    picked = load(path, [11])
+    picked = load(path, np.array([11]))
     assert list(picked) == [11]
     assert same(picked[11].gate, DenseMatrix(layers[11][INDEXER.format(11) + "weights_proj.weight"]))
     problem = only(problems_of(path, [1, 2]))
     assert str(problem) == "layer 1: expected one of the layers with an indexer, 0, 2, 11, found no indexer in it"
+    with pytest.raises(TypeError, match="'str' object cannot be interpreted as an integer"):
+        load(path, ["0"])
+    with pytest.raises(ValueError, match="got meta"):
+        load(path, device="meta")
 
 
-def test_load_beside_a_bad_layer(tmp_path):
-    bad = fp8_layer(1)
-    del bad[INDEXER.format(1) + "wk.weight_scale_inv"]
-    path = write_checkpoint(tmp_path, fp8_layer(0), bad)
-    assert list(load(path, [0])) == [0]
-    assert only(problems_of(path)).subject == INDEXER.format(1) + "wk.weight_scale_inv"
+def test_load_one_shard_of_several(tmp_path):
+    tensors = fp8_layer()
+    path = write_checkpoint(tmp_path, {SCALE: tensors.pop(SCALE)}, tensors)
+    assert only(problems_of(path / "model-00002-of-00002.safetensors")).subject == SCALE
+
+
+def test_load_fused_matrix_with_index_head_dim(tmp_path):
+    """[160, 256] with D = 64 and without a config used to load as D = 128."""
+    both = named(INDEXER.format(0), "wk_weights_proj", EXPORTS["bf16"](160, 256))
+    path = write_checkpoint(tmp_path, both)
+    assert "to split wk_weights_proj" in only(problems_of(path)).expected
+    assert load(path, index_head_dim=64)[0].shape == (64, 96, 256)
+    path = write_checkpoint(tmp_path, both, config={"index_head_dim": 128})
+    assert load(path)[0].shape == (128, 32, 256)
+    assert load(path, index_head_dim=np.int64(64))[0].shape == (64, 96, 256)
+    path = write_checkpoint(tmp_path, bf16_layer())
+    with pytest.raises(CheckpointError, match="expected 64 in dimension 0 of the matrix"):
+        load(path, index_head_dim=64)
+    for value in ("128", "", True, 128.0):
+        with pytest.raises(TypeError, match=f"index_head_dim: expected an integer, got {value!r}"):
+            load(path, index_head_dim=value)
 
 
 def test_load_reads_only_its_bytes(tmp_path):
@@ -104,11 +119,22 @@ def test_input_scale_is_not_read(tmp_path):
     assert list(load(tmp_path)) == [0]
 
 
-def test_layers_must_be_integers(tmp_path):
-    path = write_checkpoint(tmp_path, fp8_layer())
-    with pytest.raises(TypeError, match="'str' object cannot be interpreted as an integer"):
-        load(path, ["0"])
-    assert list(load(path, np.array([0]))) == [0]
+def test_deepseek_inference_names(tmp_path):
+    """One file per rank without an index, each with all indexers; `attn`, `scale` and `mtp`."""
+    layers, files = {}, {}
+    for layer, stem in ((0, "layers.0"), (1, "layers.1"), (2, "mtp.0")):
+        layers[layer] = fp8_layer(layer)
+        for name, tensor in layers[layer].items():
+            name = name.replace(f"model.layers.{layer}.self_attn", f"{stem}.attn").replace("weight_scale_inv", "scale")
+            files[name] = tensor
+    for rank in range(2):
+        save_file(files, tmp_path / f"model{rank}-mp2.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 2, "num_nextn_predict_layers": 1}))
+    plan, loaded = Plan.of(Checkpoint(tmp_path)), load(tmp_path)
+    assert [layer.is_mtp for layer in plan.layers.values()] == [False, False, True]
+    for layer, tensors in layers.items():
+        assert torch.equal(loaded[layer].wk.scale, tensors[f"{INDEXER.format(layer)}wk.weight_scale_inv"])
+    assert list(load(tmp_path / "model1-mp2.safetensors")) == [0, 1, 2]
 
 
 def test_all_problems_at_once(tmp_path):
@@ -121,17 +147,32 @@ def test_all_problems_at_once(tmp_path):
         load(path)
     subjects = [problem.subject for problem in caught.value.problems]
     assert len(subjects) == 5
-    assert all(subject in str(caught.value) for subject in subjects)
+    assert all(problem.subject in str(caught.value) for problem in caught.value.problems[:2])
 
 
-def test_load_by_index_file(tmp_path):
-    """Also in a directory named like a file."""
-    path = write_checkpoint(tmp_path / "glm.safetensors", fp8_layer())
-    assert list(load(path)) == list(load(path / INDEX)) == [0]
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"num_hidden_layers": 2, "num_nextn_predict_layers": 0}, "layers below 2 (num_hidden"),
+        ({"num_hidden_layers": 4, "indexer_types": ["full"] * 4}, "weights for the indexers of layers 3"),
+        ({"num_hidden_layers": 3, "indexer_types": ["full"]}, "indexer_types to say full or shared"),
+        ({"num_nextn_predict_layers": "many"}, "num_nextn_predict_layers to be an integer"),
+    ],
+)
+def test_problems_of_other_layers(tmp_path, caplog, config, expected):
+    """They do not concern layer 0, which loads with a warning."""
+    path = write_checkpoint(tmp_path, fp8_layer(0), fp8_layer(1), fp8_layer(2), config=config)
+    assert expected in only(problems_of(path)).expected
+    assert list(load(path, [0])) == [0]
+    assert expected in only(caplog.records).getMessage()
 
 
-def test_load_one_shard_of_several(tmp_path):
-    tensors = fp8_layer()
-    path = write_checkpoint(tmp_path, {SCALE: tensors.pop(SCALE)}, tensors)
-    problem = only(problems_of(path / "model-00002-of-00002.safetensors"))
-    assert problem.subject == SCALE
+def test_load_beside_a_bad_layer(tmp_path):
+    """A scale is missing; tensors of `mtp_layers` have no number without num_hidden_layers."""
+    bad = fp8_layer(1)
+    del bad[INDEXER.format(1) + "wk.weight_scale_inv"]
+    mtp = {name.replace("layers.0", "mtp_layers.0"): tensor for name, tensor in fp8_layer().items()}
+    for tensors, subject in ((bad, INDEXER.format(1) + "wk.weight_scale_inv"), (mtp, "model.mtp_layers.0.")):
+        path = write_checkpoint(tmp_path, fp8_layer(0), tensors)
+        assert list(load(path, [0])) == [0]
+        assert only(problems_of(path)).subject.startswith(subject)

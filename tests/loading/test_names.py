@@ -3,7 +3,7 @@
 import pytest
 
 from indexproj.loading.headers import Header
-from indexproj.loading.names import parse
+from indexproj.loading.names import UNUSED, parse
 
 
 @pytest.mark.parametrize("prefix", ["model.", "", "base-model.", "model.language_model.", "language_model.model."])
@@ -20,6 +20,20 @@ def test_parse_projection(prefix, matrix, leaf, role):
     stem = f"{prefix}layers.61.self_attn.indexer."
     tensor = parse(f"{stem}{matrix}.{leaf}")
     assert (tensor.stem, tensor.layer(61), tensor.matrix, tensor.role) == (stem, 61, matrix, role)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "is_unused"),
+    [
+        ("input_scale", True), ("input_scale_3", True), ("input_scale_inv", True), ("input_global_scale", True),
+        ("act_scale", True), ("activation_scale", True), ("output_zero_point", True), ("input_amax", True),
+        ("input_pre_quant_scale", False), ("input_scales", False), ("scale_2", False), ("bias", False),
+    ],
+)  # fmt: skip
+def test_parse_scales_of_activations(leaf, is_unused):
+    """They belong to the projection, but nothing reads them; a smoothing scale changes weights."""
+    tensor = parse(f"model.layers.0.self_attn.indexer.wk.{leaf}")
+    assert (tensor.matrix, tensor.role) == ((None, UNUSED) if is_unused else ("wk", f".{leaf}"))
 
 
 def test_headers_compare_by_dtype_and_shape():

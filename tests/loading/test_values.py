@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from exports import EXPORTS, bf16, fp8_block, named
+from exports import EXPORTS, Export, layer_of, stream
 from indexproj.loading import Assembly, load
 from indexproj.loading.layer import BAD_VALUES
 from indexproj.loading.names import ROLES
@@ -14,8 +14,7 @@ STEM = INDEXER.format(0)
 
 def write(path, tensors):
     """Layer 0 with these tensors for wk, and a BF16 gate."""
-    gate = named(STEM, "weights_proj", bf16(16, 256))
-    return write_checkpoint(path, {f"{STEM}wk.{leaf}": tensor for leaf, tensor in tensors.items()} | gate)
+    return write_checkpoint(path, layer_of(Export(tensors, None, "")))
 
 
 def put(tensor, value):
@@ -49,7 +48,7 @@ VALUES = {
     "nvfp4 weight_scale_2": ([], [NAN]),
     "nvfp4_divisor weight_global_scale": ([], [0.0, NAN, INF, -INF]),
     "mxfp4 weight_scale": ([], [255]),
-    "int4 weight_scale": ([], [INF, NAN, 2.0**97]),
+    "int4 weight_scale": ([2.0**97, -1.0], [INF, NAN, 2.0**101, 0.0, 2.0**-101]),
     "int4 weight_shape": ([], [3]),
     "int4_g_idx weight_g_idx": ([], [-1, 8]),
 }
@@ -96,75 +95,85 @@ def test_only_zeros(tmp_path, export, role):
     path = write(tmp_path, tensors)
     if leaves:
         problem = only(problems_of(path))
-        assert problem.subject == f"{STEM}wk.{leaves[0] if export != 'int4' else 'weight_packed'}"
+        assert problem.subject == f"{STEM}wk.{leaves[0]}"
         assert problem.found.startswith("nothing but 0")
     else:
         assert list(load(path)) == [0]
 
 
 def test_bad_values_come_together(tmp_path):
-    tensors = named(STEM, "wk", fp8_block(128, 256)) | named(STEM, "weights_proj", bf16(16, 256))
+    tensors = layer_of("fp8_block")
     damaged = {name: put(tensor, 0x7F if name == WK else torch.inf) for name, tensor in tensors.items()}
     damaged |= {name.replace("layers.0", "layers.1"): tensor.clone() for name, tensor in damaged.items()}
     subjects = [problem.subject for problem in problems_of(write_checkpoint(tmp_path, damaged))]
-    assert subjects == [name.replace("layers.0", f"layers.{n}") for n in (0, 1) for name in (WK, SCALE, GATE)]
+    assert subjects == [name.replace("layers.0", f"layers.{n}") for n in (0, 1) for name in (SCALE, WK, GATE)]
 
 
 HALF = torch.arange(128)[:, None] >= 64
+
+
+def times(factors):
+    return lambda t: (t.float() * factors).to(t.dtype)
+
+
 # Export, role, change of its tensor -> what the one warning says.
 ODD = [
-    ("bf16", "weight", lambda t: t.masked_fill(HALF, 0), "zeros in rows 64-127"),
-    ("fp8_block", "weight", lambda t: (t.float() * ~HALF).to(t.dtype), "zeros in rows 64-127"),
-    ("fp8_block", "weight", lambda t: (t.float() * (torch.arange(256) < 128)).to(t.dtype),
+    ("bf16", "weight", times(~HALF), "zeros in rows 64-127"),
+    ("fp8_block", "weight", times(~HALF), "zeros in rows 64-127"),
+    ("fp8_block", "weight", times(torch.arange(256) < 128),
      "1 blocks of zeros, the first in rows 0-127, columns 128-255"),
-    ("fp8_row", "weight", lambda t: (t.float() * (torch.arange(128)[:, None] % 64 > 0)).to(t.dtype),
-     "zeros in rows 0, 64"),
-    ("mxfp8", "weight", lambda t: (t.float() * (torch.arange(256) < 224)).to(t.dtype),
+    ("fp8_row", "weight", times(torch.arange(128)[:, None] % 64 > 0), "zeros in rows 0, 64"),
+    ("mxfp8", "weight", times(torch.arange(256) < 224),
      "128 blocks of zeros, the first in rows 0-0, columns 224-255"),
-    ("nvfp4", "weight", lambda t: t * ~HALF, "zeros in rows 64-127"),
+    ("nvfp4", "weight", times(~HALF), "zeros in rows 64-127"),
     ("mxfp4", "weight", lambda t: torch.where(HALF, 0x80 | 8, t).to(t.dtype), "zeros in rows 64-127"),
-    ("fp8_block", "scale", lambda t: -t, "2 negative values in scale"),
+    ("fp8_block", "scale", times(-1), "2 negative values in scale"),
     ("fp8_row", "scale", lambda t: t.index_fill(0, torch.tensor([5]), -1.0), "1 negative values in scale"),
-    ("nvfp4", "scale_2", lambda t: -t, "128 negative values in global_scale"),
+    ("nvfp4", "scale_2", times(-1), "128 negative values in global_scale"),
+    ("int4", "scale", lambda t: torch.where(torch.arange(8) > 0, t, -t), "128 negative values in scale"),
+    ("int4_g_idx", "scale", times(-1), "1024 negative values in scale"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("export", "role", "change", "found"), ODD)
 def test_odd_values_load_with_one_warning(tmp_path, caplog, export, role, change, found):
-    """Pruned heads exist, and so do half-written files."""
+    """Pruned heads exist, and so do half-written files. INT4 is rounded too."""
     layers = {}
     for layer in range(3):
-        tensors = EXPORTS[export](128, 256).tensors
+        wk = EXPORTS[export](128, 256)
         if layer:
-            leaf = next(leaf for leaf in tensors if ROLES[leaf] == role)
-            tensors[leaf] = change(tensors[leaf])
-        stem = INDEXER.format(layer)
-        layers |= {f"{stem}wk.{leaf}": tensor for leaf, tensor in tensors.items()}
-        layers |= named(stem, "weights_proj", bf16(16, 256))
+            leaf = next(leaf for leaf in wk.tensors if ROLES[leaf] == role)
+            wk.tensors[leaf] = change(wk.tensors[leaf])
+        layers |= layer_of(wk, layer=layer)
     path = write_checkpoint(tmp_path, layers)
-    with caplog.at_level("WARNING", "indexproj"):
-        assert list(load(path)) == [0, 1, 2]
-    message = only(caplog.records).getMessage()
+
+    def warned():
+        lines = only(caplog.records).getMessage().splitlines() if caplog.records else []
+        caplog.clear()
+        return [line for line in lines if "rounded" not in line]
+
+    assert list(load(path)) == [0, 1, 2]
+    message = only(warned())
     assert "layers.{1-2}.self_attn.indexer.wk.weight" in message
     assert f"found {found}" in message
-    caplog.clear()
     load(path, [0])
-    assert not caplog.records
+    assert not warned()
     assembly = Assembly(range(3))
-    assembly.begin()
-    for name, tensor in layers.items():
-        assembly.offer(name, tensor)
-    assembly.finish()
-    assert only(caplog.records).getMessage() in (message, message.replace(" in model-00001-of-00001.safetensors", ""))
-    assert {warning.found for warning in assembly.warnings} == {found}
+    stream(layers, assembly=assembly)
+    assert only(warned()) == message.replace(" in model-00001-of-00001.safetensors", "")
+    assert {warning.found for warning in assembly.warnings if "rounded" not in str(warning)} == {found}
+
+
+ALL_0X80 = lambda t: torch.full_like(t.view(torch.uint8), 0x80).view(t.dtype)  # noqa: E731
 
 
 @pytest.mark.parametrize(
     ("export", "role", "change", "subject"),
     [
         ("bf16", "weight", lambda t: t * 1e-30, "weight"),
-        ("fp8_block", "weight", lambda t: torch.full_like(t.view(torch.uint8), 0x80).view(t.dtype), "weight"),
-        ("mxfp8", "weight", lambda t: torch.full_like(t.view(torch.uint8), 0x80).view(t.dtype), "weight"),
+        ("fp8_block", "weight", ALL_0X80, "weight"),
+        ("fp8_block_fnuz", "weight", ALL_0X80, "weight"),
+        ("mxfp8", "weight", ALL_0X80, "weight"),
         ("nvfp4", "weight", lambda t: torch.full_like(t, 0x88), "weight"),
         ("fp8_block", "scale", lambda t: t * torch.tensor([1.0, 0.0]), "scale"),
         ("fp8_row", "scale", lambda t: t.index_fill(0, torch.tensor([5]), 0.0), "scale"),
@@ -178,18 +187,16 @@ def test_weights_that_vanish(tmp_path, export, role, change, subject):
     tensors[leaf[role]] = change(tensors[leaf[role]])
     problem = only(problems_of(write(tmp_path, tensors)))
     assert (problem.subject, problem.advice) == (f"{STEM}wk.{leaf[subject]}", BAD_VALUES)
+    assert ("32768 NaN or infinite of 32768" in problem.found) == (export == "fp8_block_fnuz")  # 0x80 is its NaN
 
 
 def test_rounding_is_one_warning(tmp_path, caplog):
     """It names the layers; a trainer's F32 copy of BF16 values loses nothing and gets none."""
     tensors = {}
     for layer in range(4):
-        gate = EXPORTS["f32" if layer < 3 else "bf16"](16, 256)
-        tensors |= named(INDEXER.format(layer), "weights_proj", gate)
-        tensors[f"{INDEXER.format(layer)}wk.weight"] = EXPORTS["bf16"](128, 256).tensors["weight"].float()
-    with caplog.at_level("WARNING", "indexproj"):
-        load(write_checkpoint(tmp_path, tensors))
-    assert "layers.{0-2}.self_attn.indexer.weights_proj.weight" in only(caplog.records).getMessage()
-    assert (
-        caplog.records[0].getMessage().endswith("expected values that BF16 holds, found F32 [16, 256]; rounded to BF16")
-    )
+        tensors |= layer_of("bf16", "f32" if layer < 3 else "bf16", layer)
+        tensors[f"{INDEXER.format(layer)}wk.weight"] = tensors[f"{INDEXER.format(layer)}wk.weight"].float()
+    load(write_checkpoint(tmp_path, tensors))
+    message = only(caplog.records).getMessage()
+    assert "layers.{0-2}.self_attn.indexer.weights_proj.weight" in message
+    assert message.endswith("expected values that BF16 holds, found F32 [16, 256]; rounded to BF16")

@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 
-from exports import EXPORTS, named
-from indexproj.loading import Assembly, CheckpointError, load
+from exports import layer_of, stream, stream_problems
+from indexproj.loading import load
+from indexproj.loading.config import Scope
 from support import GATE, INDEXER, only, problems_of, write_checkpoint
 
 STEM = INDEXER.format(0)
@@ -29,93 +30,119 @@ def auto_round(data_type="mx_fp", **other):
     }  # fmt: skip
 
 
-def compressed(transform=None, **weights):
-    group = {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "float", "group_size": 32, **weights}}
+def compressed(transform=None, targets=("Linear",), **weights):
+    group = {"targets": targets, "weights": {"num_bits": 4, "type": "float", "group_size": 32, **weights}}
     return {
         "quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized", "config_groups": {"group_0": group},
         "transform_config": transform,
     }  # fmt: skip
 
 
+def transform(*targets, ignore=()):
+    """As QuIPModifier and SpinQuantModifier of llm-compressor 0.14 write it."""
+    apply = [
+        {"targets": [*targets], "ignore": [*ignore], "location": location, "inverse": location != "input"}
+        for location in ("input", "weight_input")
+    ]
+    return {"config_groups": {"R4": {"type": "hadamard", "head_dim": None, "apply": apply}}}
+
+
 ROTATION = {"hadamard_type": "hadamard", "block_size": 32}
-TRANSFORM = {"config_groups": {"R1": {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": "input"}]}}}
-# Config -> what the error names, and the encoding that it looks like.
+E5M3, MXINT4 = {"weight": {"scale_format": "e5m3"}}, {"data_type": "mx_int4"}
+# Config -> what the error names, the encoding that it looks like, and how many of the two matrices are refused.
 REFUSED = {
-    "amdfp4_g32": (quark("e5m3"), 'global_quant_config.weight.scale_format = "e5m3"', "mxfp4"),
-    "amdfp4_g32 in one layer": (
-        quark(wk={"weight": {"scale_format": "e5m3"}}), 'layer_quant_config.wk.weight.scale_format = "e5m3"', "mxfp4",
-    ),
-    "another scale": (compressed(scale_dtype="e6m2"), '.weights.scale_dtype = "e6m2"', "mxfp4"),
-    "MXINT4": (auto_round("mx_int"), 'quantization_config.data_type = "mx_int"', "mxfp4"),
-    "MXINT4 in one layer": (
-        auto_round(extra_config={"wk": {"data_type": "mx_int4"}}), 'extra_config.wk.data_type = "mx_int4"', "mxfp4",
-    ),
-    "MXINT4, rounded up": (auto_round("mx_int4_rceil"), 'data_type = "mx_int4_rceil"', "mxfp4"),
+    "amdfp4_g32": (quark("e5m3"), 'global_quant_config.weight.scale_format = "e5m3"', "mxfp4", 1),
+    "E4M3 in uint8": (quark("e4m3"), 'weight.scale_format = "e4m3"', "mxfp4", 1),
+    "amdfp4_g32 in one layer": (quark(wk=E5M3), 'layer_quant_config.wk.weight.scale_format = "e5m3"', "mxfp4", 1),
+    "amdfp4_g32 by a pattern": (quark(**{"*indexer*": E5M3}), '*.weight.scale_format = "e5m3"', "mxfp4", 1),
+    "a layer named like a bias": (quark(**{"bias|.*indexer.*": E5M3}), '"e5m3"', "mxfp4", 1),
+    "another scale": (compressed(scale_dtype="e6m2"), '.weights.scale_dtype = "e6m2"', "mxfp4", 1),
+    "another E4M3 in uint8": (compressed(scale_dtype="torch.float8_e4m3fn"), "scale_dtype = ", "mxfp4", 1),
+    "MXINT4": (auto_round("mx_int"), 'quantization_config.data_type = "mx_int"', "mxfp4", 1),
+    "MXINT4 in one layer": (auto_round(extra_config={"wk": MXINT4}), 'wk.data_type = "mx_int4"', "mxfp4", 1),
+    "MXINT4, rounded up": (auto_round("mx_int4_rceil"), 'data_type = "mx_int4_rceil"', "mxfp4", 1),
     "Quark's online rotation": (
         {**quark(), "algo_config": [{"name": "rotation", "online_r1_rotation": True}]}, "online_r1_rotation = true",
-        "mxfp4",
+        "mxfp4", 2,
     ),
-    "SpinQuant": (auto_round(spinquant_config={"r1": True}), "spinquant_config = {", "mxfp4"),
-    "rotation of MXFP4": (auto_round(rotation_config=ROTATION), "rotation_config = {", "mxfp4"),
-    "rotation of NVFP4": (auto_round("nv_fp", rotation_config=ROTATION), "rotation_config = {", "nvfp4_divisor"),
-    "rotation by name": (auto_round(rotation_config="quarot"), 'rotation_config = "quarot"', "mxfp4"),
-    "rotation of BF16": (auto_round(rotation_config=ROTATION), "rotation_config = {", "bf16"),
-    "transform": (compressed(TRANSFORM), "transform_config = {", "mxfp4"),
+    "SpinQuant": (auto_round(spinquant_config={"r1": True}), "spinquant_config = {", "mxfp4", 2),
+    "rotation of MXFP4": (auto_round(rotation_config=ROTATION), "rotation_config = {", "mxfp4", 2),
+    "rotation of NVFP4": (auto_round("nv_fp", rotation_config=ROTATION), "rotation_config = {", "nvfp4_divisor", 2),
+    "rotation by name": (auto_round(rotation_config="quarot"), 'rotation_config = "quarot"', "mxfp4", 2),
+    "rotation of BF16": (auto_round(rotation_config=ROTATION), "rotation_config = {", "bf16", 2),
+    "rotation in 61 layers": (auto_round(rotation_config={"layers": 61}), "rotation_config = {", "mxfp4", 2),
+    "rotation by layers": (auto_round(rotation_config={"layers": [1, 0]}), "rotation_config = {", "mxfp4", 2),
+    "rotation in all layers": (auto_round(rotation_config={"layers": ["all"]}), "rotation_config = {", "mxfp4", 2),
+    "transform": (compressed(transform("Linear")), "transform_config = {", "mxfp4", 2),
+    "transform of wk": (compressed(transform(STEM + "wk")), "transform_config = {", "mxfp4", 1),
+    "transform without targets": (compressed({"config_groups": {"R1": {}}}), "transform_config = {", "mxfp4", 2),
+    "transform with more": (compressed({"config_groups": {}, "seed": 0}), "transform_config = {", "mxfp4", 2),
 }  # fmt: skip
 ACCEPTED = {
     "Quark MXFP4": (quark(), "mxfp4"),
     "Quark activations": (quark(inputs="e5m3"), "mxfp4"),
     "excluded from amdfp4": (quark("e5m3"), "bf16"),
     "FP8 beside amdfp4": (quark("e5m3"), "fp8_block"),
+    "amdfp4 in other layers": (quark(**{"*down_proj": E5M3}), "mxfp4"),
     "typed scales": (quark("e5m3"), "mxfp8"),
-    "auto-round MXFP4": (auto_round("mx_fp_rceil"), "mxfp4"),
+    "auto-round MXFP4": (auto_round("mx_fp_rceil", scale_dtype="torch.bfloat16"), "mxfp4"),
     "auto-round NVFP4": (auto_round("nv_fp"), "nvfp4_divisor"),
     "MXINT4 experts": (auto_round("mx_int"), "fp8_row"),
+    "MXINT4 in other layers": (auto_round(extra_config={"model.layers.0.mlp.down_proj": MXINT4}), "mxfp4"),
     "no rotation": (auto_round(rotation_config={}), "mxfp4"),
     "rotation that is off": (auto_round(rotation_config={"enable": False}), "mxfp4"),
+    "rotation of other layers": (auto_round(rotation_config={**ROTATION, "layers": [1, 2]}), "mxfp4"),
     "transform without groups": (compressed({"config_groups": None}), "mxfp4"),
     "no transform": (compressed({"config_groups": {}}), "mxfp4"),
+    "transform of other layers": (compressed(transform("re:.*down_proj$")), "mxfp4"),
+    "transform that ignores indexers": (compressed(transform("Linear", ignore=["re:.*indexer"])), "mxfp4"),
     "compressed-tensors": (compressed(scale_dtype="torch.uint8"), "mxfp4"),
+    "NVFP4 experts": (compressed(targets=["re:.*experts"], scale_dtype="torch.float8_e4m3fn"), "mxfp4"),
     "DeepSeek": ({"quant_method": "fp8", "scale_fmt": "ue8m0"}, "fp8_block_u8"),
     "unknown keys": ({"quant_method": "new", "wonder": "e5m3x", "scale_rule": "e5m3"}, "mxfp4"),
     "not an object": ("mx_fp", "mxfp4"),
 }
 
 
-def tensors(export):
-    return named(STEM, "wk", EXPORTS[export](128, 256)) | named(STEM, "weights_proj", EXPORTS["bf16"](16, 256))
+@pytest.mark.parametrize(
+    ("target", "is_meant"),
+    [
+        ("Linear", True), (None, True), ({"a": 1}, True), ("re:(", True), (3, True), ("indexer", True), ("wk", True),
+        ("re:.*self_attn.*", True), (r"re:^model\.language_model\.layers\.3\.", True), ("*.wk", True), ("model*", True),
+        ("language_model.model.layers.3.self_attn.indexer.wk", True), (r".*\.[0-9]\..*k$", True),
+        ("re:.*down_proj$", False), ("*down_proj", False), ("down_proj", False), ("model.layers.3.mlp", False),
+        (r"re:.*layers\.(4|13|30)\..*", False), (13, False), (30, False), ("re:.*q_b?_proj", False), ("lm_head", False),
+    ],
+)  # fmt: skip
+def test_targets_that_may_mean_an_indexer(target, is_meant):
+    """In any spelling of the name; what is unknown may."""
+    for name in ("model.layers.3.self_attn.indexer.wk", "layers.3.self_attn.indexer.wk_weights_proj"):
+        if target != "*.wk" or name.endswith(".wk"):
+            assert Scope([target]).may_hold(name) == is_meant
+    assert not Scope([target], ["model.layers.3.self_attn.indexer.wk"]).may_hold("model.layers.3.self_attn.indexer.wk")
+    for ignore in ([None], ["re:("], ["Linear"], ["lm_head"], ["re:.*indexer$"], ["model.layers.3"]):
+        assert Scope(["Linear"], ignore).may_hold("model.layers.3.self_attn.indexer.wk")
 
 
-def stream(offers, config):
-    assembly = Assembly([0], config=config)
-    assembly.begin()
-    for name, tensor in offers.items():
-        assembly.offer(name, tensor)
-    return assembly.finish()
-
-
-@pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize(("quantization", "named_entry", "export"), REFUSED.values(), ids=REFUSED)
-def test_veto(tmp_path, quantization, named_entry, export, nested):
+@pytest.mark.parametrize("place", ["here", "nested", "both"])
+@pytest.mark.parametrize(("quantization", "named_entry", "export", "count"), REFUSED.values(), ids=REFUSED)
+def test_veto(tmp_path, quantization, named_entry, export, count, place):
     config = {"quantization_config": copy.deepcopy(quantization)}
-    config = {"text_config": config} if nested else config
-    offers = tensors(export)
+    if place != "here":
+        config = {"text_config": config, "quantization_config": {} if place == "nested" else compressed()}
+    offers = layer_of(export)
     problems = problems_of(write_checkpoint(tmp_path, offers, config=config))
-    with pytest.raises(CheckpointError) as caught:
-        stream(offers, config)
-    for found in (problems, caught.value.problems):
-        wk = found[0]
-        assert wk.subject.startswith(f"{STEM}wk.")
-        assert named_entry in wk.found
-        concerns_both = any(word in named_entry for word in ("rotation", "transform", "spinquant"))
-        assert len(found) == (2 if concerns_both else 1)
+    for found in (problems, stream_problems(offers, config=config)):
+        assert len(found) == count
+        assert found[0].subject.startswith(f"{STEM}wk.")
+        assert named_entry in found[0].found
 
 
 @pytest.mark.parametrize(("quantization", "export"), ACCEPTED.values(), ids=ACCEPTED)
 def test_no_veto(tmp_path, quantization, export):
     config = {"quantization_config": quantization}
-    assert list(load(write_checkpoint(tmp_path, tensors(export), config=config))) == [0]
-    assert list(stream(tensors(export), config)) == [0]
+    assert list(load(write_checkpoint(tmp_path, layer_of(export), config=config))) == [0]
+    assert list(stream(layer_of(export), config=config)) == [0]
 
 
 def test_deep_config(tmp_path):
@@ -123,13 +150,13 @@ def test_deep_config(tmp_path):
     value: dict = {"rotation_config": 1}
     for _ in range(400):
         value = {"a": [value]}
-    problems = problems_of(write_checkpoint(tmp_path, tensors("mxfp4"), config={"quantization_config": value}))
+    problems = problems_of(write_checkpoint(tmp_path, layer_of("mxfp4"), config={"quantization_config": value}))
     assert [problem.subject for problem in problems] == [f"{STEM}wk.weight_packed", GATE]
 
 
 def test_misread_scales_by_value(tmp_path):
     """E5M3 scales read as E8M0, in a file without a config: the largest weight is around 1e-15."""
-    offers = tensors("mxfp4")
+    offers = layer_of("mxfp4")
     offers[f"{STEM}wk.weight_scale"] = torch.randint(64, 80, (128, 8), dtype=torch.uint8)
     problem = only(problems_of(write_checkpoint(tmp_path, offers)))
     assert problem.subject == f"{STEM}wk.weight_packed"

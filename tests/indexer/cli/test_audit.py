@@ -37,10 +37,10 @@ def test_audit_published_layouts(tmp_path, monkeypatch, model, layers, wk, shape
     assert f"{len(layers)} layers with an indexer." in result.stdout
 
 
-def audit_json(path):
+def audit_json(path, *options):
     """The report, after validation against the schema in the package."""
     schema = json.loads(files("indexproj.indexer.cli").joinpath("audit.schema.json").read_text())
-    result = invoke("audit", path, "--json")
+    result = invoke("audit", path, "--json", *options)
     report = json.loads(result.stdout)
     jsonschema.Draft202012Validator(schema).validate(report)
     assert result.exit_code == (0 if report["loads"] else 2)
@@ -104,3 +104,14 @@ def test_audit_warnings(tmp_path):
     result = invoke("audit", path)
     assert result.exit_code == 0
     assert result.stderr == f"warning: {Problem(**warning)}\n"
+    (path / "config.json").unlink()
+    assert invoke("audit", path).stderr.startswith("warning: config.json: expected the model's config ")
+    assert len(audit_json(path)["warnings"]) == 1
+
+
+def test_index_head_dim(tmp_path):
+    both = named(INDEXER.format(0), "wk_weights_proj", EXPORTS["bf16"](160, 256))
+    path = write_checkpoint(tmp_path, both, config={})
+    assert invoke("audit", path).exit_code == 2
+    assert table_rows(invoke("audit", path, "--index-head-dim", 64))[0][5] == "64, 96, 256"
+    assert audit_json(path, "--index-head-dim", 64)["layers"][0]["wk"]["shape"] == [64, 256]

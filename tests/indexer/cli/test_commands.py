@@ -13,8 +13,12 @@ from support import fp8_layer, invoke, write_checkpoint
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["audit", "nowhere"], "nowhere: expected model.safetensors.index.json or model.safetensors"),
-        (["audit", "{tiny}/config.json"], "config.json: expected model.safetensors.index.json or model.safetensors"),
+        (
+            ["audit", "nowhere"],
+            "nowhere: expected the directory of a checkpoint or a .safetensors file, found no such file or directory\n",
+        ),
+        (["audit", "{tiny}/config.json"], "or a .safetensors file, found another file\n"),
+        (["audit", "{tiny}/.."], "expected model.safetensors.index.json or model.safetensors, found no .safetensors"),
         (["fixture", "glm-9", "new"], "expected one of deepseek-v3.2, glm-5-bf16, glm-5.2-fp8, got 'glm-9'"),
         (["fixture", "glm-5.2-fp8", "{tiny}/config.json/x"], "Not a directory"),
         (["fixture", "glm-5.2-fp8", "{tiny}"], "is not an empty directory"),
@@ -26,13 +30,14 @@ def test_bad_input_exits_with_2(tmp_path, arguments, message):
     result = invoke(*(argument.format(tiny=tiny) for argument in arguments))
     assert result.exit_code == 2
     assert message in result.stderr
+    assert message[-1] != "\n" or len(result.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("option", [[], ["--json"]])
-def test_full_disk(tmp_path, option):
-    path = write_checkpoint(tmp_path, fp8_layer())
+@pytest.mark.parametrize("arguments", [["audit", "."], ["audit", ".", "--json"], ["--help"], ["--version"]])
+def test_full_disk(tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(write_checkpoint(tmp_path, fp8_layer(), config={}))
     with open("/dev/full", "w") as full:
-        command = [sys.executable, "-m", "indexproj", "audit", path, *option]
+        command = [sys.executable, "-m", "indexproj", *arguments]
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert (result.returncode, result.stderr) == (2, "[Errno 28] No space left on device\n")
 
