@@ -8,34 +8,28 @@ import math
 import multiprocessing
 import os
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, TimeoutError, as_completed
 from dataclasses import fields, replace
 from datetime import date
-from functools import partial
+from functools import cache
 from pathlib import Path
 from time import monotonic
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from triton.errors import TritonError
 
-from ..kernels import KernelConfig, ProjectionWeights, Target, choose, reference
+from ..kernels import KernelConfig, Target, choose
 from ..kernels.dispatch import ACCUMULATORS, MAX_SPLIT_K, OUTS, TABLE_SCHEMA, cdiv, next_power_of_2, versions
-from ..kernels.formats import Format
-from ..kernels.launch import launch, signature_of, torch_mm
+from ..kernels.formats import Format, Operands
+from ..kernels.launch import torch_mm
 from ..kernels.target import target_of
-from ..kernels.workspace import recycled_counters
 from .compiled import signature, warm_up
 from .estimate import estimate
-from .gpu import Replay, weight_copies
+from .gpu import TORCH_TOLERANCES, Outputs, Sampler, WrongError
 
 MS = tuple(2**power for power in range(15))
-# Largest error against fp64 relative to the largest output, by dtype. torch accumulates inside the tensor core, which
-# truncates in each of 448 steps over K = 7168, and may reduce parts of K in bf16.
-TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
-TORCH_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2**-6}
 FINALISTS, FIRST_ROUNDS, LAST_ROUNDS = 3, 3, 9
 # cuBLAS rounds differently from the kernels, so it has to be faster by more than two percent.
 TORCH_MARGIN = 0.98
@@ -64,10 +58,6 @@ class Progress(NamedTuple):
     done: int
     total: int
     entry: Entry | None = None
-
-
-class WrongError(Exception):
-    """A kernel's result differs from the reference."""
 
 
 def candidates(m: int, shape: tuple[int, ...], formats: tuple[Format, ...], target: Target) -> list[KernelConfig]:
@@ -113,11 +103,16 @@ def candidates(m: int, shape: tuple[int, ...], formats: tuple[Format, ...], targ
     return list(dict.fromkeys([default, *with_pdl, *neighbors]))
 
 
-def tune(cases: Sequence[Case], device: torch.device, seconds: float) -> Iterator[Progress]:
+def tune(
+    cases: Sequence[Case], device: torch.device, seconds: float, known: Mapping[Case, KernelConfig] | None = None
+) -> Iterator[Progress]:
     """Yields one entry per case, and its progress. If time runs out, later candidates are skipped.
 
     Up to half of the time goes into compiling all kernels on all cores, likely winners first; the rest into measuring
     those that compiled, with an equal share per case.
+
+    Args:
+        known: configs to try first after the default, such as those of a table of other versions.
 
     Raises:
         WrongError: a kernel is wrong.
@@ -125,6 +120,10 @@ def tune(cases: Sequence[Case], device: torch.device, seconds: float) -> Iterato
     """
     target, start = target_of(device), monotonic()
     configs = {case: candidates(*case, target) for case in cases}
+    for case, config in (known or {}).items():
+        if case in configs:
+            default, *others = configs[case]
+            configs[case] = list(dict.fromkeys([default, config, *others]))
     by_rank = itertools.zip_longest(
         *([(config, case.shape, case.formats) for config in configs[case]] for case in cases)
     )
@@ -141,9 +140,31 @@ def tune(cases: Sequence[Case], device: torch.device, seconds: float) -> Iterato
         # For other formats torch would need a second, bf16 copy of the weights.
         by_torch = list(OUTS) if set(case.formats) == {Format.BF16} else []
         choices: list[Choice] = [default, *by_torch, *ready]
-        medians, tried = search(choices, 1 + len(by_torch), Sampler(case, device), deadline)
+        medians, tried = search(choices, 1 + len(by_torch), _measurer(case, device), deadline)
         counts = {"tried": len(set(tried) & set(configs[case])), "candidates": len(configs[case])}
         yield Progress("measuring", number, len(cases), _entry(case, medians, default) | counts)
+
+
+def _measurer(case: Case, device: torch.device) -> Callable[[Choice], float]:
+    """A function that measures a choice once, in microseconds."""
+    sampler = Sampler(*case, device)
+
+    @cache
+    def timer(choice: Choice) -> Callable[[], float]:
+        try:
+            if isinstance(choice, KernelConfig):
+                return sampler.timer(sampler.with_config(choice))
+            return sampler.timer(sampler.into(choice, _run_torch), TORCH_TOLERANCES)
+        except WrongError as error:
+            message = f"{case}: {choice if isinstance(choice, KernelConfig) else 'torch'} is {error}"
+            raise (WrongError if isinstance(choice, KernelConfig) else RuntimeError)(message) from error
+
+    return lambda choice: timer(choice)()
+
+
+def _run_torch(x: torch.Tensor, operands: Sequence[Operands], outs: Outputs) -> None:
+    if not torch_mm(x, operands, outs):
+        raise RuntimeError("torch would need two GEMMs, as weights or outputs do not share one tensor")
 
 
 def _entry(case: Case, medians: dict[Choice, float], default: KernelConfig) -> Entry:
@@ -212,50 +233,6 @@ def search(
     return dict(sorted(medians.items(), key=lambda item: item[1])), list(samples)
 
 
-class Sampler:
-    """Measures a choice on a GPU in microseconds, with weights that are not in L2, after checking its results."""
-
-    def __init__(self, case: Case, device: torch.device) -> None:
-        self._case = case
-        self._copies = weight_copies(case.shape, case.formats, device)
-        *self._ns, k = case.shape
-        self._x = torch.randn(case.m, k, device=device).bfloat16()
-        self._exact = reference(self._x, self._copies[0])
-        self._signature = signature_of(self._copies[0], *OUTS["fp32"])
-        self._replays: dict[Choice, Replay] = {}
-
-    def __call__(self, choice: Choice) -> float:
-        if choice not in self._replays:
-            outs = self._outputs(choice)
-            self._run(choice, self._copies[0], outs)
-            self._check(choice, outs)
-            # These graphs never run side by side, so they can share counters instead of using up the reserve.
-            with recycled_counters(self._x.device):
-                self._replays[choice] = Replay([partial(self._run, choice, weights, outs) for weights in self._copies])
-        return self._replays[choice].microseconds()
-
-    def _outputs(self, choice: Choice) -> tuple[Tensor, ...]:
-        if choice == "bf16":
-            return torch.split(self._x.new_full((len(self._x), sum(self._ns)), torch.nan), self._ns, 1)
-        pairs = zip(self._ns, OUTS["fp32"], strict=True)
-        return tuple(self._x.new_full((len(self._x), n), torch.nan, dtype=dtype) for n, dtype in pairs)
-
-    def _run(self, choice: Choice, weights: ProjectionWeights, outs: tuple[Tensor, ...]) -> None:
-        operands = weights.wk.operands, weights.gate.operands
-        if isinstance(choice, KernelConfig):
-            launch(self._x, operands, outs, self._signature, choice)
-        elif not torch_mm(self._x, operands, outs):
-            raise RuntimeError("torch would need two GEMMs, as weights or outputs do not share one tensor")
-
-    def _check(self, choice: Choice, outs: tuple[Tensor, ...]) -> None:
-        is_ours = isinstance(choice, KernelConfig)
-        for out, truth in zip(outs, self._exact, strict=True):
-            error = ((out.double() - truth).abs().max() / truth.abs().max()).item()
-            if not error <= (TOLERANCES if is_ours else TORCH_TOLERANCES)[out.dtype]:
-                what = f"{choice if is_ours else 'torch'} is off by {error:.1e} of the largest output for {self._case}"
-                raise WrongError(what) if is_ours else RuntimeError(what)
-
-
 def compile_all(target: Target, kernels: Sequence[Kernel], seconds: float) -> Iterator[Kernel]:
     """Compiles into Triton's cache on all cores until time is up; yields each kernel that compiled."""
     # Not fork, which would copy a process that has a CUDA context.
@@ -278,30 +255,39 @@ def _compile_one(target: Target, config: KernelConfig, *shape_and_formats: Any) 
     warm_up(target, config, signature(*shape_and_formats))
 
 
-def read_entries(path: Path, gpu: str) -> list[Entry]:
-    """The entries of a table of this GPU and these versions; none if there is no file.
+def read_table(path: Path, gpu: str) -> tuple[list[Entry], dict[Case, KernelConfig]]:
+    """The entries of a table of this GPU and these versions, or the configs of one of this GPU and other versions.
+
+    Nothing if there is no file.
 
     Raises:
         ValueError: the file is something else.
         OSError: it cannot be read.
     """
     if not path.exists():
-        return []
+        return [], {}
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
-        found = {key: table[key] for key in _head(gpu)}
-        if found != _head(gpu):
-            raise ValueError(f"expected {_head(gpu)}, found {found}")
-        return merged([], table["entries"])
+        head = {"schema": TABLE_SCHEMA, "gpu": gpu}
+        if (found := {key: table[key] for key in head}) != head:
+            raise ValueError(f"expected {head}, found {found}")
+        entries = merged([], table["entries"])
+        if table["versions"] == versions():
+            return entries, {}
+        return [], {_case_of(entry): KernelConfig(**entry["config"]) for entry in entries}
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be extended: {error!r}") from error
 
 
+def _case_of(entry: Entry) -> Case:
+    return Case(entry["m"], tuple(entry["shape"]), tuple(map(Format, entry["formats"])))
+
+
 def merged(old: Iterable[Entry], new: Iterable[Entry]) -> list[Entry]:
     """One entry per case: the new one, unless more kernels were tried for the old one."""
-    result: dict[Any, Entry] = {}
+    result: dict[Case, Entry] = {}
     for entry in (*old, *new):
-        case = entry["m"], *entry["shape"], *entry["formats"]
+        case = _case_of(entry)
         if case not in result or result[case]["tried"] <= entry["tried"]:
             result[case] = entry
     return list(result.values())
@@ -309,12 +295,8 @@ def merged(old: Iterable[Entry], new: Iterable[Entry]) -> list[Entry]:
 
 def write_table(path: Path, gpu: str, entries: Iterable[Entry]) -> None:
     """Writes a table for `kernels.dispatch`, one entry per line. A failed write leaves the old file."""
-    head = json.dumps(_head(gpu) | {"date": date.today().isoformat()})[:-1]
+    head = {"schema": TABLE_SCHEMA, "gpu": gpu, "versions": versions(), "date": date.today().isoformat()}
     lines = ",\n".join(json.dumps(entry) for entry in entries)
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(f'{head}, "entries": [\n{lines}\n]}}\n', encoding="utf-8")
+    temporary.write_text(f'{json.dumps(head)[:-1]}, "entries": [\n{lines}\n]}}\n', encoding="utf-8")
     temporary.replace(path)
-
-
-def _head(gpu: str) -> dict[str, Any]:
-    return {"schema": TABLE_SCHEMA, "gpu": gpu, "versions": versions()}

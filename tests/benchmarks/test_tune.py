@@ -135,12 +135,12 @@ def tune_both(clock, monkeypatch):
         def __missing__(self, choice):
             return speed(choice)
 
-    def run(seconds, compiler):
+    def run(seconds, compiler, known=None):
         monkeypatch.setattr(tune, "compile_all", compiler)
-        return list(tune.tune([Case(m, GLM, formats) for formats in (DENSE, FP8) for m in MS], "cuda", seconds))
+        return list(tune.tune([Case(m, GLM, formats) for formats in (DENSE, FP8) for m in MS], "cuda", seconds, known))
 
     monkeypatch.setattr(tune, "target_of", lambda device: SM_90)
-    monkeypatch.setattr(tune, "Sampler", lambda case, device: clock.sampler(Speeds(), cost=0.01))
+    monkeypatch.setattr(tune, "_measurer", lambda case, device: clock.sampler(Speeds(), cost=0.01))
     return run
 
 
@@ -200,3 +200,14 @@ def test_tune_compiles_defaults_first_and_measures_what_compiled(tune_both):
     for entry, (formats, m) in zip(entries, cases, strict=True):
         _, *others = candidates(m, GLM, formats, SM_90)
         assert entry["tried"] == 1 + sum((config, GLM, formats) in asked[:20] for config in others)
+
+
+def test_known_configs_are_tried_first(clock, tune_both):
+    """Those of a table of another Triton: also if there is time for nothing else, and if `candidates` has them not."""
+    case, other = Case(16, GLM, FP8), Case(16, DEEPSEEK, FP8)
+    config = KernelConfig("split_k", 16, 64, split_k=7, slices=4, num_warps=2)
+    assert config not in candidates(*case, SM_90)
+    found = tune_both(0.5, lambda target, kernels, limit: kernels, {case: config, other: SPLIT})
+    (entry,) = [p.entry for p in found if p.entry and (p.entry["m"], p.entry["formats"][0]) == (16, "FP8 128x128")]
+    assert KernelConfig(**entry["config"]) == config
+    assert SPLIT not in clock.sampled
