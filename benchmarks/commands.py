@@ -172,7 +172,7 @@ def tune(
         path = output or table_path(gpu)
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            entries, known = module.read_table(path, gpu)
+            entries, known = module.read_entries(path, gpu)
         except ValueError as error:
             complain(f"tune: starting a new table: {error}")
             entries, known = [], {}

@@ -255,7 +255,7 @@ def _compile_one(target: Target, config: KernelConfig, *shape_and_formats: Any) 
     warm_up(target, config, signature(*shape_and_formats))
 
 
-def read_table(path: Path, gpu: str) -> tuple[list[Entry], dict[Case, KernelConfig]]:
+def read_entries(path: Path, gpu: str) -> tuple[list[Entry], dict[Case, KernelConfig]]:
     """The entries of a table of this GPU and these versions, or the configs of one of this GPU and other versions.
 
     Nothing if there is no file.
