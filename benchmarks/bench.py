@@ -18,10 +18,10 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
-from itertools import dropwhile, product
+from itertools import dropwhile
 from time import monotonic
 from typing import Any, NamedTuple
 
@@ -189,13 +189,7 @@ def machine() -> Result:
 
 
 def run(
-    shapes: Sequence[str],
-    pairs: Sequence[str],
-    ms: Sequence[int],
-    contenders: Sequence[str],
-    ab: Sequence[str],
-    seconds: float,
-    with_counters: bool,
+    cases: Iterable[Case], contenders: Sequence[str], ab: Sequence[str], seconds: float, with_counters: bool
 ) -> Iterator[Result]:
     """Results of ceilings, then of case after case until time is up. ab: two sides to compare, in place of contenders.
 
@@ -211,12 +205,12 @@ def run(
             yield {"suite": "ceilings", "contender": name, "how": "device", "us": us, "bytes": size}
         makers: dict[str, Callable[[Case, str], Timer]] = {side.name: side.timer for side in sides}
         makers = makers or {name: functools.partial(timer, name) for name in contenders}
-        for pair, m, shape in product(pairs, ms, shapes):
+        for case in cases:
             if monotonic() >= end:
                 break
-            yield from measure("A/B" if sides else "projection", Case(shape, pair, m), makers)
+            yield from measure("A/B" if sides else "projection", case, makers)
             if with_counters:
-                yield counters(Case(shape, pair, m))
+                yield counters(case)
         yield machine()
     finally:
         for side in sides:

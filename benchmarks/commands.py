@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby, product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -17,10 +17,6 @@ from rich.table import Table
 
 from ..indexer.cli.commands import app, complain, console, fail
 from ..indexer.models import PAIRS, SHAPES
-
-if TYPE_CHECKING:
-    from .gates import Row
-    from .tune import Entry
 
 W8A8_WK = "FP8 128x128"  # the format of wk that `activation` is defined for
 _SHAPES = "; ".join(f"{name} (D={d}, H={h}, K={k})" for name, (d, h, k) in SHAPES.items())
@@ -88,10 +84,8 @@ def compile_(
             fail(f"compile: --activation needs wk in {W8A8_WK}, got --pair {'; '.join(pairs)}")
         cases = [Case(*case, activation) for case in product(shape or SHAPES, pairs)]
     if cache:
-        try:
+        with _failures("compile"):
             cache.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            fail(f"compile: --cache: {error}")
         os.environ["TRITON_CACHE_DIR"] = str(cache.resolve())
     found = []
     with Console(stderr=True).status("Compiling") as status:
@@ -108,18 +102,16 @@ def compile_(
     if faulty:
         raise typer.Exit(1)
     if cache and not as_json:
-        text = (
-            f"Kept in {cache}. Start servers with TRITON_CACHE_DIR={cache.resolve()}; the path must be the same there."
-        )
-        console.print(text, soft_wrap=True)
+        where = f"TRITON_CACHE_DIR={cache.resolve()}"
+        console.print(f"Kept in {cache}. Start servers with {where}; the path must be the same there.", soft_wrap=True)
 
 
-def _title(row: Row) -> str:
+def _title(row: dict[str, Any]) -> str:
     activation = f", activation {row['activation']}" if row["activation"] else ""
     return f"{row['target']}, {row['shape']}, {row['pair']}{activation}, gate in {row['gate']}"
 
 
-def _print_compiled(found: list[Row]) -> None:
+def _print_compiled(found: list[dict[str, Any]]) -> None:
     headers = {"kernel": "kernel", "m": "M", "programs": "programs", "per_sm": "per SM", "registers": "regs",
                "shared_memory": "shared", "mma": "MMA", "step": "step", "load_groups": "trips"}  # fmt: skip
     for title, group in groupby(found, _title):
@@ -157,7 +149,6 @@ def tune(
     written with --output, set INDEXPROJ_TUNED=FILE. Exits with 1 if a kernel is wrong.
     """
     import torch
-    from rich.progress import Progress
 
     from ..kernels.dispatch import table_path
     from ..kernels.formats import parse_pair
@@ -181,12 +172,11 @@ def tune(
         for name in dict.fromkeys(shape or SHAPES):
             formats = [parse_pair(text) for text in dict.fromkeys(pair or PAIRS)]
             cases = [module.Case(m, SHAPES[name], each) for each, m in product(formats, module.MS)]
-            measured: list[Entry] = []
+            measured: list[dict[str, Any]] = []
             try:
-                with Progress(console=Console(stderr=True), transient=True) as progress:
-                    bar = progress.add_task(name)
-                    for step, done, total, entry in module.tune(cases, device, seconds, known):
-                        progress.update(bar, description=f"{name}, {step}", completed=done, total=total)
+                with Console(stderr=True).status(name) as status:
+                    for done, entry in module.tune(cases, device, seconds, known):
+                        status.update(f"{name}: {done}")
                         measured += [entry] if entry else []
             finally:  # keeps what was measured before an error or an interrupt
                 entries = module.merged(entries, measured)
@@ -196,7 +186,7 @@ def tune(
     console.print(f"Kept in {path}.", soft_wrap=True)
 
 
-def _print_tuned(shape: str, entries: list[Entry]) -> None:
+def _print_tuned(shape: str, entries: list[dict[str, Any]]) -> None:
     for formats, group in groupby(entries, lambda entry: ", ".join(entry["formats"])):
         rows = []
         for entry in group:
@@ -237,13 +227,13 @@ def bench(
     if len(ab or ()) == 1:
         fail("bench: --ab needs two sides")
     pairs = pair or sorted(PAIRS, key=lambda name: not name.startswith(W8A8_WK))
-    chosen = shape or [*SHAPES], pairs, m or module.MS, contender or [*module.CONTENDERS]
+    cases = [module.Case(c, a, b) for a, b, c in product(pairs, m or module.MS, shape or SHAPES)]
     found = []
     with _failures("bench"):
         current_gpu()
         output.mkdir(parents=True, exist_ok=True)
         with (output / "results.jsonl").open("a", encoding="utf-8") as file:
-            for result in module.run(*chosen, ab or (), 60 * minutes, counters):
+            for result in module.run(cases, contender or [*module.CONTENDERS], ab or (), 60 * minutes, counters):
                 found.append(result)
                 print(json.dumps(result), file=file, flush=True)
     print(markdown(found))

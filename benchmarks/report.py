@@ -29,11 +29,9 @@ def read(folder: Path) -> list[Result]:
         for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True), 1):
             try:
                 result = json.loads(line)
-                known = "machine" in result or {"suite", "contender", "how"} <= result.keys()
-                if not known or min(result.get("us", [1.0])) <= 0:
-                    raise ValueError
+                markdown([result])
                 results.append(result)
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
+            except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
                 if line.endswith("\n"):
                     raise ValueError(f"{path}, line {number}: expected a result of `indexproj bench`") from error
     if not any("suite" in result for result in results):
@@ -48,9 +46,9 @@ def groups(results: Iterable[Result]) -> dict[str, Group]:
     """By title. A later result replaces an earlier one."""
     found: dict[str, Group] = {}
     for result in results:
-        if "suite" in result:
+        if "machine" not in result:
             title = ", ".join(filter(None, (result["suite"], result.get("shape"), result.get("pair"))))
-            key = result.get("m") or 0, result["contender"]
+            key = int(result.get("m", 0)), result["contender"]
             found.setdefault(title, {}).setdefault(key, {})[result["how"]] = result
     return {title: dict(sorted(group.items(), key=lambda item: item[0][0])) for title, group in found.items()}
 
@@ -60,10 +58,9 @@ def markdown(results: list[Result]) -> str:
     lines = []
     for result in results:
         if "machine" in result:
-            facts = {"GPU": "none"} | {"GPU" if key == "name" else key: text for key, text in result["machine"].items()}
-            facts |= result["versions"] | {
-                key: text for key, text in result.items() if key not in ("machine", "versions")
-            }
+            facts = {"GPU": "none", **result["machine"], **result["versions"], "date": result["date"]}
+            facts["GPU"] = facts.pop("name", "none")
+            facts |= {key: value for key, value in result.items() if key.startswith("versions of")}
             lines.append("- " + ", ".join(f"{name} {value}" for name, value in facts.items()))
     found = groups(results)
     rate = _copy_rate(found)
@@ -135,31 +132,26 @@ def plot(results: list[Result], folder: Path) -> list[Path]:
 
     paths, found = [], groups(results)
     for title, group in found.items():
-        if len({m for m, _ in group}) > 1 and any("us" in by_how.get("device", {}) for by_how in group.values()):
+        timed = {key: by_how["device"] for key, by_how in group.items() if "us" in by_how.get("device", {})}
+        if len({m for m, _ in timed}) > 1:
             figure = Figure(figsize=(12, 6), layout="constrained")
-            draw(figure.subplots(), group, _copy_rate(found))
+            draw(figure.subplots(), timed, _copy_rate(found))
             figure.suptitle(title)
             paths.append(folder / f"{'-'.join(re.findall(r'[a-z0-9.]+', title.lower()))}.png")
             figure.savefig(paths[-1], dpi=120)
     return paths
 
 
-def draw(axes: Any, group: Group, rate: float) -> None:
+def draw(axes: Any, timed: dict[tuple[int, str], Result], rate: float) -> None:
     """Medians and quartiles against M, one line per contender, and the time of a copy of as many bytes."""
-    lines: dict[str, list[list[float]]] = {}
-    floor = {
-        m: by_how["device"]["bytes"] / rate for (m, _), by_how in group.items() if "bytes" in by_how.get("device", {})
-    }
-    axes.plot([*floor], [*floor.values()], color="black", linestyle=":", label="memory floor: a copy of these bytes")
-    for (m, contender), by_how in group.items():
-        if us := by_how.get("device", {}).get("us"):
-            low, middle, high = quartiles(us)
-            lines.setdefault(contender, []).append([m, middle, middle - low, high - middle])
-    for name, points in lines.items():
-        ms, middles, below, above = zip(*points, strict=True)
-        style = "--" if name.startswith("torch") else "-"
-        axes.errorbar(ms, middles, yerr=[below, above], label=name, marker="o", markersize=3, linestyle=style)
-    ticks = sorted({m for m, _ in group})
+    ticks = sorted({m for m, _ in timed})
+    for name in dict.fromkeys(contender for _, contender in timed):
+        points = [(m, *quartiles(timed[m, name]["us"])) for m in ticks if (m, name) in timed]
+        ms, low, middle, high = zip(*points, strict=True)
+        axes.plot(ms, middle, "--" if name.startswith("torch") else "-", marker=".", label=name)
+        axes.fill_between(ms, low, high, alpha=0.3)
+    floor = {m: result["bytes"] / rate for (m, _), result in timed.items() if "bytes" in result}
+    axes.plot(floor.keys(), floor.values(), "k:", label="memory floor: a copy of as many bytes")
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, map(str, ticks))
     axes.set(yscale="log", xlabel="M, rows of x", ylabel="us, median and quartiles")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import multiprocessing
@@ -13,6 +12,7 @@ from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, TimeoutError
 from dataclasses import fields, replace
 from datetime import date
 from functools import cache
+from itertools import chain, product, zip_longest
 from pathlib import Path
 from time import monotonic
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from triton.errors import TritonError
 from ..kernels import KernelConfig, Target, choose
 from ..kernels.dispatch import ACCUMULATORS, MAX_SPLIT_K, OUTS, TABLE_SCHEMA, cdiv, next_power_of_2, versions
 from ..kernels.formats import Format, Operands
-from ..kernels.launch import torch_mm
+from ..kernels.launch import KERNELS, torch_mm
 from ..kernels.target import target_of
 from .compiled import signature, warm_up
 from .estimate import estimate
@@ -53,37 +53,28 @@ class Case(NamedTuple):
     formats: tuple[Format, ...]  # of wk and weights_proj
 
 
-class Progress(NamedTuple):
-    step: str
-    done: int
-    total: int
-    entry: Entry | None = None
-
-
 def candidates(m: int, shape: tuple[int, ...], formats: tuple[Format, ...], target: Target) -> list[KernelConfig]:
     """Configs worth measuring: the default, that with PDL, then of each regime those with the lowest estimates.
 
     Regimes take turns, so that a search that runs out of time has tried all of them.
     """
     m, (*ns, k) = next_power_of_2(m), shape
-    gemvs, splits, prefills = [], [], []
+    configs = []
     if m <= 16:
-        for block_m, num_warps, slices in itertools.product((min(m, 4), min(m, 8)), (2, 4, 8), (8, 16)):
-            gemvs.append(KernelConfig("gemv", block_m, block_k=128, num_warps=num_warps, slices=slices))
+        for block_m, num_warps, slices in product((min(m, 4), min(m, 8)), (2, 4, 8), (8, 16)):
+            configs.append(KernelConfig("gemv", block_m, block_k=128, num_warps=num_warps, slices=slices))
     if 2 <= m <= 1024:
-        for block_m, block_n, slices, steps in itertools.product((8, 16, 32), (16, 32), (4, 8), (1, 2, 4)):
+        for block_m, block_n, slices, steps in product((8, 16, 32), (16, 32), (4, 8), (1, 2, 4)):
+            split_k = cdiv(k, slices * 64 * steps)
             if (8 if target.is_cuda() else 16) <= block_m < 2 * max(m, 16):
-                splits.append(
-                    KernelConfig("split_k", block_m, 64, cdiv(k, slices * 64 * steps), 2, slices, block_n, slices)
-                )
+                configs.append(KernelConfig("split_k", block_m, 64, split_k, 2, slices, block_n, slices))
     if m >= 32:
         columns = KernelConfig("prefill", 1, 64, block_n=0).acc_size(*ns)
-        for (block_m, block_n), (block_k, num_stages), split_k in itertools.product(
-            PREFILL_TILES, ((64, 3), (128, 2), (64, 4)), (1, 2, 3, 4, 5, 6, 8, 11, 14)
-        ):
-            if block_m <= m and (block_n or block_m * columns <= ACCUMULATORS):
-                for num_warps in (8,) if block_m > 64 or not block_n else (4, 8):
-                    prefills.append(KernelConfig("prefill", block_m, block_k, split_k, num_stages, num_warps, block_n))
+        depths = product(((64, 3), (128, 2), (64, 4)), (1, 2, 3, 4, 5, 6, 8, 11, 14))
+        for (block_m, block_n), ((block_k, num_stages), split_k), num_warps in product(PREFILL_TILES, depths, (4, 8)):
+            fits = block_m <= m and (block_n or block_m * columns <= ACCUMULATORS)
+            if fits and (num_warps == 8 or (block_m <= 64 and block_n)):
+                configs.append(KernelConfig("prefill", block_m, block_k, split_k, num_stages, num_warps, block_n))
 
     def is_useful(config: KernelConfig) -> bool:
         programs, one_wave = math.prod(config.grid(m, *ns)), target.sm_count
@@ -93,20 +84,18 @@ def candidates(m: int, shape: tuple[int, ...], formats: tuple[Format, ...], targ
         is_split = has_work and config.split_k <= MAX_SPLIT_K
         return is_split and one_wave / 4 <= programs and (programs <= 4 * one_wave or may_queue)
 
-    def cost(config: KernelConfig) -> float:
-        return estimate(m, shape, formats, config, target).total
-
-    ranked = [sorted(filter(is_useful, configs), key=cost)[:PER_REGIME] for configs in (gemvs, splits, prefills)]
-    neighbors = [config for turn in itertools.zip_longest(*ranked) for config in turn if config is not None]
+    useful = sorted(filter(is_useful, configs), key=lambda config: estimate(m, shape, formats, config, target).total)
+    ranked = [[config for config in useful if config.regime == regime][:PER_REGIME] for regime in KERNELS]
     default = choose(m, shape, formats, target)
     with_pdl = [replace(default, pdl=True)] if target.is_cuda(90) and default.regime != "prefill" else []
-    return list(dict.fromkeys([default, *with_pdl, *neighbors]))
+    in_turn = chain.from_iterable(zip_longest(*ranked))
+    return list(dict.fromkeys([default, *with_pdl, *filter(None, in_turn)]))
 
 
 def tune(
     cases: Sequence[Case], device: torch.device, seconds: float, known: Mapping[Case, KernelConfig] | None = None
-) -> Iterator[Progress]:
-    """Yields one entry per case, and its progress. If time runs out, later candidates are skipped.
+) -> Iterator[tuple[str, Entry | None]]:
+    """Yields what has been done, and one entry per case. If time runs out, later candidates are skipped.
 
     Up to half of the time goes into compiling all kernels on all cores, likely winners first; the rest into measuring
     those that compiled, with an equal share per case.
@@ -124,14 +113,12 @@ def tune(
         if case in configs:
             default, *others = configs[case]
             configs[case] = list(dict.fromkeys([default, config, *others]))
-    by_rank = itertools.zip_longest(
-        *([(config, case.shape, case.formats) for config in configs[case]] for case in cases)
-    )
-    kernels = list(dict.fromkeys(kernel for rank in by_rank for kernel in rank if kernel is not None))
+    by_rank = zip_longest(*[[(config, *case[1:]) for config in configs[case]] for case in cases])
+    kernels = list(dict.fromkeys(filter(None, chain.from_iterable(by_rank))))
     compiled = set()
     for kernel in compile_all(target, kernels, seconds / 2):
         compiled.add(kernel)
-        yield Progress("compiling", len(compiled), len(kernels))
+        yield f"compiled {len(compiled)} of {len(kernels)}", None
     begin = monotonic()
     for number, case in enumerate(cases, 1):
         default, *others = configs[case]
@@ -142,7 +129,7 @@ def tune(
         choices: list[Choice] = [default, *by_torch, *ready]
         medians, tried = search(choices, 1 + len(by_torch), _measurer(case, device), deadline)
         counts = {"tried": len(set(tried) & set(configs[case])), "candidates": len(configs[case])}
-        yield Progress("measuring", number, len(cases), _entry(case, medians, default) | counts)
+        yield f"measured {number} of {len(cases)}", _entry(case, medians, default) | counts
 
 
 def _measurer(case: Case, device: torch.device) -> Callable[[Choice], float]:

@@ -17,7 +17,7 @@ SM_90 = ("--target", "sm_90")
         ((*SM_90, "--shape", "glm"), "--shape must be one of deepseek-v3.2; glm-5; got glm"),
         ((*SM_90, "--pair", "INT4, BF16"), "got INT4, BF16"),
         ((*SM_90, "--activation", "fp8", "--pair", "BF16, BF16"), "--activation needs wk in FP8 128x128"),
-        ((*SM_90, "--cache", __file__), "--cache"),
+        ((*SM_90, "--cache", __file__), "compile: [Errno 17] File exists"),
         ((*SM_90, "--target", "sm_100", "--sm-count", "78"), "one --target, got sm_90, sm_100"),
         (("--all", "--sm-count", "78"), "--sm-count needs exactly one --target"),
         ((*SM_90, "--sm-count", "0"), "Invalid value for '--sm-count'"),
