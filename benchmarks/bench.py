@@ -13,7 +13,6 @@ The first and last line of a run name GPU, clocks, versions and date.
 from __future__ import annotations
 
 import csv
-import functools
 import json
 import shlex
 import subprocess
@@ -21,6 +20,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
+from functools import lru_cache, partial
 from itertools import dropwhile
 from time import monotonic
 from typing import Any, NamedTuple
@@ -36,7 +36,7 @@ from ..kernels.dispatch import versions
 from ..kernels.formats import parse_pair
 from . import gpu
 from .estimate import nbytes
-from .gpu import TOLERANCES, Contender, Outputs, Sampler, Timer, WrongError
+from .gpu import TOLERANCES, Call, Contender, Sampler, Timer, Tolerances, WrongError
 
 Result = dict[str, Any]
 MS = (1, 16, 64, 8192, 4, 256, 1024, 2, 8, 32, 128, 4096, 16384)  # most telling first
@@ -55,44 +55,39 @@ class Case(NamedTuple):
     m: int
 
 
-def into_one(x: Tensor, weights: ProjectionWeights) -> Callable[[], Outputs]:
+def into_one(x: Tensor, weights: ProjectionWeights) -> Call:
     out = x.new_empty(len(x), sum(weights.shape[:2]))
     return lambda: project(x, weights, out=out)
 
 
-def by_torch(
-    multiply: Callable[[Tensor, Tensor], Tensor], x: Tensor, weights: ProjectionWeights
-) -> Callable[[], Outputs]:
+def by_torch(multiply: Callable[..., Tensor], x: Tensor, weights: ProjectionWeights) -> Call:
     """One GEMM of weights that were upcast to bf16 and fused at load, as in vLLM."""
     fused, ns = weights.to_bf16().fused_weight, list(weights.shape[:2])
     assert fused is not None
     return lambda: torch.split(multiply(x, fused), ns, 1)
 
 
-def scaled_mm(x: Tensor, weights: ProjectionWeights) -> Callable[[], Outputs]:
+def scaled_mm(x: Tensor, weights: ProjectionWeights) -> Call:
     """One GEMM in e4m3 with a scale per row. Quantizing x is not timed."""
     factors = []
     for matrix in (x.float(), torch.cat([weights.wk.dequantize(), weights.gate.dequantize()])):
         scale = matrix.abs().amax(1, keepdim=True).clamp(min=1e-12) / 448
         factors.append(((matrix / scale).to(torch.float8_e4m3fn), scale))
     (a, scale_a), (b, scale_b) = factors
-    multiply = functools.partial(torch._scaled_mm, a, b.T, scale_a, scale_b.T, out_dtype=torch.bfloat16)
+    multiply = partial(torch._scaled_mm, a, b.T, scale_a, scale_b.T, out_dtype=torch.bfloat16)
     return lambda: torch.split(multiply(), list(weights.shape[:2]), 1)
 
 
 # Against fp64 with the values on disk: these round weights at load, and scaled_mm also rounds x.
 UPCAST = {torch.float32: 2**-6, torch.bfloat16: 2**-6}
-CONTENDERS: dict[str, tuple[Contender, dict[torch.dtype, float]]] = {
+CONTENDERS: dict[str, tuple[Contender, Tolerances]] = {
     "indexproj": (lambda x, weights: lambda: project(x, weights), TOLERANCES),
     "indexproj, bf16": (into_one, TOLERANCES),
-    "torch linear": (functools.partial(by_torch, linear), UPCAST),
-    "torch mm, fp32": (
-        functools.partial(by_torch, lambda x, fused: torch.mm(x, fused.T, out_dtype=torch.float32)),
-        UPCAST,
-    ),
+    "torch linear": (partial(by_torch, linear), UPCAST),
+    "torch mm, fp32": (partial(by_torch, lambda x, fused: torch.mm(x, fused.T, out_dtype=torch.float32)), UPCAST),
     "torch _scaled_mm": (scaled_mm, {torch.bfloat16: 0.1}),
 }
-sampler_of = functools.lru_cache(maxsize=1)(Sampler)
+sampler_of = lru_cache(maxsize=1)(Sampler)
 
 
 def timer(contender: str, case: Case, how: str) -> Timer:
@@ -120,12 +115,12 @@ class Side:
                 KernelConfig(**json.loads(text))
             except (ValueError, TypeError) as error:
                 raise ValueError(f"--ab: expected the fields of a KernelConfig, got {text}: {error}") from error
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.process = subprocess.Popen([*command, *SERVER], text=True, **pipes)  # type: ignore[call-overload]
+        options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+        self.process = subprocess.Popen([*command, *SERVER], **options)  # type: ignore[call-overload]
         self.versions = self._ask(None)
 
     def timer(self, case: Case, how: str) -> Timer:
-        ask = functools.partial(self._ask, [self._contender, case, how])
+        ask = partial(self._ask, [self._contender, case, how])
         ask()  # compiles and checks
         return ask
 
@@ -140,7 +135,7 @@ class Side:
 
 def serve() -> None:
     """The process of a Side: answers each line of stdin, null with versions and others with a measurement."""
-    cached = functools.lru_cache(maxsize=2)(timer)
+    cached = lru_cache(maxsize=2)(timer)
     for line in sys.stdin:
         try:
             contender, case, how = json.loads(line) or (None, None, None)
@@ -180,7 +175,7 @@ def counters(case: Case) -> Result:
     rows = csv.DictReader(dropwhile(lambda line: not line.startswith('"ID"'), done.stdout.splitlines()))
     found = {row["Metric Name"]: f"{row['Metric Value']} {row['Metric Unit']}".strip() for row in rows}
     if not found:
-        raise RuntimeError(f"ncu: {([*done.stdout.splitlines(), *done.stderr.splitlines()] or ['no output'])[-1]}")
+        raise RuntimeError(f"ncu: {(done.stdout + done.stderr).strip().rpartition(chr(10))[2]}")
     return {"suite": "counters", **case._asdict(), "contender": "indexproj", "how": "device", "counters": found}
 
 
@@ -204,7 +199,7 @@ def run(
             us = in_turn({name: sample})[name]
             yield {"suite": "ceilings", "contender": name, "how": "device", "us": us, "bytes": size}
         makers: dict[str, Callable[[Case, str], Timer]] = {side.name: side.timer for side in sides}
-        makers = makers or {name: functools.partial(timer, name) for name in contenders}
+        makers = makers or {name: partial(timer, name) for name in contenders}
         for case in cases:
             if monotonic() >= end:
                 break

@@ -22,9 +22,11 @@ from ..kernels.target import INTERPRETED, target_of
 from ..kernels.workspace import recycled_counters
 
 Outputs = Sequence[Tensor]
+Call = Callable[[], Outputs]
 Timer = Callable[[], float]  # measures once, in microseconds
 # Takes x [M, K] bf16 and weights, and returns a call that computes k and gate. Preparing the weights is not timed.
-Contender = Callable[[Tensor, ProjectionWeights], Callable[[], Outputs]]
+Contender = Callable[[Tensor, ProjectionWeights], Call]
+Tolerances = dict[torch.dtype, float]
 # Calls per measurement, at least: enough to hide the microseconds that starting one takes.
 CALLS = 64
 # Largest error against fp64 relative to the largest output, by dtype. torch accumulates inside the tensor core, which
@@ -106,9 +108,7 @@ class Sampler:
         self._x = torch.randn(m, shape[-1], device=device).bfloat16()
         self._exact = reference(self._x, self._weights[0])
 
-    def timer(
-        self, contender: Contender, tolerances: dict[torch.dtype, float] = TOLERANCES, how: str = "device"
-    ) -> Timer:
+    def timer(self, contender: Contender, tolerances: Tolerances = TOLERANCES, how: str = "device") -> Timer:
         """how is "device" or "eager".
 
         Raises:
@@ -124,15 +124,15 @@ class Sampler:
             return {"device": replay, "eager": eager}[how](calls)
 
     def into(self, outs: str, run: Callable[[Tensor, Sequence[Operands], Outputs], object]) -> Contender:
-        """Writes k and gate in the dtypes of a key of OUTS over NaN; into one tensor if these are equal."""
+        """Runs over outputs of NaN in the dtypes of a key of OUTS, in one tensor if these are equal."""
         ns, dtypes, m = self._signature.ns, OUTS[outs], len(self._x)
         buffers = [self._x.new_full((m, n), torch.nan, dtype=dtype) for n, dtype in zip(ns, dtypes, strict=True)]
         if len(set(dtypes)) == 1:
             buffers = [*torch.split(torch.cat(buffers, 1), list(ns), 1)]
 
-        def contender(x: Tensor, weights: ProjectionWeights) -> Callable[[], Outputs]:
+        def contender(x: Tensor, weights: ProjectionWeights) -> Call:
             operands = weights.wk.operands, weights.gate.operands
-            return lambda: run(x, operands, buffers) or buffers  # type: ignore[return-value]
+            return lambda: (run(x, operands, buffers), buffers)[1]
 
         return contender
 
@@ -177,10 +177,10 @@ def description() -> dict[str, str]:
     if not torch.cuda.is_available():
         return {}
     found = {"name": torch.cuda.get_device_name(), "runtime": torch.version.hip or torch.version.cuda or "?"}
-    fields = "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit"
+    fields = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
     if tool := shutil.which("nvidia-smi"):
         uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
-        query = [tool, f"--query-gpu={','.join(fields)}", "--format=csv,noheader", f"--id=GPU-{uuid}"]
-        answer = subprocess.run(query, capture_output=True, text=True, check=False)
-        found |= dict(zip(fields, map(str.strip, answer.stdout.split(",")), strict=False))
+        query = [tool, f"--query-gpu={fields}", "--format=csv,noheader", f"--id=GPU-{uuid}"]
+        answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+        found |= dict(zip(fields.split(","), map(str.strip, answer.split(",")), strict=False))
     return found

@@ -105,11 +105,10 @@ def _counted(group: Group) -> Iterator[Row]:
 
 def _baseline(group: Group, m: int, how: str) -> list[float]:
     """The fastest of torch with the same M; the first contender where torch takes no part."""
-    timed = {
-        name: by_how[how]["us"] for (own, name), by_how in group.items() if own == m and "us" in by_how.get(how, {})
-    }
-    torch = [us for name, us in timed.items() if name in ("torch linear", "torch mm, fp32")]
-    return min(torch, key=median) if torch else next(iter(timed.values()), [])
+    rivals = [by_how[how] for (own, _), by_how in group.items() if own == m and "us" in by_how.get(how, {})]
+    torch = [result for result in rivals if result["contender"] in ("torch linear", "torch mm, fp32")]
+    best = sorted(torch, key=lambda result: median(result["us"])) or rivals
+    return best[0]["us"] if best else []
 
 
 def quartiles(values: list[float]) -> list[float]:

@@ -22,12 +22,12 @@ from triton.errors import TritonError
 
 from ..kernels import KernelConfig, Target, choose
 from ..kernels.dispatch import ACCUMULATORS, MAX_SPLIT_K, OUTS, TABLE_SCHEMA, cdiv, next_power_of_2, versions
-from ..kernels.formats import Format, Operands
+from ..kernels.formats import Format
 from ..kernels.launch import KERNELS, torch_mm
 from ..kernels.target import target_of
 from .compiled import signature, warm_up
 from .estimate import estimate
-from .gpu import TORCH_TOLERANCES, Outputs, Sampler, WrongError
+from .gpu import TORCH_TOLERANCES, Sampler, WrongError
 
 MS = tuple(2**power for power in range(15))
 FINALISTS, FIRST_ROUNDS, LAST_ROUNDS = 3, 3, 9
@@ -98,10 +98,7 @@ def tune(
     """Yields what has been done, and one entry per case. If time runs out, later candidates are skipped.
 
     Up to half of the time goes into compiling all kernels on all cores, likely winners first; the rest into measuring
-    those that compiled, with an equal share per case.
-
-    Args:
-        known: configs to try first after the default, such as those of a table of other versions.
+    those that compiled, with an equal share per case. Known configs are tried first after the default.
 
     Raises:
         WrongError: a kernel is wrong.
@@ -141,7 +138,7 @@ def _measurer(case: Case, device: torch.device) -> Callable[[Choice], float]:
         try:
             if isinstance(choice, KernelConfig):
                 return sampler.timer(sampler.with_config(choice))
-            return sampler.timer(sampler.into(choice, _run_torch), TORCH_TOLERANCES)
+            return sampler.timer(sampler.into(choice, torch_mm), TORCH_TOLERANCES)
         except WrongError as error:
             message = f"{case}: {choice if isinstance(choice, KernelConfig) else 'torch'} is {error}"
             raise (WrongError if isinstance(choice, KernelConfig) else RuntimeError)(message) from error
@@ -149,22 +146,17 @@ def _measurer(case: Case, device: torch.device) -> Callable[[Choice], float]:
     return lambda choice: timer(choice)()
 
 
-def _run_torch(x: torch.Tensor, operands: Sequence[Operands], outs: Outputs) -> None:
-    if not torch_mm(x, operands, outs):
-        raise RuntimeError("torch would need two GEMMs, as weights or outputs do not share one tensor")
-
-
 def _entry(case: Case, medians: dict[Choice, float], default: KernelConfig) -> Entry:
     times = {choice: round(us, 3) for choice, us in medians.items()}
     fastest = next(choice for choice in times if isinstance(choice, KernelConfig))
     torch_us = {outs: times[outs] for outs in OUTS if outs in times}
-    config = {field.name: getattr(fastest, field.name) for field in fields(fastest)}
-    defaults = {field.name: field.default for field in fields(fastest)}
+    config = {each.name: getattr(fastest, each.name) for each in fields(fastest)}
+    config = {each.name: config[each.name] for each in fields(fastest) if config[each.name] != each.default}
     return {
         "m": case.m,
         "shape": [*case.shape],
         "formats": [str(format) for format in case.formats],
-        "config": {name: value for name, value in config.items() if value != defaults[name]},
+        "config": config,
         "torch_for": [outs for outs, us in torch_us.items() if us < TORCH_MARGIN * times[fastest]],
         "kernel": str(fastest),
         "us": times[fastest],
@@ -179,12 +171,8 @@ def search(
     """Median microseconds of the fastest choices, fastest first, and all choices tried.
 
     Samples each choice FIRST_ROUNDS times until the deadline, then the finalists LAST_ROUNDS times in turn, so that a
-    change of clocks affects all of them. Drops choices that the GPU or torch cannot run.
-
-    Args:
-        choices: the first one is sampled even after the deadline.
-        always: how many choices, from the first, are finalists if they run.
-        sample: measures once, in microseconds.
+    change of clocks affects all of them. Drops choices that the GPU or torch cannot run. The first choice is sampled
+    even after the deadline. The first `always` choices are finalists if they run.
 
     Raises:
         WrongError: from `sample`.

@@ -131,6 +131,7 @@ def test_killed_run_keeps_results(folder):
         (("--pair", "FP8"), "--pair must be one of"),
         (("--contender", "cublas"), "--contender must be one of indexproj;"),
         (("--ab", "python3"), "--ab needs two sides"),
+        (("--ab", "python3") * 3, "--ab needs two sides"),
         (("--ab", "no-such-python", "--ab", "python3"), "No such file or directory: 'no-such-python'"),
         (("--ab", "false", "--ab", SIDE), "bench: A: false: the process ended"),
         (("--ab", '{"regime": "gem"}', "--ab", SIDE), "--ab: expected the fields of a KernelConfig, got"),

@@ -98,6 +98,12 @@ def test_wrong_kernels_are_found(measurer, monkeypatch, error):
         measurer(FP8)(SPLIT)
 
 
+def test_torch_that_would_need_two_gemms_is_left_out(measurer, monkeypatch):
+    monkeypatch.setattr(tune, "torch_mm", lambda *_: False)
+    with pytest.raises(RuntimeError, match="torch is off by nan"):
+        measurer(DENSE)("bf16")
+
+
 def test_graphs_share_counters(measurer, monkeypatch):
     def replay(calls):
         workspace._reserved(fake_gpu.CPU, 1000)
