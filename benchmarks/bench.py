@@ -99,12 +99,11 @@ def timer(contender: str, case: Case, how: str) -> Timer:
 
 
 class Side:
-    """One side of an A/B: a process that measures when asked to, a KernelConfig or another Python's `project`.
+    """One side of an A/B: a process that measures a KernelConfig, or another Python's `project`.
 
     Raises:
-        OSError: the process does not start.
-        ValueError: no such config.
-        RuntimeError, WrongError: what happened in the process.
+        OSError, ValueError, RuntimeError: the process does not start.
+        WrongError, RuntimeError: what happened in it.
     """
 
     def __init__(self, label: str, text: str) -> None:

@@ -97,10 +97,7 @@ def eager(calls: Sequence[Callable[[], object]]) -> Timer:
 
 
 class Sampler:
-    """Times contenders on m rows of random x and copies of random weights.
-
-    Graphs of a sampler share counters, so they must not run side by side.
-    """
+    """Times contenders on m rows of random x. Its graphs share counters, so they must not run side by side."""
 
     def __init__(self, m: int, shape: tuple[int, ...], formats: tuple[Format, ...], device: torch.device) -> None:
         self._weights = weight_copies(shape, formats, device)

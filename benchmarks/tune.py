@@ -40,7 +40,7 @@ PREFILL_TILES = ((16, 64), (32, 64), (64, 64), (64, 0), (128, 64), (128, 0))
 
 # A kernel, or torch's GEMM with the output dtypes of that key of OUTS. Kernels are measured with an fp32 gate.
 Choice = KernelConfig | str
-Kernel = tuple[KernelConfig, tuple[int, ...], tuple[Format, ...]]  # and the shape and formats of the weights
+Kernel = tuple[Any, ...]  # a KernelConfig, and the arguments of `signature`: shape, formats ...
 # One entry of a table, as it stands in the JSON file.
 Entry = dict[str, Any]
 
@@ -105,11 +105,10 @@ def tune(
         RuntimeError: there is no GPU, the default kernel fails on it, or compilation runs out of memory.
     """
     target, start = target_of(device), monotonic()
-    configs = {case: candidates(*case, target) for case in cases}
-    for case, config in (known or {}).items():
-        if case in configs:
-            default, *others = configs[case]
-            configs[case] = list(dict.fromkeys([default, config, *others]))
+    configs: dict[Case, list[KernelConfig]] = {}
+    for case in cases:
+        default, *others = candidates(*case, target)
+        configs[case] = list(dict.fromkeys([default, (known or {}).get(case, default), *others]))
     by_rank = zip_longest(*[[(config, *case[1:]) for config in configs[case]] for case in cases])
     kernels = list(dict.fromkeys(filter(None, chain.from_iterable(by_rank))))
     compiled = set()
@@ -226,8 +225,8 @@ def compile_all(target: Target, kernels: Sequence[Kernel], seconds: float) -> It
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _compile_one(target: Target, config: KernelConfig, *shape_and_formats: Any) -> None:
-    warm_up(target, config, signature(*shape_and_formats))
+def _compile_one(target: Target, config: KernelConfig, *arguments: Any) -> None:
+    warm_up(target, config, signature(*arguments))
 
 
 def read_entries(path: Path, gpu: str) -> tuple[list[Entry], dict[Case, KernelConfig]]:
@@ -243,9 +242,8 @@ def read_entries(path: Path, gpu: str) -> tuple[list[Entry], dict[Case, KernelCo
         return [], {}
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
-        head = {"schema": TABLE_SCHEMA, "gpu": gpu}
-        if (found := {key: table[key] for key in head}) != head:
-            raise ValueError(f"expected {head}, found {found}")
+        if (found := (table["schema"], table["gpu"])) != (TABLE_SCHEMA, gpu):
+            raise ValueError(f"expected schema and GPU {(TABLE_SCHEMA, gpu)}, found {found}")
         entries = merged([], table["entries"])
         if table["versions"] == versions():
             return entries, {}

@@ -27,11 +27,10 @@ def compiled():
     """Compiles all candidates on all cores, instead of one by one at their launches."""
     if INTERPRETED or not torch.cuda.is_available():
         return
-    target, kernels = target_of(torch.device("cuda", torch.cuda.current_device())), {}
-    for m, pair in itertools.product(ROWS, ALL_PAIRS):
-        formats = parse_pair(pair)
-        kernels |= {(config, RAGGED, formats, None, FP32): m for config in candidates(m, RAGGED, formats, target)}
-    assert list(compile_all(target, list(kernels), 240))
+    target, kernels = target_of(torch.device("cuda", torch.cuda.current_device())), []
+    for m, formats in itertools.product(ROWS, map(parse_pair, ALL_PAIRS)):
+        kernels += [(config, RAGGED, formats, None, FP32) for config in candidates(m, RAGGED, formats, target)]
+    assert list(compile_all(target, list(dict.fromkeys(kernels)), 240))
 
 
 @pytest.mark.parametrize("m", ROWS)
