@@ -93,7 +93,7 @@ types: .venv/.installed-dev
 	@MYPYPATH=build/types:tests $(BIN)/mypy --config-file= --check-untyped-defs --follow-imports=silent tests/gpu
 
 benchmark: .venv/.installed-dev
-	@PYTHONPATH=tests $(BIN)/python tests/benchmarks/host.py
+	@PYTHONPATH=tests $(BIN)/python tests/host.py
 
 clean:
 	rm -rf .venv .venv-races .venv-vllm .venv-oldest build dist *.egg-info

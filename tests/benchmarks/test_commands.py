@@ -1,7 +1,13 @@
-"""compile, tune and bench: help, and errors that need neither compiler nor GPU."""
+"""compile, tune and bench: help, docs, and errors that need neither compiler nor GPU."""
+
+import re
+import shlex
+from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
+from indexproj.__main__ import app
 from indexproj.indexer.models import PAIRS, SHAPES
 from support import invoke
 
@@ -29,7 +35,19 @@ def test_compile_bad_input_exits_with_2(arguments, message):
     assert message in result.stderr
 
 
-@pytest.mark.parametrize("command", ["compile", "tune"])
+DOCS = [(Path(__file__).parents[2] / name).read_text() for name in ("README.md", "docs/benchmarks.md")]
+COMMAND = r"(?:^|`)(indexproj (?:bench|tune|compile|report) [^`\n]+)"
+
+
+@pytest.mark.parametrize("line", re.findall(COMMAND, "\n".join(DOCS), re.MULTILINE))
+def test_commands_in_docs_parse(line):
+    _, name, *arguments = shlex.split(line)
+    parameters = get_command(app).commands[name].make_context(name, arguments).params
+    assert set(parameters.get("pair") or ()) <= set(PAIRS)
+    assert set(parameters.get("shape") or ()) <= SHAPES.keys()
+
+
+@pytest.mark.parametrize("command", ["bench", "compile", "tune"])
 def test_help_lists_shapes_and_pairs(command):
     text = " ".join(invoke(command, "--help").stdout.split())
     assert "; ".join(PAIRS) in text

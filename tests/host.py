@@ -5,6 +5,7 @@ launcher with all arguments prepared; the others also look up kernel, grid and w
 Loading: all of DeepSeek-V3.2's indexers from the page cache, on one thread, as engines run one process per GPU.
 """
 
+import itertools
 import re
 import tempfile
 import time
@@ -40,6 +41,8 @@ def run(layers=None):
         loaders = {"ours, which keeps FP8": load, "streaming and upcasting": load_upcast}
         calls = {name: lambda loader=loader: loader(path) for name, loader in loaders.items()}
         yield from results("loading", calls | {"ours, headers only": lambda: Plan.of(Checkpoint(path))}, 1)
+        for name, loader in loaders.items():
+            print(f"{name}: {{:.1f}} MB of weights, {{:.1f}} MB beyond them".format(*megabytes(loader, path)))
 
 
 def results(suite, calls, count, m=0):
@@ -91,6 +94,17 @@ def load_upcast(path):
                     fused[int(found[1])] = torch.cat((wk, parts["weights_proj.weight"]))
                     del waiting[int(found[1])]
     return fused
+
+
+def megabytes(loader, path):
+    """Of what a loader returns, and the most that torch holds beyond it while the loader runs."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = loader(path)
+    mapped = {file.stat().st_size for file in path.iterdir()}  # the profiler counts mapped files
+    events = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = list(itertools.accumulate(nbytes for nbytes in events if abs(nbytes) not in mapped))
+    size = sum(weights.nbytes for weights in result.values())
+    return size / 1e6, (max(held) - size) / 1e6
 
 
 if __name__ == "__main__":
