@@ -117,10 +117,8 @@ def quartiles(values: list[float]) -> list[float]:
 
 def spread(values: list[float]) -> str:
     """Median and quartiles, or nothing."""
-    if not values:
-        return ""
-    low, middle, high = (f"{value:.0f}" if value >= 100 else f"{value:.3g}" for value in quartiles(values))
-    return f"{middle} ({low}-{high})"
+    texts = [f"{value:.0f}" if value >= 100 else f"{value:.3g}" for value in quartiles(values)]
+    return "{1} ({0}-{2})".format(*texts) if texts else ""
 
 
 def plot(results: list[Result], folder: Path) -> list[Path]:

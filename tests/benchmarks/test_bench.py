@@ -60,6 +60,13 @@ def test_every_contender_in_turn(folder):
     assert len(lines(folder)) == 14 + 4  # appended; no time for more than ceilings
 
 
+def test_contenders_take_turns():
+    order, times = [], iter(range(100))
+    timers = {name: lambda name=name: order.append(name) or next(times) for name in "abc"}
+    assert bench.in_turn(timers) == {name: list(range(3 + i, 48, 3)) for i, name in enumerate("abc")}
+    assert order == [*"abc"] * (bench.ROUNDS + 1)
+
+
 def test_most_telling_cases_first_and_filters(folder, monkeypatch):
     asked = []
     monkeypatch.setattr(bench, "measure", lambda suite, case, makers: asked.append((case, *makers)) or ())
@@ -239,10 +246,11 @@ def made_up(folder, name="made-up GPU"):
     found = [machine, {"suite": "ceilings", "contender": "copy", "how": "device", "us": [2.0], "bytes": 6000}]
     head = {"suite": "projection", "shape": "glm-5", "pair": FP8, "how": "device"}
     for m in (16, 1, 64):
-        for contender, us in (("indexproj", 2 * m), ("torch linear", 3 * m), ("torch _scaled_mm", m)):
+        torch_us = {"torch mm, fp32": 4 * m, "torch linear": 3 * m, "torch _scaled_mm": m}
+        for contender, us in {"indexproj": 2 * m, **torch_us}.items():
             times = {"us": [0.9 * us, us, us, 1.1 * us, us]} | ({"bytes": 3000 * m} if us == 2 * m else {})
             found.append(head | {"m": m, "contender": contender} | times)
-    found.append(head | {"m": 64, "contender": "torch mm, fp32", "error": "not supported", "wrong": False})
+    found.append(head | {"m": 64, "contender": "indexproj, bf16", "error": "not supported", "wrong": False})
     folder.mkdir()
     (folder / "results.jsonl").write_text("".join(json.dumps(each) + "\n" for each in found))
     return folder
@@ -256,8 +264,8 @@ def test_report(tmp_path):
     assert "- GPU made-up GPU, clocks.sm 1980 MHz, torch 2.13.0, date today" in text
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| 1 ")]
     assert rows[0] == ["1", "indexproj", "2 (2-2)", "0.667 (0.667-0.667)", "1.5", "50%"]
-    assert rows[1][:4] == ["1", "torch linear", "3 (3-3)", "1 (1-1)"]
-    assert rows[2][3] == "0.333 (0.333-0.333)"
+    assert rows[2][:4] == ["1", "torch linear", "3 (3-3)", "1 (1-1)"]
+    assert rows[3][3] == "0.333 (0.333-0.333)"
     assert "not supported" in text
     assert text.index("| 1 ") < text.index("| 16 ") < text.index("| 64 ")
     assert (folder / "projection-glm-5-fp8-128x128-bf16.png").read_bytes().startswith(b"\x89PNG")
@@ -271,7 +279,7 @@ def test_plot_shows_quartiles_and_the_memory_floor(tmp_path):
     lines = {line.get_label().split(":")[0]: [*zip(*line.get_data(), strict=True)] for line in axes.lines}
     assert lines["memory floor"] == [(1, 1.0), (16, 16.0), (64, 64.0)]
     assert lines["torch linear"] == [(1, 3), (16, 48), (64, 192)]
-    assert len(axes.collections) == 3
+    assert len(axes.collections) == 4
 
 
 def test_report_of_the_last_run(tmp_path):
@@ -292,7 +300,7 @@ def test_report_of_a_bad_line(tmp_path, line):
         file.write(line + "\n")
     result = invoke("report", folder)
     assert result.exit_code == 2
-    assert result.stderr.startswith(f"report: {folder}/results.jsonl, line 13: expected a result of `indexproj bench`")
+    assert result.stderr.startswith(f"report: {folder}/results.jsonl, line 16: expected a result of `indexproj bench`")
 
 
 def test_report_errors(tmp_path):
