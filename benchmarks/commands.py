@@ -162,16 +162,14 @@ def tune(
         for name in dict.fromkeys(shape or SHAPES):
             formats = [parse_pair(text) for text in dict.fromkeys(pair or PAIRS)]
             cases = [module.Case(m, SHAPES[name], each) for each, m in product(formats, module.MS)]
-            measured: list[dict[str, Any]] = []
-            try:
-                with Console(stderr=True).status(name) as status:
-                    for done, entry in module.tune(cases, device, seconds, known):
-                        status.update(f"{name}: {done}")
-                        measured += [entry] if entry else []
-            finally:  # keeps what was measured before an error or an interrupt
-                entries = module.merged(entries, measured)
-                if measured:
-                    module.write_table(path, gpu, entries)
+            measured = []
+            with Console(stderr=True).status(name) as status:
+                for done, entry in module.tune(cases, device, seconds, known):
+                    status.update(f"{name}: {done}")
+                    if entry:
+                        measured.append(entry)
+                        entries = module.merged(entries, [entry])
+                        module.write_table(path, gpu, entries)
             _print_tuned(name, measured)
     console.print(f"Kept in {path}.", soft_wrap=True)
 

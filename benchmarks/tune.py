@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, TimeoutError, as_completed
@@ -210,7 +211,8 @@ def search(
 def compile_all(target: Target, kernels: Sequence[Kernel], seconds: float) -> Iterator[Kernel]:
     """Compiles into Triton's cache on all cores until time is up; yields each kernel that compiled."""
     # Not fork, which would copy a process that has a CUDA context.
-    pool = ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn"))
+    context, quiet = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
+    pool = ProcessPoolExecutor(len(os.sched_getaffinity(0)), context, signal.signal, quiet)
     futures = {pool.submit(_compile_one, target, *kernel): kernel for kernel in kernels}
     try:
         for future in as_completed(futures, timeout=seconds):

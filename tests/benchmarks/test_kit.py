@@ -2,9 +2,11 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -77,7 +79,21 @@ def test_kit_exits_with_the_worst_code(kit, codes, expected):
     assert result.returncode == expected, result.stdout
     assert (kit / "codes").read_text() == "\n"
     assert f"== Results are in {kit}/results" in result.stdout
-    assert "compute-sanitizer is not installed" in (kit / "results/sanitize.log").read_text()
+    assert "compute-sanitizer is not installed" in (kit / "results/log.txt").read_text()
+
+
+def test_interrupted_kit_ends_its_step(kit):
+    (kit / "codes").write_text("")
+    script = (kit / "python").read_text().replace("exit $code", f"echo $$ > {kit}/started; exec sleep 100")
+    (kit / "python").write_text(script)
+    process = subprocess.Popen(["bash", "run.sh"], cwd=kit, env={"PATH": "/usr/bin:/bin", "PYTHON": f"{kit}/python"})
+    while not (kit / "started").exists() or not (kit / "started").read_text():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 2
+    assert "run.sh: interrupted; results are kept" in (kit / "results/log.txt").read_text()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((kit / "started").read_text()), 0)
 
 
 @pytest.mark.parametrize("minutes", ["0", "-1", "1.5", "ten"])

@@ -25,7 +25,10 @@ print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")' 2> res
     exit 2
 fi
 
+[ -z "$gpu" ] || exec > >(tee results/log.txt) 2>&1
 worst=0
+running=
+trap 'kill $running; echo "run.sh: interrupted; results are kept in $PWD/results"; exit 2' INT TERM
 step() {
     local name=$1 code
     shift
@@ -34,8 +37,10 @@ step() {
         return
     fi
     echo "== $name"
-    timeout -s INT -k 60 "$((60 * minutes + 60))" "$@" 2>&1 | tee "results/$name.log"
-    code=${PIPESTATUS[0]}
+    timeout -k 60 "$((60 * minutes + 60))" "$@" & # in the background, as the trap would wait for it otherwise
+    running=$!
+    wait $running
+    code=$?
     [ "$code" = 124 ] && echo "$name: stopped after $minutes minutes; results are kept"
     if [ "$code" = 1 ]; then worst=1; elif [ "$code" != 0 ] && [ $worst = 0 ]; then worst=2; fi
 }
