@@ -1,4 +1,4 @@
-# Targets run in .venv, .venv-races (ttsem) or .venv-vllm, created on first use with PYTHON.
+# Targets run in .venv, .venv-races (ttsem), .venv-vllm or .venv-oldest, created on first use with PYTHON.
 PYTHON ?= python3
 BIN := .venv/bin
 RACES := .venv-races/bin
@@ -6,7 +6,7 @@ FIXTURE := build/demo/deepseek-v3.2
 # Which tests of test-host and test-interpreter run: "not full", "full", or "" for all.
 SELECT := not full
 
-.PHONY: demo test test-all test-full test-host test-interpreter test-compile test-races test-vllm lint types benchmark clean
+.PHONY: demo test test-all test-full test-host test-interpreter test-gpu sanitize gpu-kit test-oldest test-compile test-races test-vllm lint types benchmark clean
 
 demo: .venv/.installed
 	@echo "== 1/3 Write two layers of a checkpoint with the layout of DeepSeek-V3.2 (K=7168, H=64) to $(FIXTURE)"
@@ -29,11 +29,34 @@ test-all: test
 
 test-host: .venv/.installed-dev
 	@echo "== Host logic, command line and packaging ($(SELECT))"
-	@$(BIN)/pytest -q -n 2 -m "$(SELECT)" tests --ignore tests/interpreter --ignore tests/compile_only --ignore tests/races --ignore tests/engine
+	@$(BIN)/pytest -q -n 2 -m "$(SELECT)" tests --ignore tests/gpu --ignore tests/interpreter --ignore tests/compile_only --ignore tests/races --ignore tests/engine
 
 test-interpreter: .venv/.installed-dev
 	@echo "== Kernels in Triton's interpreter, against fp64 ($(SELECT))"
 	@TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 -m "$(SELECT)" tests/interpreter
+
+# Without a GPU every test is skipped, with the reason.
+test-gpu: .venv/.installed-dev
+	@echo "== Kernels on the GPU at hand, against fp64"
+	@$(BIN)/pytest -q -m "not full" tests/gpu tests/interpreter
+
+sanitize: .venv/.installed-dev
+	@PYTHON=$(BIN)/python tests/gpu/sanitize.sh
+
+# One archive for a machine with torch and a GPU, but no network. Its run.sh runs all of the above, benchmarks and tuning.
+gpu-kit: .venv/.installed-dev
+	@rm -rf build/gpu-kit build/lib build/bdist.* && mkdir -p build/gpu-kit/wheels build/wheels
+	@$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w build/gpu-kit/wheels .
+	@ls build/wheels/rich-*.whl > /dev/null 2>&1 || $(BIN)/python -m pip download -q --no-deps -d build/wheels rich markdown-it-py mdurl pygments
+	@cp build/wheels/*.whl build/gpu-kit/wheels/
+	@tar c --exclude __pycache__ pyproject.toml tests | tar x -C build/gpu-kit
+	@cp tests/gpu/run.sh build/gpu-kit/
+	@tar czf build/gpu-kit.tar.gz -C build gpu-kit
+	@echo "== build/gpu-kit.tar.gz, $$(du -h build/gpu-kit.tar.gz | cut -f1): unpack it anywhere, then bash gpu-kit/run.sh [MINUTES]"
+
+test-oldest: .venv-oldest/.installed
+	@echo "== Host logic with torch 2.11.0 and Triton 3.6.0"
+	@.venv-oldest/bin/pytest -q -m "not full" tests/kernels tests/loading tests/benchmarks --ignore tests/loading/test_producers.py
 
 test-compile: .venv/.installed-dev
 	@echo "== Kernels compiled for sm_80, sm_90, sm_100, sm_120, gfx942 and gfx950"
@@ -61,12 +84,13 @@ types: .venv/.installed-dev
 	@for floor in kernels loading indexer benchmarks; do ln -sfn ../../../$$floor build/types/indexproj/$$floor; done
 	@MYPYPATH=build/types $(BIN)/mypy -p indexproj
 	@MYPYPATH=build/types $(BIN)/mypy tests/typing_check.py
+	@MYPYPATH=build/types:tests $(BIN)/mypy --config-file= --check-untyped-defs --follow-imports=silent tests/gpu
 
 benchmark: .venv/.installed-dev
-	@$(BIN)/pytest -q benchmarks
+	@PYTHONPATH=tests $(BIN)/python tests/host.py
 
 clean:
-	rm -rf .venv .venv-races .venv-vllm build dist *.egg-info
+	rm -rf .venv .venv-races .venv-vllm .venv-oldest build dist *.egg-info
 
 .venv/.created:
 	@echo "== Creating .venv with $(PYTHON) and installing torch 2.13.0"
@@ -93,6 +117,13 @@ clean:
 	@$(RACES)/python -m pip install -qq --upgrade pip
 	@$(RACES)/python -m pip install -qq torch==2.13.0 pytest pytest-timeout pytest-xdist -e .
 	@$(RACES)/python -m pip install -qq --no-deps --ignore-requires-python triton==3.8.0 ttsem==0.1.0
+	@touch $@
+
+.venv-oldest/.installed: pyproject.toml
+	@echo "== Creating .venv-oldest with $(PYTHON) and installing torch 2.11.0 and triton 3.6.0"
+	@$(PYTHON) -m venv .venv-oldest
+	@.venv-oldest/bin/python -m pip install -qq --upgrade pip
+	@.venv-oldest/bin/python -m pip install -qq torch==2.11.0 triton==3.6.0 hypothesis jsonschema matplotlib pytest setuptools -e .
 	@touch $@
 
 # torchvision, torchaudio and torchcodec are unused and fail to load with a CPU build of torch.

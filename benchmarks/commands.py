@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby, product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -16,15 +18,17 @@ from rich.table import Table
 from ..indexer.cli.commands import app, complain, console, fail
 from ..indexer.models import PAIRS, SHAPES
 
-if TYPE_CHECKING:
-    from .gates import Row
-    from .tune import Entry
-
 W8A8_WK = "FP8 128x128"  # the format of wk that `activation` is defined for
 _SHAPES = "; ".join(f"{name} (D={d}, H={h}, K={k})" for name, (d, h, k) in SHAPES.items())
 _SHAPE_HELP = f"Shape of a published model; repeatable. Default: all. {_SHAPES}."
 _PAIR_HELP = f"Formats of wk and weights_proj, quoted; repeatable. Default: all. {'; '.join(PAIRS)}."
 _GPU_HELP = "sm_80, sm_90, sm_100, sm_120, gfx942 or gfx950; repeatable."
+_SM_HELP = "SMs or compute units. Default: those of the largest such GPU."
+_AB_HELP = (
+    "Compare two sides, in turn: a KernelConfig in JSON, or a command that starts a Python, such as "
+    "`env INDEXPROJ_TUNED= python3` or `other-venv/bin/python`. Give the option twice."
+)
+_CONTENDER_HELP = "indexproj, torch linear or another name in the results; repeatable. Default: all."
 _ACTIVATION_HELP = f"Activation for wk in {W8A8_WK} (W8A8). Default: none (W8A16), or all without --shape and --pair."
 Shapes = Annotated[list[str] | None, typer.Option("--shape", metavar="SHAPE", help=_SHAPE_HELP)]
 Pairs = Annotated[list[str] | None, typer.Option("--pair", metavar="PAIR", help=_PAIR_HELP)]
@@ -34,19 +38,12 @@ Pairs = Annotated[list[str] | None, typer.Option("--pair", metavar="PAIR", help=
 def compile_(
     target: Annotated[list[str] | None, typer.Option(metavar="GPU", help=_GPU_HELP)] = None,
     all_targets: Annotated[bool, typer.Option("--all", help="All of these GPUs.")] = False,
-    sm_count: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="SMs or compute units. Default: those of the largest such GPU."),
-    ] = None,
+    sm_count: Annotated[int | None, typer.Option(min=1, metavar="N", help=_SM_HELP)] = None,
     shape: Shapes = None,
     pair: Pairs = None,
     activation: Annotated[Literal["fp8", "fp8_ue8m0"] | None, typer.Option(help=_ACTIVATION_HELP)] = None,
-    cache: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Keep the binaries for servers with TRITON_CACHE_DIR=DIR.")
-    ] = None,
-    batch_invariant: Annotated[
-        bool, typer.Option("--batch-invariant", help="For servers with VLLM_BATCH_INVARIANT=1.")
-    ] = False,
+    cache: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep binaries for TRITON_CACHE_DIR=DIR.")] = None,
+    batch_invariant: Annotated[bool, typer.Option("--batch-invariant", help="For VLLM_BATCH_INVARIANT=1.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compile the kernels for any GPU and check the binaries.
@@ -72,7 +69,8 @@ def compile_(
     if sm_count and len(names) > 1:
         fail(f"compile: --sm-count needs exactly one --target, got {', '.join(names)}")
     targets = [replace(TARGETS[name], sm_count=sm_count or TARGETS[name].sm_count) for name in names]
-    _check_names("compile", shape, pair)
+    _check_names("compile", "--shape", shape, SHAPES)
+    _check_names("compile", "--pair", pair, PAIRS)
     cases = CASES
     if shape or pair or activation:
         pairs = pair or [name for name in PAIRS if not activation or name.startswith(W8A8_WK)]
@@ -80,10 +78,8 @@ def compile_(
             fail(f"compile: --activation needs wk in {W8A8_WK}, got --pair {'; '.join(pairs)}")
         cases = [Case(*case, activation) for case in product(shape or SHAPES, pairs)]
     if cache:
-        try:
+        with _failures("compile"):
             cache.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            fail(f"compile: --cache: {error}")
         os.environ["TRITON_CACHE_DIR"] = str(cache.resolve())
     found = []
     with Console(stderr=True).status("Compiling") as status:
@@ -100,41 +96,26 @@ def compile_(
     if faulty:
         raise typer.Exit(1)
     if cache and not as_json:
-        text = (
-            f"Kept in {cache}. Start servers with TRITON_CACHE_DIR={cache.resolve()}; the path must be the same there."
-        )
-        console.print(text, soft_wrap=True)
+        where = f"TRITON_CACHE_DIR={cache.resolve()}"
+        console.print(f"Kept in {cache}. Start servers with {where}; the path must be the same there.", soft_wrap=True)
 
 
-def _title(row: Row) -> str:
+def _title(row: dict[str, Any]) -> str:
     activation = f", activation {row['activation']}" if row["activation"] else ""
     return f"{row['target']}, {row['shape']}, {row['pair']}{activation}, gate in {row['gate']}"
 
 
-def _print_compiled(found: list[Row]) -> None:
-    keys = "m", "programs", "per_sm", "registers", "shared_memory", "mma", "step", "load_groups"
+def _print_compiled(found: list[dict[str, Any]]) -> None:
+    headers = {"kernel": "kernel", "m": "M", "programs": "programs", "per_sm": "per SM", "registers": "regs",
+               "shared_memory": "shared", "mma": "MMA", "step": "step", "load_groups": "trips"}  # fmt: skip
     for title, group in groupby(found, _title):
-        headers = (
-            "kernel",
-            "M",
-            "programs",
-            "per SM",
-            "regs",
-            "shared",
-            "MMA",
-            "step",
-            "trips",
-            "MB",
-            "KB",
-            "~us",
-            "check",
-        )
-        table = _table(title, *headers)
-        for row in group:
-            sizes = f"{row['bytes'] / 1e6:.1f}", f"{row['reduced_bytes'] / 1e3:.0f}"
-            check = "failed" if row["faults"] else "ok"
-            table.add_row(row["kernel"], *(str(row[key]) for key in keys), *sizes, str(row["estimate_us"]), check)
-        console.print(table)
+        rows = [
+            {name: str(row[key]) for key, name in headers.items()}
+            | {"MB": f"{row['bytes'] / 1e6:.1f}", "KB": f"{row['reduced_bytes'] / 1e3:.0f}"}
+            | {"~us": str(row["estimate_us"]), "check": "failed" if row["faults"] else "ok"}
+            for row in group
+        ]
+        _print_table(title, rows)
     console.print(
         "M: the largest with this kernel. programs: of a launch with M rows. per SM: programs that fit on\n"
         "one SM. regs: per thread. shared: bytes of shared memory. MMA: matrix instructions. step: instructions\n"
@@ -147,12 +128,8 @@ def _print_compiled(found: list[Row]) -> None:
 def tune(
     shape: Shapes = None,
     pair: Pairs = None,
-    seconds: Annotated[
-        float, typer.Option(min=1, max=86400, help="Time limit per shape; less time means fewer candidates.")
-    ] = 110,
-    output: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Table to write. Default: in the user's config folder.")
-    ] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="Time limit per shape; less means fewer candidates.")] = 110,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Default: in the user's config folder.")] = None,
 ) -> None:
     """Measure which kernels are fastest on this GPU.
 
@@ -162,109 +139,139 @@ def tune(
     written with --output, set INDEXPROJ_TUNED=FILE. Exits with 1 if a kernel is wrong.
     """
     import torch
-    from rich.progress import Progress
 
     from ..kernels.dispatch import table_path
     from ..kernels.formats import parse_pair
-    from ..kernels.target import INTERPRETED
     from . import tune as module
+    from .gpu import current_gpu
 
-    _check_names("tune", shape, pair)
-    if INTERPRETED or not torch.cuda.is_available():
-        fail(f"tune: needs a GPU, but {'TRITON_INTERPRET=1 is set' if INTERPRETED else 'there is none'}")
-    device = torch.device("cuda", torch.cuda.current_device())
-    gpu = torch.cuda.get_device_name(device)
-    entries: list[Entry] = []
-    try:
+    _check_names("tune", "--shape", shape, SHAPES)
+    _check_names("tune", "--pair", pair, PAIRS)
+    with _failures("tune"):
+        device = current_gpu()
+        gpu = torch.cuda.get_device_name(device)
         path = output or table_path(gpu)
         path.parent.mkdir(parents=True, exist_ok=True)
-        entries = module.read_entries(path, gpu)
-    except ValueError as error:
-        complain(f"tune: starting a new table: {error}")
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
-        fail(f"tune: {error}")
-    for name in dict.fromkeys(shape or SHAPES):
-        formats = [parse_pair(text) for text in dict.fromkeys(pair or PAIRS)]
-        cases = [module.Case(m, SHAPES[name], each) for each, m in product(formats, module.MS)]
-        measured: list[Entry] = []
         try:
-            with Progress(console=Console(stderr=True), transient=True) as progress:
-                bar = progress.add_task(name)
-                for step, done, total, entry in module.tune(cases, device, seconds):
-                    progress.update(bar, description=f"{name}, {step}", completed=done, total=total)
-                    measured += [entry] if entry else []
-        except (module.WrongError, RuntimeError) as error:
-            complain(f"tune: {error}")
-            raise typer.Exit(1 if isinstance(error, module.WrongError) else 2) from error
-        finally:  # keeps what was measured before an error or an interrupt
-            entries = module.merged(entries, measured)
-            try:
-                if measured:
-                    module.write_table(path, gpu, entries)
-            except OSError as error:
-                fail(f"tune: {error}")
-        _print_tuned(name, measured)
+            entries, known = module.read_entries(path, gpu)
+        except ValueError as error:
+            complain(f"tune: starting a new table: {error}")
+            entries, known = [], {}
+        if known:
+            complain(f"tune: {path} was measured with other versions; its configs are tried first", style="yellow")
+        for name in dict.fromkeys(shape or SHAPES):
+            formats = [parse_pair(text) for text in dict.fromkeys(pair or PAIRS)]
+            cases = [module.Case(m, SHAPES[name], each) for each, m in product(formats, module.MS)]
+            measured = []
+            with Console(stderr=True).status(name) as status:
+                for done, entry in module.tune(cases, device, seconds, known):
+                    status.update(f"{name}: {done}")
+                    if entry:
+                        measured.append(entry)
+                        entries = module.merged(entries, [entry])
+                        module.write_table(path, gpu, entries)
+            _print_tuned(name, measured)
     console.print(f"Kept in {path}.", soft_wrap=True)
 
 
-def _print_tuned(shape: str, entries: list[Entry]) -> None:
+def _print_tuned(shape: str, entries: list[dict[str, Any]]) -> None:
     for formats, group in groupby(entries, lambda entry: ", ".join(entry["formats"])):
-        table = _table(f"{shape}, {formats}; us", "fastest", "M", "us", "default", "torch fp32", "torch bf16", "tried")
+        rows = []
         for entry in group:
-            times = [f"{us:.2f}" for us in (entry["us"], entry["default_us"])]
+            row = {"fastest": entry["kernel"], "M": str(entry["m"]), "us": f"{entry['us']:.2f}"}
+            row["default"] = f"{entry['default_us']:.2f}"
             for outs in ("fp32", "bf16"):
                 mark = "*" if outs in entry["torch_for"] else ""
-                times.append(f"{entry['torch_us'][outs]:.2f}{mark}" if outs in entry["torch_us"] else "-")
-            table.add_row(entry["kernel"], str(entry["m"]), *times, f"{entry['tried']} of {entry['candidates']}")
-        console.print(table)
+                row[f"torch {outs}"] = f"{entry['torch_us'][outs]:.2f}{mark}" if outs in entry["torch_us"] else "-"
+            rows.append(row | {"tried": f"{entry['tried']} of {entry['candidates']}"})
+        _print_table(f"{shape}, {formats}; us", rows)
     console.print("default: the kernel without a table. torch: with an fp32 or a bf16 gate.")
     console.print("*: dispatches to torch.mm; results are cuBLAS's.")
 
 
 @app.command()
 def bench(
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer sizes and rounds.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print pytest-benchmark's JSON.")] = False,
-    plot: Annotated[Path | None, typer.Option(metavar="DIR", help="Write a PNG per table.")] = None,
+    shape: Shapes = None,
+    pair: Pairs = None,
+    m: Annotated[list[int] | None, typer.Option(min=1, max=65536, metavar="N", help="Rows of x; repeatable.")] = None,
+    contender: Annotated[list[str] | None, typer.Option(metavar="NAME", help=_CONTENDER_HELP)] = None,
+    ab: Annotated[list[str] | None, typer.Option(metavar="SIDE", help=_AB_HELP)] = None,
+    minutes: Annotated[float, typer.Option(min=0, help="Time limit; the most telling cases come first.")] = 60,
+    counters: Annotated[bool, typer.Option("--counters", help="Add what NVIDIA's ncu counts in a launch.")] = False,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for results; see `report`.")] = Path("results"),
 ) -> None:
-    """Benchmark the projection, loading and host overhead.
+    """Measure the projection against torch, or A/B two versions or configs.
 
-    Skips the projection if there is no GPU. If a suite fails, prints the results of the others and exits with 1.
+    Checks results, and appends each measurement to DIR/results.jsonl at once: a run that is killed loses none. Starts
+    with ceilings: an empty kernel, and bandwidths of memory and L2. Exits with 1 if a kernel is wrong.
     """
-    from ..kernels.target import INTERPRETED
+    from . import bench as module
+    from .gpu import current_gpu
+    from .report import markdown
+
+    _check_names("bench", "--shape", shape, SHAPES)
+    _check_names("bench", "--pair", pair, PAIRS)
+    _check_names("bench", "--contender", contender, module.CONTENDERS)
+    if len(ab or ()) not in (0, 2):
+        fail("bench: --ab needs two sides")
+    pairs = pair or sorted(PAIRS, key=lambda name: not name.startswith(W8A8_WK))
+    cases = [module.Case(c, a, b) for a, b, c in product(pairs, m or module.MS, shape or SHAPES)]
+    found = []
+    with _failures("bench"):
+        current_gpu()
+        output.mkdir(parents=True, exist_ok=True)
+        with (output / "results.jsonl").open("a", encoding="utf-8") as file:
+            for result in module.run(cases, contender or [*module.CONTENDERS], ab or (), 60 * minutes, counters):
+                found.append(result)
+                print(json.dumps(result), file=file, flush=True)
+    print(markdown(found))
+    errors = [result for result in found if "error" in result and not result["contender"].startswith("torch")]
+    for result in errors:
+        case = ", ".join(str(result[key]) for key in ("contender", "how", "shape", "pair", "m"))
+        complain(f"bench: {case}: {result['error']}")
+    if errors:
+        raise typer.Exit(1 if any(result["wrong"] for result in errors) else 2)
+
+
+@app.command("report")
+def report_(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that `bench` filled.")]) -> None:
+    """Turn results of `bench` into Markdown tables and plots in the same folder."""
     from . import report
 
-    if INTERPRETED:
-        fail("bench: does not time Triton's interpreter; unset TRITON_INTERPRET")
+    with _failures("report"):
+        results = report.read(folder)
+        (folder / "report.md").write_text(report.markdown(results), encoding="utf-8")
+        paths = [folder / "report.md", *report.plot(results, folder)]
+    if len(paths) == 1:
+        complain("report: no plots, as matplotlib is not installed or there is one M", style="yellow")
+    console.print(f"Wrote {', '.join(map(str, paths))}", soft_wrap=True)
+
+
+@contextmanager
+def _failures(command: str) -> Iterator[None]:
+    """One line for what went wrong, and its exit code."""
+    from triton.errors import TritonError
+
+    from .gpu import WrongError
+
     try:
-        if plot:
-            report.check_plotting(plot)
-        results = report.run(quick)
-        if as_json:
-            print(json.dumps(results, indent=2))
-        else:
-            for table in report.tables(results):
-                console.print(table)
-            console.print("Medians; with up to three columns also quartiles and ratios to the first row.")
-        if plot:
-            paths = report.plot(results, plot)
-            Console(stderr=True, soft_wrap=True).print(f"Plots: {', '.join(map(str, paths))}")
-    except (RuntimeError, OSError) as error:
-        fail(f"bench: {error}")
-    if results["failed"]:
-        complain(f"bench: these suites failed, see above: {', '.join(results['failed'])}")
-        raise typer.Exit(1)
+        yield
+    except typer.Exit:
+        raise
+    except (WrongError, OSError, RuntimeError, ValueError, TritonError, KeyboardInterrupt) as error:
+        complain(f"{command}: {str(error).strip().partition(chr(10))[0] or 'interrupted'}")
+        raise typer.Exit(1 if isinstance(error, WrongError) else 2) from error
 
 
-def _table(title: str, kernel: str, *numbers: str) -> Table:
+def _print_table(title: str, rows: list[dict[str, str]]) -> None:
     table = Table(title=title, title_justify="left")
-    table.add_column(kernel, no_wrap=True)
-    for number in numbers:
-        table.add_column(number, justify="right", no_wrap=True)
-    return table
+    for number, name in enumerate(rows[0]):
+        table.add_column(name, justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row.values())
+    console.print(table)
 
 
-def _check_names(command: str, shape: list[str] | None, pair: list[str] | None) -> None:
-    for option, chosen, known in (("--shape", shape, SHAPES), ("--pair", pair, PAIRS)):
-        if unknown := [name for name in chosen or () if name not in known]:
-            fail(f"{command}: {option} must be one of {'; '.join(known)}; got {'; '.join(unknown)}")
+def _check_names(command: str, option: str, chosen: list[str] | None, known: Iterable[str]) -> None:
+    if unknown := [name for name in chosen or () if name not in known]:
+        fail(f"{command}: {option} must be one of {'; '.join(known)}; got {'; '.join(unknown)}")

@@ -1,149 +1,156 @@
-"""Runs the suites of benchmarks/, and shows the results as tables and plots."""
+"""Turns results of `indexproj bench` into Markdown tables and plots."""
 
 from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
+from math import nan
 from pathlib import Path
+from statistics import median, quantiles
 from typing import Any
 
-from rich.table import Table
+from .bench import Result
 
-SUITES = Path(__file__).parent
-COLUMNS = 7  # per table, which then fits 100 characters
-# A result as pytest-benchmark writes it. Its extra_info has the row and column of a table, and the unit.
-Benchmark = dict[str, Any]
+Row = dict[str, str]
+# Results of one suite, shape and pair by M and contender, and then by how they were measured.
+Group = dict[tuple[int, str], dict[str, Result]]
 
 
-def run(quick: bool) -> dict[str, Any]:
-    """Runs the suites that this machine supports, with output on stderr, and returns pytest-benchmark's JSON.
-
-    "failed" lists suites with failures; their other results and those of other suites are kept.
+def read(folder: Path) -> list[Result]:
+    """All lines of a folder's *.jsonl, without one that a killed run has cut short.
 
     Raises:
-        RuntimeError: pytest-benchmark is not installed, or there are no results.
+        ValueError: there are none, one is no result, or they are from several GPUs.
     """
-    if find_spec("pytest_benchmark") is None:
-        raise RuntimeError("the suites need pytest-benchmark; run `pip install '.[bench]'` in a clone")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "results.json"
-        command = [sys.executable, "-m", "pytest", "-q", "-rs", "-c", "/dev/null", "-p", "no:cacheprovider"]
-        command += ["--import-mode=importlib", "--no-header", "--continue-on-collection-errors"]
-        command += ["--benchmark-disable-gc", "--benchmark-quiet", f"--benchmark-json={path}"]
-        command += [*["--quick"] * quick, str(SUITES)]
-        # Not in the current folder, where `python -m` would look for modules first.
-        code = subprocess.run(command, cwd=folder, stdout=sys.stderr, check=False).returncode
-        # 1 with results: some tests failed. Without: all failed, or pytest-benchmark is disabled.
-        if code not in (0, 1) or not path.exists():
-            raise RuntimeError(f"the suites exited with {code} and no results; their output is above")
-        results: dict[str, Any] = json.loads(path.read_text())
+    results = []
+    for path in sorted(folder.glob("*.jsonl")):
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True), 1):
+            try:
+                result = json.loads(line)
+                markdown([result])
+                results.append(result)
+            except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+                if line.endswith("\n"):
+                    raise ValueError(f"{path}, line {number}: expected a result of `indexproj bench`") from error
+    if not any("suite" in result for result in results):
+        raise ValueError(f"{folder}: expected results of `indexproj bench` in *.jsonl, found none")
+    names = {result["machine"].get("name", "none") for result in results if "machine" in result}
+    if len(names) > 1:
+        raise ValueError(f"{folder}: expected results of one GPU, found {', '.join(sorted(names))}; use a folder each")
     return results
 
 
-def groups(results: dict[str, Any]) -> dict[str, dict[str, dict[Any, Benchmark]]]:
-    """Benchmarks by title, row and column of their table, each in the order in which they ran."""
-    found: dict[str, dict[str, dict[Any, Benchmark]]] = {}
-    for benchmark in results["benchmarks"]:
-        info = benchmark["extra_info"]
-        found.setdefault(benchmark["group"], {}).setdefault(info["row"], {})[info["column"]] = benchmark
-    return found
+def groups(results: Iterable[Result]) -> dict[str, Group]:
+    """By title. A later result replaces an earlier one."""
+    found: dict[str, Group] = {}
+    for result in results:
+        if "machine" not in result:
+            title = ", ".join(filter(None, (result["suite"], result.get("shape"), result.get("pair"))))
+            key = int(result.get("m", 0)), result["contender"]
+            found.setdefault(title, {}).setdefault(key, {})[result["how"]] = result
+    return {title: dict(sorted(group.items(), key=lambda item: item[0][0])) for title, group in found.items()}
 
 
-def tables(results: dict[str, Any]) -> Iterator[Table]:
-    """Tables of medians. Those with up to three columns also show quartiles and the ratio to the first row."""
-    for title, rows in groups(results).items():
-        first = next(iter(rows.values()))
-        info = next(iter(first.values()))["extra_info"]
-        extras = [key for key in info if key.startswith("MB ")]
-        for start in range(0, len(first), COLUMNS):
-            columns = [*first][start : start + COLUMNS]
-            table = Table(title=f"{title}; {info['unit']}", title_justify="left")
-            table.add_column("M" if isinstance(columns[0], int) else "", no_wrap=True)
-            for column in (*columns, *extras):
-                table.add_column(str(column), justify="right", no_wrap=True)
-            for name, row in rows.items():
-                cells = [_cell(row.get(column), first[column], len(first) <= 3) for column in columns]
-                cells += [f"{row[columns[0]]['extra_info'][key]:.1f}" for key in extras]
-                table.add_row(name, *cells)
-            yield table
+def markdown(results: list[Result]) -> str:
+    """Machine and versions, and a table per suite, shape and pair."""
+    lines = []
+    for result in results:
+        if "machine" in result:
+            facts = {"GPU": "none", **result["machine"], **result["versions"], "date": result["date"]}
+            facts["GPU"] = facts.pop("name", "none")
+            facts |= {key: value for key, value in result.items() if key.startswith("versions of")}
+            lines.append("- " + ", ".join(f"{name} {value}" for name, value in facts.items()))
+    found = groups(results)
+    rate = _copy_rate(found)
+    for title, group in found.items():
+        rows = list(_counted(group) if title.startswith("counters") else _timed(group, rate))
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        cells = [names, *([row.get(name, "") for name in names] for row in rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        cells.insert(1, ["-" * width for width in widths])
+        table = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+        lines += ["", f"## {title}", "", *(f"| {row} |" for row in table)]
+    return "\n".join(lines) + "\n"
 
 
-def _cell(benchmark: Benchmark | None, first: Benchmark, has_room: bool) -> str:
-    if benchmark is None:
-        return "-"
-    low, median, high = (f"{value:.0f}" if value >= 100 else f"{value:.3g}" for value in _quartiles(benchmark))
-    if not has_room:
-        return median
-    ratio = f", {benchmark['stats']['median'] / first['stats']['median']:.3g}x" if benchmark is not first else ""
-    return f"{median} ({low}-{high}){ratio}"
+def _copy_rate(found: dict[str, Group]) -> float:
+    """Bytes per microsecond of the copy among the ceilings; NaN without one."""
+    copy = found.get("ceilings", {}).get((0, "copy"), {}).get("device", {"bytes": nan, "us": [1.0]})
+    return float(copy["bytes"] / median(copy["us"]))
 
 
-def _quartiles(benchmark: Benchmark) -> list[float]:
-    """First quartile, median and third quartile in the benchmark's unit."""
-    scale = {"us": 1e6, "ms": 1e3}[benchmark["extra_info"]["unit"]]
-    return [benchmark["stats"][key] * scale for key in ("q1", "median", "q3")]
+def _timed(group: Group, rate: float) -> Iterator[Row]:
+    for (m, contender), by_how in group.items():
+        row = ({"M": str(m)} if m else {}) | {"us": contender}
+        for how, result in by_how.items():
+            row[how] = spread(result["us"]) if "us" in result else result["error"]
+            if result["suite"] != "ceilings":
+                baseline = _baseline(group, m, how)
+                pairs = zip(result.get("us", ()), baseline, strict=False)
+                row[f"{how}, ratio"] = spread([own / other for own, other in pairs])
+        device = by_how.get("device", {})
+        if device.get("bytes") and "us" in device:
+            achieved = device["bytes"] / median(device["us"])
+            row |= {"GB/s": f"{achieved / 1e3:.3g}", "of copy": f"{achieved / rate:.0%}"}
+        yield row
 
 
-def check_plotting(folder: Path) -> None:
-    """Creates the folder for plots. Raises RuntimeError without matplotlib, OSError if there can be no folder."""
+def _counted(group: Group) -> Iterator[Row]:
+    counted = {m: by_how["device"]["counters"] for (m, _), by_how in group.items()}
+    for name in dict.fromkeys(name for counters in counted.values() for name in counters):
+        yield {"counter": name} | {f"M = {m}": counters.get(name, "") for m, counters in counted.items()}
+
+
+def _baseline(group: Group, m: int, how: str) -> list[float]:
+    """The fastest of torch with the same M; the first contender where torch takes no part."""
+    rivals = [by_how[how] for (own, _), by_how in group.items() if own == m and "us" in by_how.get(how, {})]
+    torch = [result for result in rivals if result["contender"] in ("torch linear", "torch mm, fp32")]
+    best = sorted(torch, key=lambda result: median(result["us"])) or rivals
+    return best[0]["us"] if best else []
+
+
+def quartiles(values: list[float]) -> list[float]:
+    return quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+
+
+def spread(values: list[float]) -> str:
+    """Median and quartiles, or nothing."""
+    texts = [f"{value:.0f}" if value >= 100 else f"{value:.3g}" for value in quartiles(values)]
+    return "{1} ({0}-{2})".format(*texts) if texts else ""
+
+
+def plot(results: list[Result], folder: Path) -> list[Path]:
+    """Writes a PNG of device times per group with several M. Nothing without matplotlib."""
     if find_spec("matplotlib") is None:
-        raise RuntimeError("--plot needs matplotlib; run `pip install '.[bench]'` in a clone")
-    folder.mkdir(parents=True, exist_ok=True)
+        return []
+    from matplotlib.figure import Figure
 
-
-def plot(results: dict[str, Any], folder: Path) -> list[Path]:
-    """Writes a PNG per table with several rows."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    paths, machine = [], results["machine_info"]
-    name = machine.get("gpu", {}).get("name") or machine["cpu"].get("brand_raw", machine["machine"])
-    versions = ", ".join(f"{package} {version}" for package, version in machine["versions"].items())
-    for title, rows in groups(results).items():
-        if len(rows) > 1:
-            figure, axes = pyplot.subplots(figsize=(12, 6), layout="constrained")
-            draw(axes, rows)
-            axes.set_title(f"{title}\n{name}", loc="left")
-            axes.set_title(f"{results['datetime'][:10]}\n{versions}", loc="right", fontsize="small")
+    paths, found = [], groups(results)
+    for title, group in found.items():
+        timed = {key: by_how["device"] for key, by_how in group.items() if "us" in by_how.get("device", {})}
+        if len({m for m, _ in timed}) > 1:
+            figure = Figure(figsize=(12, 6), layout="constrained")
+            draw(figure.subplots(), timed, _copy_rate(found))
+            figure.suptitle(title)
             paths.append(folder / f"{'-'.join(re.findall(r'[a-z0-9.]+', title.lower()))}.png")
             figure.savefig(paths[-1], dpi=120)
-            pyplot.close(figure)
     return paths
 
 
-def draw(axes: Any, rows: dict[str, dict[Any, Benchmark]]) -> None:
-    """Medians and quartiles against M or another column, one line per row, and the floors if the GPU is known."""
-    from matplotlib import colormaps
-
-    first = next(iter(rows.values()))
-    columns = [*first]
-    axes.set_yscale("log")
-    axes.set_ylabel(f"{first[columns[0]]['extra_info']['unit']}, median and quartiles")
-    axes.set_prop_cycle(color=[colormaps["tab20"](shade) for shade in range(20)])
-    for name, row in rows.items():
-        low, median, high = zip(*map(_quartiles, row.values()), strict=True)
-        errors = [[m - q for m, q in zip(median, low, strict=True)], [q - m for m, q in zip(median, high, strict=True)]]
-        style = "-" if name.startswith("indexproj") else "--"
-        axes.errorbar([*row], median, yerr=errors, label=name, marker="o", markersize=3, capsize=3, linestyle=style)
-    for floor, style in (("memory floor", ":"), ("compute floor", "-.")):
-        infos = [[row[column]["extra_info"] for row in rows.values() if column in row] for column in columns]
-        values = [[info[floor] for info in column if floor in info] for column in infos]
-        if all(values):  # a band, because the bytes of the weights depend on their formats
-            lowest = [min(us) for us in values]
-            axes.plot(columns, lowest, label=f"{floor}, by the data sheet", color="black", linestyle=style)
-            axes.fill_between(columns, lowest, [max(us) for us in values], color="black", alpha=0.15)
-            if floor == "memory floor":  # the compute floor of few rows would take half of the figure
-                axes.set_ylim(bottom=min(lowest) / 2)
-    if isinstance(columns[0], int):
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(columns, map(str, columns))
-        axes.set_xlabel("M, rows of x")
+def draw(axes: Any, timed: dict[tuple[int, str], Result], rate: float) -> None:
+    """Medians and quartiles against M, one line per contender, and the time of a copy of as many bytes."""
+    ticks = sorted({m for m, _ in timed})
+    for name in dict.fromkeys(contender for _, contender in timed):
+        points = [(m, *quartiles(timed[m, name]["us"])) for m in ticks if (m, name) in timed]
+        ms, low, middle, high = zip(*points, strict=True)
+        axes.plot(ms, middle, "--" if name.startswith("torch") else "-", marker=".", label=name)
+        axes.fill_between(ms, low, high, alpha=0.3)
+    floor = {m: result["bytes"] / rate for (m, _), result in timed.items() if "bytes" in result}
+    axes.plot(floor.keys(), floor.values(), "k:", label="memory floor: a copy of as many bytes")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, map(str, ticks))
+    axes.set(yscale="log", xlabel="M, rows of x", ylabel="us, median and quartiles")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5))
+    axes.legend()

@@ -2,40 +2,35 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import multiprocessing
 import os
+import signal
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, TimeoutError, as_completed
 from dataclasses import fields, replace
 from datetime import date
-from functools import partial
+from functools import cache
+from itertools import chain, product, zip_longest
 from pathlib import Path
 from time import monotonic
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from triton.errors import TritonError
 
-from ..kernels import KernelConfig, ProjectionWeights, Target, choose, reference
+from ..kernels import KernelConfig, Target, choose
 from ..kernels.dispatch import ACCUMULATORS, MAX_SPLIT_K, OUTS, TABLE_SCHEMA, cdiv, next_power_of_2, versions
 from ..kernels.formats import Format
-from ..kernels.launch import launch, signature_of, torch_mm
+from ..kernels.launch import KERNELS, torch_mm
 from ..kernels.target import target_of
-from ..kernels.workspace import recycled_counters
 from .compiled import signature, warm_up
 from .estimate import estimate
-from .gpu import Replay, weight_copies
+from .gpu import TORCH_TOLERANCES, Sampler, WrongError
 
 MS = tuple(2**power for power in range(15))
-# Largest error against fp64 relative to the largest output, by dtype. torch accumulates inside the tensor core, which
-# truncates in each of 448 steps over K = 7168, and may reduce parts of K in bf16.
-TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
-TORCH_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2**-6}
 FINALISTS, FIRST_ROUNDS, LAST_ROUNDS = 3, 3, 9
 # cuBLAS rounds differently from the kernels, so it has to be faster by more than two percent.
 TORCH_MARGIN = 0.98
@@ -46,7 +41,7 @@ PREFILL_TILES = ((16, 64), (32, 64), (64, 64), (64, 0), (128, 64), (128, 0))
 
 # A kernel, or torch's GEMM with the output dtypes of that key of OUTS. Kernels are measured with an fp32 gate.
 Choice = KernelConfig | str
-Kernel = tuple[KernelConfig, tuple[int, ...], tuple[Format, ...]]  # and the shape and formats of the weights
+Kernel = tuple[Any, ...]  # a KernelConfig, and the arguments of `signature`: shape, formats ...
 # One entry of a table, as it stands in the JSON file.
 Entry = dict[str, Any]
 
@@ -59,41 +54,28 @@ class Case(NamedTuple):
     formats: tuple[Format, ...]  # of wk and weights_proj
 
 
-class Progress(NamedTuple):
-    step: str
-    done: int
-    total: int
-    entry: Entry | None = None
-
-
-class WrongError(Exception):
-    """A kernel's result differs from the reference."""
-
-
 def candidates(m: int, shape: tuple[int, ...], formats: tuple[Format, ...], target: Target) -> list[KernelConfig]:
     """Configs worth measuring: the default, that with PDL, then of each regime those with the lowest estimates.
 
     Regimes take turns, so that a search that runs out of time has tried all of them.
     """
     m, (*ns, k) = next_power_of_2(m), shape
-    gemvs, splits, prefills = [], [], []
+    configs = []
     if m <= 16:
-        for block_m, num_warps, slices in itertools.product((min(m, 4), min(m, 8)), (2, 4, 8), (8, 16)):
-            gemvs.append(KernelConfig("gemv", block_m, block_k=128, num_warps=num_warps, slices=slices))
+        for block_m, num_warps, slices in product((min(m, 4), min(m, 8)), (2, 4, 8), (8, 16)):
+            configs.append(KernelConfig("gemv", block_m, block_k=128, num_warps=num_warps, slices=slices))
     if 2 <= m <= 1024:
-        for block_m, block_n, slices, steps in itertools.product((8, 16, 32), (16, 32), (4, 8), (1, 2, 4)):
+        for block_m, block_n, slices, steps in product((8, 16, 32), (16, 32), (4, 8), (1, 2, 4)):
+            split_k = cdiv(k, slices * 64 * steps)
             if (8 if target.is_cuda() else 16) <= block_m < 2 * max(m, 16):
-                splits.append(
-                    KernelConfig("split_k", block_m, 64, cdiv(k, slices * 64 * steps), 2, slices, block_n, slices)
-                )
+                configs.append(KernelConfig("split_k", block_m, 64, split_k, 2, slices, block_n, slices))
     if m >= 32:
         columns = KernelConfig("prefill", 1, 64, block_n=0).acc_size(*ns)
-        for (block_m, block_n), (block_k, num_stages), split_k in itertools.product(
-            PREFILL_TILES, ((64, 3), (128, 2), (64, 4)), (1, 2, 3, 4, 5, 6, 8, 11, 14)
-        ):
-            if block_m <= m and (block_n or block_m * columns <= ACCUMULATORS):
-                for num_warps in (8,) if block_m > 64 or not block_n else (4, 8):
-                    prefills.append(KernelConfig("prefill", block_m, block_k, split_k, num_stages, num_warps, block_n))
+        depths = product(((64, 3), (128, 2), (64, 4)), (1, 2, 3, 4, 5, 6, 8, 11, 14))
+        for (block_m, block_n), ((block_k, num_stages), split_k), num_warps in product(PREFILL_TILES, depths, (4, 8)):
+            fits = block_m <= m and (block_n or block_m * columns <= ACCUMULATORS)
+            if fits and (num_warps == 8 or (block_m <= 64 and block_n)):
+                configs.append(KernelConfig("prefill", block_m, block_k, split_k, num_stages, num_warps, block_n))
 
     def is_useful(config: KernelConfig) -> bool:
         programs, one_wave = math.prod(config.grid(m, *ns)), target.sm_count
@@ -103,36 +85,37 @@ def candidates(m: int, shape: tuple[int, ...], formats: tuple[Format, ...], targ
         is_split = has_work and config.split_k <= MAX_SPLIT_K
         return is_split and one_wave / 4 <= programs and (programs <= 4 * one_wave or may_queue)
 
-    def cost(config: KernelConfig) -> float:
-        return estimate(m, shape, formats, config, target).total
-
-    ranked = [sorted(filter(is_useful, configs), key=cost)[:PER_REGIME] for configs in (gemvs, splits, prefills)]
-    neighbors = [config for turn in itertools.zip_longest(*ranked) for config in turn if config is not None]
+    useful = sorted(filter(is_useful, configs), key=lambda config: estimate(m, shape, formats, config, target).total)
+    ranked = [[config for config in useful if config.regime == regime][:PER_REGIME] for regime in KERNELS]
     default = choose(m, shape, formats, target)
     with_pdl = [replace(default, pdl=True)] if target.is_cuda(90) and default.regime != "prefill" else []
-    return list(dict.fromkeys([default, *with_pdl, *neighbors]))
+    in_turn = chain.from_iterable(zip_longest(*ranked))
+    return list(dict.fromkeys([default, *with_pdl, *filter(None, in_turn)]))
 
 
-def tune(cases: Sequence[Case], device: torch.device, seconds: float) -> Iterator[Progress]:
-    """Yields one entry per case, and its progress. If time runs out, later candidates are skipped.
+def tune(
+    cases: Sequence[Case], device: torch.device, seconds: float, known: Mapping[Case, KernelConfig] | None = None
+) -> Iterator[tuple[str, Entry | None]]:
+    """Yields what has been done, and one entry per case. If time runs out, later candidates are skipped.
 
     Up to half of the time goes into compiling all kernels on all cores, likely winners first; the rest into measuring
-    those that compiled, with an equal share per case.
+    those that compiled, with an equal share per case. Known configs are tried first after the default.
 
     Raises:
         WrongError: a kernel is wrong.
         RuntimeError: there is no GPU, the default kernel fails on it, or compilation runs out of memory.
     """
     target, start = target_of(device), monotonic()
-    configs = {case: candidates(*case, target) for case in cases}
-    by_rank = itertools.zip_longest(
-        *([(config, case.shape, case.formats) for config in configs[case]] for case in cases)
-    )
-    kernels = list(dict.fromkeys(kernel for rank in by_rank for kernel in rank if kernel is not None))
+    configs: dict[Case, list[KernelConfig]] = {}
+    for case in cases:
+        default, *others = candidates(*case, target)
+        configs[case] = list(dict.fromkeys([default, (known or {}).get(case, default), *others]))
+    by_rank = zip_longest(*[[(config, *case[1:]) for config in configs[case]] for case in cases])
+    kernels = list(dict.fromkeys(filter(None, chain.from_iterable(by_rank))))
     compiled = set()
     for kernel in compile_all(target, kernels, seconds / 2):
         compiled.add(kernel)
-        yield Progress("compiling", len(compiled), len(kernels))
+        yield f"compiled {len(compiled)} of {len(kernels)}", None
     begin = monotonic()
     for number, case in enumerate(cases, 1):
         default, *others = configs[case]
@@ -141,22 +124,39 @@ def tune(cases: Sequence[Case], device: torch.device, seconds: float) -> Iterato
         # For other formats torch would need a second, bf16 copy of the weights.
         by_torch = list(OUTS) if set(case.formats) == {Format.BF16} else []
         choices: list[Choice] = [default, *by_torch, *ready]
-        medians, tried = search(choices, 1 + len(by_torch), Sampler(case, device), deadline)
+        medians, tried = search(choices, 1 + len(by_torch), _measurer(case, device), deadline)
         counts = {"tried": len(set(tried) & set(configs[case])), "candidates": len(configs[case])}
-        yield Progress("measuring", number, len(cases), _entry(case, medians, default) | counts)
+        yield f"measured {number} of {len(cases)}", _entry(case, medians, default) | counts
+
+
+def _measurer(case: Case, device: torch.device) -> Callable[[Choice], float]:
+    """A function that measures a choice once, in microseconds."""
+    sampler = Sampler(*case, device)
+
+    @cache
+    def timer(choice: Choice) -> Callable[[], float]:
+        try:
+            if isinstance(choice, KernelConfig):
+                return sampler.timer(sampler.with_config(choice))
+            return sampler.timer(sampler.into(choice, torch_mm), TORCH_TOLERANCES)
+        except WrongError as error:
+            message = f"{case}: {choice if isinstance(choice, KernelConfig) else 'torch'} is {error}"
+            raise (WrongError if isinstance(choice, KernelConfig) else RuntimeError)(message) from error
+
+    return lambda choice: timer(choice)()
 
 
 def _entry(case: Case, medians: dict[Choice, float], default: KernelConfig) -> Entry:
     times = {choice: round(us, 3) for choice, us in medians.items()}
     fastest = next(choice for choice in times if isinstance(choice, KernelConfig))
     torch_us = {outs: times[outs] for outs in OUTS if outs in times}
-    config = {field.name: getattr(fastest, field.name) for field in fields(fastest)}
-    defaults = {field.name: field.default for field in fields(fastest)}
+    config = {each.name: getattr(fastest, each.name) for each in fields(fastest)}
+    config = {each.name: config[each.name] for each in fields(fastest) if config[each.name] != each.default}
     return {
         "m": case.m,
         "shape": [*case.shape],
         "formats": [str(format) for format in case.formats],
-        "config": {name: value for name, value in config.items() if value != defaults[name]},
+        "config": config,
         "torch_for": [outs for outs, us in torch_us.items() if us < TORCH_MARGIN * times[fastest]],
         "kernel": str(fastest),
         "us": times[fastest],
@@ -171,12 +171,8 @@ def search(
     """Median microseconds of the fastest choices, fastest first, and all choices tried.
 
     Samples each choice FIRST_ROUNDS times until the deadline, then the finalists LAST_ROUNDS times in turn, so that a
-    change of clocks affects all of them. Drops choices that the GPU or torch cannot run.
-
-    Args:
-        choices: the first one is sampled even after the deadline.
-        always: how many choices, from the first, are finalists if they run.
-        sample: measures once, in microseconds.
+    change of clocks affects all of them. Drops choices that the GPU or torch cannot run. The first choice is sampled
+    even after the deadline. The first `always` choices are finalists if they run.
 
     Raises:
         WrongError: from `sample`.
@@ -212,54 +208,11 @@ def search(
     return dict(sorted(medians.items(), key=lambda item: item[1])), list(samples)
 
 
-class Sampler:
-    """Measures a choice on a GPU in microseconds, with weights that are not in L2, after checking its results."""
-
-    def __init__(self, case: Case, device: torch.device) -> None:
-        self._case = case
-        self._copies = weight_copies(case.shape, case.formats, device)
-        *self._ns, k = case.shape
-        self._x = torch.randn(case.m, k, device=device).bfloat16()
-        self._exact = reference(self._x, self._copies[0])
-        self._signature = signature_of(self._copies[0], *OUTS["fp32"])
-        self._replays: dict[Choice, Replay] = {}
-
-    def __call__(self, choice: Choice) -> float:
-        if choice not in self._replays:
-            outs = self._outputs(choice)
-            self._run(choice, self._copies[0], outs)
-            self._check(choice, outs)
-            # These graphs never run side by side, so they can share counters instead of using up the reserve.
-            with recycled_counters(self._x.device):
-                self._replays[choice] = Replay([partial(self._run, choice, weights, outs) for weights in self._copies])
-        return self._replays[choice].microseconds()
-
-    def _outputs(self, choice: Choice) -> tuple[Tensor, ...]:
-        if choice == "bf16":
-            return torch.split(self._x.new_full((len(self._x), sum(self._ns)), torch.nan), self._ns, 1)
-        pairs = zip(self._ns, OUTS["fp32"], strict=True)
-        return tuple(self._x.new_full((len(self._x), n), torch.nan, dtype=dtype) for n, dtype in pairs)
-
-    def _run(self, choice: Choice, weights: ProjectionWeights, outs: tuple[Tensor, ...]) -> None:
-        operands = weights.wk.operands, weights.gate.operands
-        if isinstance(choice, KernelConfig):
-            launch(self._x, operands, outs, self._signature, choice)
-        elif not torch_mm(self._x, operands, outs):
-            raise RuntimeError("torch would need two GEMMs, as weights or outputs do not share one tensor")
-
-    def _check(self, choice: Choice, outs: tuple[Tensor, ...]) -> None:
-        is_ours = isinstance(choice, KernelConfig)
-        for out, truth in zip(outs, self._exact, strict=True):
-            error = ((out.double() - truth).abs().max() / truth.abs().max()).item()
-            if not error <= (TOLERANCES if is_ours else TORCH_TOLERANCES)[out.dtype]:
-                what = f"{choice if is_ours else 'torch'} is off by {error:.1e} of the largest output for {self._case}"
-                raise WrongError(what) if is_ours else RuntimeError(what)
-
-
 def compile_all(target: Target, kernels: Sequence[Kernel], seconds: float) -> Iterator[Kernel]:
     """Compiles into Triton's cache on all cores until time is up; yields each kernel that compiled."""
     # Not fork, which would copy a process that has a CUDA context.
-    pool = ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn"))
+    context, quiet = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
+    pool = ProcessPoolExecutor(len(os.sched_getaffinity(0)), context, signal.signal, quiet)
     futures = {pool.submit(_compile_one, target, *kernel): kernel for kernel in kernels}
     try:
         for future in as_completed(futures, timeout=seconds):
@@ -274,34 +227,42 @@ def compile_all(target: Target, kernels: Sequence[Kernel], seconds: float) -> It
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _compile_one(target: Target, config: KernelConfig, *shape_and_formats: Any) -> None:
-    warm_up(target, config, signature(*shape_and_formats))
+def _compile_one(target: Target, config: KernelConfig, *arguments: Any) -> None:
+    warm_up(target, config, signature(*arguments))
 
 
-def read_entries(path: Path, gpu: str) -> list[Entry]:
-    """The entries of a table of this GPU and these versions; none if there is no file.
+def read_entries(path: Path, gpu: str) -> tuple[list[Entry], dict[Case, KernelConfig]]:
+    """The entries of a table of this GPU and these versions, or the configs of one of this GPU and other versions.
+
+    Nothing if there is no file.
 
     Raises:
         ValueError: the file is something else.
         OSError: it cannot be read.
     """
     if not path.exists():
-        return []
+        return [], {}
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
-        found = {key: table[key] for key in _head(gpu)}
-        if found != _head(gpu):
-            raise ValueError(f"expected {_head(gpu)}, found {found}")
-        return merged([], table["entries"])
+        if (found := (table["schema"], table["gpu"])) != (TABLE_SCHEMA, gpu):
+            raise ValueError(f"expected schema and GPU {(TABLE_SCHEMA, gpu)}, found {found}")
+        entries = merged([], table["entries"])
+        if table["versions"] == versions():
+            return entries, {}
+        return [], {_case_of(entry): KernelConfig(**entry["config"]) for entry in entries}
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be extended: {error!r}") from error
 
 
+def _case_of(entry: Entry) -> Case:
+    return Case(entry["m"], tuple(entry["shape"]), tuple(map(Format, entry["formats"])))
+
+
 def merged(old: Iterable[Entry], new: Iterable[Entry]) -> list[Entry]:
     """One entry per case: the new one, unless more kernels were tried for the old one."""
-    result: dict[Any, Entry] = {}
+    result: dict[Case, Entry] = {}
     for entry in (*old, *new):
-        case = entry["m"], *entry["shape"], *entry["formats"]
+        case = _case_of(entry)
         if case not in result or result[case]["tried"] <= entry["tried"]:
             result[case] = entry
     return list(result.values())
@@ -309,12 +270,8 @@ def merged(old: Iterable[Entry], new: Iterable[Entry]) -> list[Entry]:
 
 def write_table(path: Path, gpu: str, entries: Iterable[Entry]) -> None:
     """Writes a table for `kernels.dispatch`, one entry per line. A failed write leaves the old file."""
-    head = json.dumps(_head(gpu) | {"date": date.today().isoformat()})[:-1]
+    head = {"schema": TABLE_SCHEMA, "gpu": gpu, "versions": versions(), "date": date.today().isoformat()}
     lines = ",\n".join(json.dumps(entry) for entry in entries)
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(f'{head}, "entries": [\n{lines}\n]}}\n', encoding="utf-8")
+    temporary.write_text(f'{json.dumps(head)[:-1]}, "entries": [\n{lines}\n]}}\n', encoding="utf-8")
     temporary.replace(path)
-
-
-def _head(gpu: str) -> dict[str, Any]:
-    return {"schema": TABLE_SCHEMA, "gpu": gpu, "versions": versions()}

@@ -27,10 +27,13 @@ def poison():
 
 @pytest.fixture
 def mm_to_fp32():
-    """torch.mm with out_dtype, which it has for GPUs only: one that rounds nothing on the way."""
+    """torch.mm with out_dtype, which it has for GPUs only: one that rounds nothing on the way. And older _scaled_mm."""
     library = torch.library.Library("aten", "IMPL")
     library.impl("mm.dtype_out", lambda a, b, dtype, *, out: out.copy_(a.to(dtype) @ b.to(dtype)), "CPU")
     library.impl("mm.dtype", lambda a, b, dtype: a.to(dtype) @ b.to(dtype), "CPU")
+    if torch.__version__ < "2.13":
+        multiply = lambda a, b, s, t, bias, scale, dtype, *_: ((s * a.float()) @ (t * b.float())).to(dtype)  # noqa: E731
+        library.impl("_scaled_mm", multiply, "CPU")
     yield
     library._destroy()
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from indexproj.__main__ import app
-from indexproj.indexer.cli.synthetic import random_matrix
+from indexproj.indexer.cli import synthetic
 from indexproj.indexer.models import PAIRS, SHAPES
 from indexproj.kernels import Format, ProjectionWeights
 from indexproj.kernels.formats import parse_pair
@@ -22,6 +22,13 @@ DEEPSEEK, GLM = SHAPES.values()
 
 INDEXER = "model.layers.{}.self_attn.indexer."
 WK, SCALE, GATE = (INDEXER.format(0) + leaf for leaf in ("wk.weight", "wk.weight_scale_inv", "weights_proj.weight"))
+
+
+def random_matrix(format, n, k):
+    """The same numbers on every device."""
+    with torch.device("cpu"):
+        matrix = synthetic.random_matrix(format, n, k)
+    return matrix.map(lambda tensor: tensor.to(torch.get_default_device()))
 
 
 dense, fp8 = (functools.partial(random_matrix, format) for format in (Format.BF16, Format.FP8_BLOCK))

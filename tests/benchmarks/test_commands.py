@@ -1,7 +1,13 @@
-"""compile, tune and bench: help, and errors that need neither compiler nor GPU."""
+"""compile, tune and bench: help, docs, and errors that need neither compiler nor GPU."""
+
+import re
+import shlex
+from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
+from indexproj.__main__ import app
 from indexproj.indexer.models import PAIRS, SHAPES
 from support import invoke
 
@@ -17,7 +23,7 @@ SM_90 = ("--target", "sm_90")
         ((*SM_90, "--shape", "glm"), "--shape must be one of deepseek-v3.2; glm-5; got glm"),
         ((*SM_90, "--pair", "INT4, BF16"), "got INT4, BF16"),
         ((*SM_90, "--activation", "fp8", "--pair", "BF16, BF16"), "--activation needs wk in FP8 128x128"),
-        ((*SM_90, "--cache", __file__), "--cache"),
+        ((*SM_90, "--cache", __file__), "compile: [Errno 17] File exists"),
         ((*SM_90, "--target", "sm_100", "--sm-count", "78"), "one --target, got sm_90, sm_100"),
         (("--all", "--sm-count", "78"), "--sm-count needs exactly one --target"),
         ((*SM_90, "--sm-count", "0"), "Invalid value for '--sm-count'"),
@@ -29,7 +35,19 @@ def test_compile_bad_input_exits_with_2(arguments, message):
     assert message in result.stderr
 
 
-@pytest.mark.parametrize("command", ["compile", "tune"])
+DOCS = [(Path(__file__).parents[2] / name).read_text() for name in ("README.md", "docs/benchmarks.md")]
+COMMAND = r"(?:^|`)(indexproj (?:bench|tune|compile|report) [^`\n]+)"
+
+
+@pytest.mark.parametrize("line", re.findall(COMMAND, "\n".join(DOCS), re.MULTILINE))
+def test_commands_in_docs_parse(line):
+    _, name, *arguments = shlex.split(line)
+    parameters = get_command(app).commands[name].make_context(name, arguments).params
+    assert set(parameters.get("pair") or ()) <= set(PAIRS)
+    assert set(parameters.get("shape") or ()) <= SHAPES.keys()
+
+
+@pytest.mark.parametrize("command", ["bench", "compile", "tune"])
 def test_help_lists_shapes_and_pairs(command):
     text = " ".join(invoke(command, "--help").stdout.split())
     assert "; ".join(PAIRS) in text
@@ -37,10 +55,9 @@ def test_help_lists_shapes_and_pairs(command):
         assert f"{name} (D={d}, H={h}, K={k})" in text
 
 
-@pytest.mark.parametrize("arguments", [("compile", *SM_90), ("bench",)])
-def test_interpreter_is_refused(arguments, monkeypatch):
+def test_interpreter_is_refused(monkeypatch):
     monkeypatch.setattr("indexproj.kernels.target.INTERPRETED", True)
-    result = invoke(*arguments)
+    result = invoke("compile", *SM_90)
     assert result.exit_code == 2
     assert "TRITON_INTERPRET" in result.stderr
 

@@ -1,6 +1,7 @@
 """How `indexproj tune` compiles, checks and times kernels, with a made-up GPU."""
 
 import contextlib
+import itertools
 import math
 import os
 from dataclasses import replace
@@ -8,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import fake_gpu
 from indexproj.benchmarks import gpu, tune
 from indexproj.benchmarks.tune import Case, WrongError
 from indexproj.kernels import TARGETS, KernelConfig, workspace
@@ -47,81 +49,76 @@ def test_compile_all_ends_in_time_or_when_killed(kernel):
         list(tune.compile_all(Killer(), [kernel], 300))
 
 
-class Calls:
-    """In place of a Replay: runs the calls one by one."""
-
-    def __init__(self, calls):
-        self.calls = calls
-        for call in calls:
-            call()
-
-    def microseconds(self):
-        return float(len(self.calls))
-
-
 @pytest.fixture
-def sampler(monkeypatch, mm_to_fp32):
-    """Makes a Sampler on the CPU for launches that are off by error[0]; it has the pointers of all weights."""
-    gpu.weight_copies.cache_clear()
-    l2 = type("Properties", (), {"L2_cache_size": 10**6})
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: l2)
-    monkeypatch.setattr(tune, "Replay", Calls)
+def measurer(monkeypatch, mm_to_fp32):
+    """Makes a function that measures choices on a made-up GPU."""
+    fake_gpu.install(monkeypatch.setattr)
+    return lambda formats: tune._measurer(Case(5, (128, 32, 1024), formats), fake_gpu.CPU)
+
+
+def off_by(error):
+    """A launch whose results are off if it has four warps."""
+
+    def launch(x, operands, outs, signature, config):
+        fake_gpu.launch(x, operands, outs, signature, config)
+        for out in outs if config.num_warps == 4 else ():
+            out *= 1 + error
+
+    return launch
+
+
+@pytest.mark.parametrize("formats", [DENSE, FP8])
+def test_choices_run_on_every_copy_after_a_check(measurer, monkeypatch, formats):
+    seen = []
+
+    def launch(x, operands, *others, **named):
+        assert x.shape == (5, 1024)
+        seen.append(operands[0][0].data_ptr())
+        fake_gpu.launch(x, operands, *others, **named)
+
+    monkeypatch.setattr(gpu, "launch", launch)
+    measure = measurer(formats)
+    count = measure(SPLIT)
+    assert len(set(seen)) == count > 1
+    assert len(seen) == count + 1  # the check comes first
+    assert measure(SPLIT) == count
+    assert len(seen) == count + 1  # a graph is captured once
+    assert formats == FP8 or [measure(outs) for outs in OUTS] == [count] * 2
+
+
+@pytest.mark.parametrize("error", [1e-5, math.nan])
+def test_wrong_kernels_are_found(measurer, monkeypatch, error):
+    monkeypatch.setattr(gpu, "launch", off_by(error))
+    measure = measurer(DENSE)
+    measure(SPLIT)
+    with pytest.raises(WrongError, match=r"Case\(m=5, .* split_k .* is off by (1.0e-05|nan) of the largest output"):
+        measure(replace(SPLIT, num_warps=4))
+    monkeypatch.setattr(gpu, "launch", lambda *_, **__: None)  # nobody writes the outputs
+    with pytest.raises(WrongError):
+        measurer(FP8)(SPLIT)
+
+
+def test_torch_that_would_need_two_gemms_is_left_out(measurer, monkeypatch):
+    monkeypatch.setattr(tune, "torch_mm", lambda *_: False)
+    with pytest.raises(RuntimeError, match="torch is off by nan"):
+        measurer(DENSE)("bf16")
+
+
+def test_graphs_share_counters(measurer, monkeypatch):
+    def replay(calls):
+        workspace._reserved(fake_gpu.CPU, 1000)
+        return lambda: 1.0
+
+    monkeypatch.setattr(gpu, "replay", replay)
     workspace._reserves.clear()
-
-    def make(formats, error=0.0):
-        def launch(x, operands, outs, signature, config):
-            made.seen.append(operands[0][0].data_ptr())
-            for out, exact in zip(outs, made._exact, strict=True):
-                out.copy_(exact * (1 + (error if config.num_warps == 4 else 0)))
-
-        monkeypatch.setattr(tune, "launch", launch)
-        made = tune.Sampler(Case(5, (128, 32, 1024), formats), torch.device("cpu"))
-        made.seen = []
-        return made
-
-    yield make
-    gpu.weight_copies.cache_clear()
-
-
-def test_sampler_cycles_through_copies_and_checks_results(sampler):
-    sample = sampler(DENSE, error=1e-5)
-    copies = 1 + -(-2 * 10**6 // (2 * 160 * 1024))
-    assert sample(SPLIT) == copies
-    assert len(set(sample.seen)) == copies
-    assert len(sample.seen) == copies + 1  # the check comes first
-    for outs in OUTS:
-        assert sample(outs) == copies
-    assert sample._x.shape == (5, 1024)
-    with pytest.raises(WrongError, match=r"split_k .* is off by 1.0e-05 of the largest output"):
-        sample(replace(SPLIT, num_warps=4))
-    fp8 = sampler(FP8, error=math.nan)
-    assert fp8(SPLIT) == len(set(fp8.seen))
-    with pytest.raises(WrongError):
-        fp8(replace(SPLIT, num_warps=4))
-
-
-def test_sampler_finds_outputs_that_nobody_wrote(sampler, monkeypatch):
-    sample = sampler(DENSE)
-    monkeypatch.setattr(tune, "launch", lambda x, operands, outs, signature, config: None)
-    with pytest.raises(WrongError):
-        sample(SPLIT)
-
-
-def test_sampler_graphs_share_counters(sampler, monkeypatch):
-    class Graph(Calls):
-        def __init__(self, calls):
-            super().__init__(calls)
-            workspace._reserved(torch.device("cpu"), 1000)
-
-    monkeypatch.setattr(tune, "Replay", Graph)
-    sample = sampler(DENSE)
+    measure = measurer(DENSE)
     for warps in (1, 2, 8):
-        sample(replace(GEMV, num_warps=warps))
-        assert workspace._reserves[torch.device("cpu")].numel() == workspace.RESERVE
+        measure(replace(GEMV, num_warps=warps))
+        assert workspace._reserves[fake_gpu.CPU].numel() == workspace.RESERVE
 
 
 @pytest.mark.parametrize(("off", "accepted"), [(2e-4, ["bf16"]), (2**-5, [])])
-def test_sampler_rejects_inaccurate_torch(sampler, monkeypatch, off, accepted):
+def test_inaccurate_torch_is_rejected(measurer, monkeypatch, off, accepted):
     torch_mm = tune.torch_mm
 
     def less_precise(x, matrices, outs):
@@ -131,10 +128,10 @@ def test_sampler_rejects_inaccurate_torch(sampler, monkeypatch, off, accepted):
         return done
 
     monkeypatch.setattr(tune, "torch_mm", less_precise)
-    sample = sampler(DENSE)
+    measure = measurer(DENSE)
     for outs in OUTS:
         with contextlib.nullcontext() if outs in accepted else pytest.raises(RuntimeError, match="torch is off by"):
-            sample(outs)
+            measure(outs)
 
 
 def test_replay_is_one_graph_of_many_calls(monkeypatch):
@@ -169,7 +166,16 @@ def test_replay_is_one_graph_of_many_calls(monkeypatch):
 
     for name, value in (("CUDAGraph", Graph), ("graph", capture), ("Event", Event), ("synchronize", lambda: None)):
         monkeypatch.setattr(torch.cuda, name, value)
-    replay = gpu.Replay([lambda name=name: log.append(name) for name in "abc"])
-    assert log == [*"abc", "begin", *"abc" * 22, "end", "replay"]  # at least 64 calls
-    assert replay.microseconds() == pytest.approx(1600 / 66)
+    microseconds = gpu.replay([lambda name=name: log.append(name) for name in "abc"])
+    assert log == [*"abc", "begin", *"abc" * 22, "end"]  # at least 64 calls
+    assert microseconds() == pytest.approx(1600 / 66)
     assert log[-2:] == ["replay", "wait"]
+
+
+def test_eager_times_every_call_until_the_gpu_is_done(monkeypatch):
+    log, clock = [], itertools.count(0, 1.6e-3)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    monkeypatch.setattr(gpu, "perf_counter", lambda: next(clock))
+    microseconds = gpu.eager([lambda name=name: log.append(name) for name in "abc"])
+    assert microseconds() == pytest.approx(1600 / 66)
+    assert log == ["wait", *"abc" * 22, "wait"]

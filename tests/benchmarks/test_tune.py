@@ -135,12 +135,12 @@ def tune_both(clock, monkeypatch):
         def __missing__(self, choice):
             return speed(choice)
 
-    def run(seconds, compiler):
+    def run(seconds, compiler, known=None):
         monkeypatch.setattr(tune, "compile_all", compiler)
-        return list(tune.tune([Case(m, GLM, formats) for formats in (DENSE, FP8) for m in MS], "cuda", seconds))
+        return list(tune.tune([Case(m, GLM, formats) for formats in (DENSE, FP8) for m in MS], "cuda", seconds, known))
 
     monkeypatch.setattr(tune, "target_of", lambda device: SM_90)
-    monkeypatch.setattr(tune, "Sampler", lambda case, device: clock.sampler(Speeds(), cost=0.01))
+    monkeypatch.setattr(tune, "_measurer", lambda case, device: clock.sampler(Speeds(), cost=0.01))
     return run
 
 
@@ -155,16 +155,16 @@ def test_tune_measures_every_case_in_time(clock, tune_both, seconds):
         return kernels
 
     found = tune_both(seconds, compiler)
-    entries = [progress.entry for progress in found if progress.entry]
+    entries = [entry for _, entry in found if entry]
     assert [(entry["formats"], entry["m"]) for entry in entries] == [
         ([str(format) for format in formats], m) for formats in (DENSE, FP8) for m in MS
     ]
     # Compiling has half of the time; the last rounds are not cut short.
     assert limits == [seconds / 2]
     assert clock.now - 1000 <= seconds + len(entries) * 0.01 * (FIRST_ROUNDS + LAST_ROUNDS * (3 + FINALISTS))
-    compiled = [progress for progress in found if progress.step == "compiling"]
-    assert [(p.done, p.total) for p in compiled] == [(n + 1, len(compiled)) for n in range(len(compiled))]
-    assert [(p.done, p.total) for p in found[len(compiled) :]] == [(n + 1, 30) for n in range(30)]
+    steps = [done for done, _ in found[:-30]]
+    assert steps == [f"compiled {n + 1} of {len(steps)}" for n in range(len(steps))]
+    assert [done for done, _ in found[-30:]] == [f"measured {n + 1} of 30" for n in range(30)]
     for entry, (formats, m) in zip(entries, itertools.product((DENSE, FP8), MS), strict=True):
         known = candidates(m, GLM, formats, SM_90)
         assert entry["default_us"] == speed(known[0])
@@ -193,10 +193,21 @@ def test_tune_compiles_defaults_first_and_measures_what_compiled(tune_both):
         asked.extend(kernels)
         return kernels[:20]
 
-    entries = [progress.entry for progress in tune_both(110, compiler) if progress.entry]
+    entries = [entry for _, entry in tune_both(110, compiler) if entry]
     cases = list(itertools.product((DENSE, FP8), MS))
     defaults = {(choose(m, GLM, formats, SM_90), GLM, formats) for formats, m in cases}
     assert set(asked[: len(defaults)]) == defaults
     for entry, (formats, m) in zip(entries, cases, strict=True):
         _, *others = candidates(m, GLM, formats, SM_90)
         assert entry["tried"] == 1 + sum((config, GLM, formats) in asked[:20] for config in others)
+
+
+def test_known_configs_are_tried_first(clock, tune_both):
+    """Those of a table of another Triton: also in little time, and if `candidates` has them not."""
+    case, other = Case(16, GLM, FP8), Case(16, DEEPSEEK, FP8)
+    config = KernelConfig("split_k", 16, 64, split_k=7, slices=4, num_warps=2)
+    assert config not in candidates(*case, SM_90)
+    found = tune_both(20, lambda target, kernels, limit: kernels, {case: config, other: SPLIT})
+    (entry,) = [each for _, each in found if each and (each["m"], each["formats"][0]) == (16, "FP8 128x128")]
+    assert KernelConfig(**entry["config"]) == config
+    assert SPLIT not in clock.sampled

@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from indexproj.__main__ import app
-from indexproj.benchmarks import tune
+from indexproj.benchmarks import gpu, tune
 from indexproj.benchmarks.tune import Case, WrongError
 from indexproj.kernels import TARGETS, choose, dispatch
 from indexproj.kernels.dispatch import OUTS, read_table
@@ -22,20 +22,20 @@ GPU = "NVIDIA H100 80GB HBM3"
 @pytest.fixture
 def h100(monkeypatch, tmp_path):
     """A GPU that measures nothing, for the command; the cases and seconds that it was asked for."""
-    for name, value in (("is_available", True), ("current_device", 0), ("get_device_name", GPU)):
-        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: GPU)
+    monkeypatch.setattr(gpu, "current_gpu", lambda: torch.device("cuda", 0))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.setattr(tune, "MS", (1, 16))
     asked = []
 
-    def measure(cases, device, seconds):
-        asked.append((cases, device, seconds))
-        yield tune.Progress("compiling", 1, 2)
+    def measure(cases, device, seconds, known):
+        asked.append((cases, device, seconds, known))
+        yield "compiled 1 of 2", None
         for number, case in enumerate(cases, 1):
             config = choose(*case, SM_90)
             medians = {config: float(len(asked)), **({"bf16": 0.5} if case.formats == DENSE else {})}
             entry = tune._entry(case, medians, config) | {"tried": 1, "candidates": 9}
-            yield tune.Progress("measuring", number, len(cases), entry)
+            yield f"measured {number} of {len(cases)}", entry
 
     monkeypatch.setattr(tune, "tune", measure)
     return asked
@@ -59,7 +59,7 @@ def test_tune_writes_what_dispatch_reads(h100, tmp_path):
     result = run(*PAIR, "--pair", "FP8 128x128, BF16")
     assert f"Kept in {path}." in result.stdout
     cases = [Case(m, GLM, formats) for formats in (DENSE, FP8) for m in (1, 16)]
-    assert h100 == [(cases, torch.device("cuda", 0), 110)]
+    assert h100 == [(cases, torch.device("cuda", 0), 110, {})]
     for text in ("glm-5, BF16, BF16; us", "gemv 1x2048", " 0.50* ", "dispatches to torch.mm"):
         assert text in result.stdout
     assert max(map(len, result.stdout.splitlines()[:-1])) <= 100
@@ -73,7 +73,7 @@ def test_tune_keeps_other_entries(h100, tmp_path):
     path = tmp_path / "table.json"
     run(*PAIR, "--pair", "FP8 128x128, BF16", "--output", path)
     run("--shape", "glm-5", "--shape", "deepseek-v3.2", "--pair", "FP8 128x128, BF16", "--seconds", 7, "--output", path)
-    assert [seconds for _, _, seconds in h100[1:]] == [7, 7]
+    assert [seconds for _, _, seconds, _ in h100[1:]] == [7, 7]
     assert [(tuple(entry["shape"]), entry["us"]) for entry in entries_of(path)] == [
         (GLM, 1.0), (GLM, 1.0), (GLM, 2.0), (GLM, 2.0), (DEEPSEEK, 3.0), (DEEPSEEK, 3.0),
     ]  # fmt: skip
@@ -93,7 +93,7 @@ def test_merged_keeps_entries_with_more_tried():
     "change",
     [
         "", "{", "[]", "3", "null", "\ud800", "[" * 100_000, {"schema": 0}, {"gpu": "NVIDIA H200"},
-        {"versions": {"triton": "3.0"}}, {"entries": None}, {"entries": [3]}, {"entries": [{"m": 16}]},
+        {"entries": None}, {"entries": [3]}, {"entries": [{"m": 16}]},
     ],
 )  # fmt: skip
 def test_tune_starts_anew_with_a_warning(h100, tmp_path, change):
@@ -104,6 +104,17 @@ def test_tune_starts_anew_with_a_warning(h100, tmp_path, change):
     result = run(*PAIR, "--output", path)
     assert f"tune: starting a new table: {path} cannot be extended" in result.stderr
     assert [entry["us"] for entry in entries_of(path)] == [2.0, 2.0]
+
+
+def test_configs_of_other_versions_are_tried_first(h100, tmp_path):
+    path = tmp_path / "table.json"
+    run(*PAIR, "--output", path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"versions": {"triton": "3.0"}}))
+    result = run(*PAIR, "--output", path)
+    assert result.stderr.count("measured with other versions; its configs are tried first") == 1
+    *_, known = h100[1]
+    assert known == {case: choose(*case, SM_90) for case in (Case(m, GLM, DENSE) for m in (1, 16))}
+    assert [entry["us"] for entry in entries_of(path)] == [2.0, 2.0]  # nothing that was measured then is kept
 
 
 def test_tune_refuses_a_bad_path_before_measuring(h100, monkeypatch, tmp_path):
@@ -118,7 +129,10 @@ def test_tune_refuses_a_bad_path_before_measuring(h100, monkeypatch, tmp_path):
     assert h100 == []
 
 
-@pytest.mark.parametrize(("error", "code"), [(WrongError("prefill is off"), 1), (RuntimeError("no kernel image"), 2)])
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(WrongError("prefill is off"), 1), (RuntimeError("no kernel image"), 2), (KeyboardInterrupt(), 2)],
+)
 @pytest.mark.parametrize("count", [0, 3])
 def test_tune_errors_keep_what_was_measured(h100, monkeypatch, tmp_path, error, code, count):
     measure = tune.tune
@@ -129,7 +143,8 @@ def test_tune_errors_keep_what_was_measured(h100, monkeypatch, tmp_path, error, 
 
     monkeypatch.setattr(tune, "tune", fail)
     path = tmp_path / "table.json"
-    assert str(error) in run("--shape", "glm-5", "--output", path, code=code).stderr
+    message = run("--shape", "glm-5", "--output", path, code=code).stderr
+    assert f"tune: {error}" in message or f"tune: {error}interrupted" in message
     assert (len(entries_of(path)) if count else path.exists()) == count
 
 

@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 from indexproj.__main__ import app
 from indexproj.benchmarks.compiled import signature
 from indexproj.benchmarks.gates import configs
-from indexproj.benchmarks.stub import stub_driver
 from indexproj.indexer.models import SHAPES
 from indexproj.kernels import TARGETS, launch, project
 from indexproj.kernels.formats import parse_pair
 from indexproj.kernels.target import INTERPRETED
+from stub import stub_driver
 from support import GLM, weights
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 disables compilation")

@@ -5,18 +5,16 @@ import dataclasses
 import pytest
 import torch
 
-from indexproj.indexer.cli.synthetic import random_matrix
 from indexproj.kernels import Format, Fp4Matrix, Fp8Matrix, ProjectionWeights, choose
-from indexproj.kernels.target import TARGETS
+from indexproj.kernels.target import target_of
 from numerics import run
-from support import DEEPSEEK, weights
+from support import DEEPSEEK, random_matrix, weights
 
-SM90 = TARGETS["sm_90"]
 REGIMES = {"gemv": 4, "split_k": 64, "prefill": 300}
 
 
 def config_of(regime, w):
-    config = choose(REGIMES[regime], w.shape, w.formats, SM90)
+    config = choose(REGIMES[regime], w.shape, w.formats, target_of(w.device))
     assert config.regime == regime
     return config
 

@@ -8,12 +8,12 @@ from unittest import mock
 import pytest
 import torch
 
-from indexproj.benchmarks.stub import stub_driver
 from indexproj.indexer.models import PAIRS
 from indexproj.kernels import TARGETS, DenseMatrix, KernelConfig, ProjectionWeights, choose, dispatch, launch, project
 from indexproj.kernels.dispatch import cdiv, next_power_of_2
 from indexproj.kernels.formats import Format, parse_pair
 from indexproj.kernels.target import Target
+from stub import stub_driver
 from support import DEEPSEEK, GLM, weights
 
 FP8 = (Format.FP8_BLOCK, Format.BF16)

@@ -7,9 +7,9 @@ import torch
 import triton
 from triton.compiler import CompilationError
 
-from indexproj.benchmarks.stub import stub_driver
 from indexproj.kernels import TARGETS, KernelConfig, choose, project
 from indexproj.kernels import launch as module
+from stub import stub_driver
 from support import ALL_PAIRS, DEEPSEEK, weights
 
 SM90 = TARGETS["sm_90"]

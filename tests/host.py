@@ -1,0 +1,111 @@
+"""Measures what needs no GPU: host overhead of a launch, and loading. `make benchmark` prints the tables.
+
+Host: CPU time of a projection of DeepSeek-V3.2 with a CUDA driver that runs nothing. "JITFunction" is Triton's own
+launcher with all arguments prepared; the others also look up kernel, grid and workspace.
+Loading: all of DeepSeek-V3.2's indexers from the page cache, on one thread, as engines run one process per GPU.
+"""
+
+import itertools
+import re
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from indexproj.benchmarks.bench import in_turn, machine
+from indexproj.benchmarks.report import markdown
+from indexproj.indexer.cli.fixture import write_fixture
+from indexproj.kernels import TARGETS, choose, launch, project
+from indexproj.kernels.dispatch import OUTS
+from indexproj.kernels.formats import spread
+from indexproj.kernels.workspace import workspace
+from indexproj.loading import Checkpoint, Plan, load
+from stub import stub_driver
+from support import DEEPSEEK, weights
+
+
+def run(layers=None):
+    """Results as in benchmarks/bench.py. layers: how many to load, all by default."""
+    torch.set_num_threads(1)
+    yield machine()
+    with tempfile.TemporaryDirectory() as folder, stub_driver(folder):
+        for m in (1, 16):
+            yield from results("host", launchers(m), 500, m)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "checkpoint")
+        write_fixture("deepseek-v3.2", path, layers)
+        ours, upcast = load(path), load_upcast(path)
+        assert all(torch.equal(upcast[layer], ours[layer].to_bf16().fused_weight) for layer in ours)
+        loaders = {"ours, which keeps FP8": load, "streaming and upcasting": load_upcast}
+        calls = {name: lambda loader=loader: loader(path) for name, loader in loaders.items()}
+        yield from results("loading", calls | {"ours, headers only": lambda: Plan.of(Checkpoint(path))}, 1)
+        for name, loader in loaders.items():
+            print(f"{name}: {{:.1f}} MB of weights, {{:.1f}} MB beyond them".format(*megabytes(loader, path)))
+
+
+def results(suite, calls, count, m=0):
+    def timer(call):
+        def microseconds():
+            start = time.thread_time()
+            for _ in range(count):
+                call()
+            return 1e6 * (time.thread_time() - start) / count
+
+        return microseconds
+
+    for name, us in in_turn({name: timer(call) for name, call in calls.items()}).items():
+        yield {"suite": suite, "m": m, "contender": name, "how": "cpu", "us": us}
+
+
+def launchers(m):
+    """Ways to launch m rows, from Triton's launcher to `project`."""
+    (*ns, k), w, target = DEEPSEEK, weights("FP8 128x128, BF16", DEEPSEEK), TARGETS["sm_90"]
+    x = torch.zeros(m, k, dtype=torch.bfloat16)
+    outs = tuple(torch.empty(m, n, dtype=dtype) for n, dtype in zip(ns, OUTS["fp32"], strict=True))
+    matrices = w.wk.operands, w.gate.operands
+    operands = [operand for matrix in matrices for operand in matrix if operand is not None]
+    signature, config = launch.signature_of(w, *OUTS["fp32"]), choose(m, DEEPSEEK, w.formats, target)
+    kernel, grid = launch.KERNELS[config.regime], config.grid(m, *ns)
+    buffers = workspace(x.device, *config.workspace_size(m, *ns)) if config.has_workspace else ()
+    constants = launch.constants(config, signature, target).values()
+    ready = x, matrices, outs, *buffers, m, x.stride(0), tuple(out.stride(0) for out in outs), *constants
+    options, formats = launch.options(config, target), list(map(str, w.formats))
+    return {
+        "JITFunction": lambda: kernel[grid](*ready, **options),
+        "launch": lambda: launch.launch(x, matrices, outs, signature),
+        "torch.library op": lambda: torch.ops.indexproj.project(x, operands, formats, [False, True]),
+        "project": lambda: project(x, w),
+    }
+
+
+def load_upcast(path):
+    """[D + H, K] bf16 per layer. Reads all tensors and upcasts wk, as engines do."""
+    fused, waiting = {}, {}
+    for file in sorted(path.glob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            if found := re.search(r"layers\.(\d+)\..*indexer\.(wk\.|weights_proj\.)", name):
+                parts = waiting.setdefault(int(found[1]), {})
+                parts[name.rpartition("indexer.")[2]] = tensor
+                if len(parts) == 3:
+                    codes, scale = parts["wk.weight"], parts["wk.weight_scale_inv"]
+                    wk = (codes.float() * spread(scale, (128, 128), codes.shape)).bfloat16()
+                    fused[int(found[1])] = torch.cat((wk, parts["weights_proj.weight"]))
+                    del waiting[int(found[1])]
+    return fused
+
+
+def megabytes(loader, path):
+    """Of what a loader returns, and the most that torch holds beyond it while the loader runs."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = loader(path)
+    mapped = {file.stat().st_size for file in path.iterdir()}  # the profiler counts mapped files
+    events = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = list(itertools.accumulate(nbytes for nbytes in events if abs(nbytes) not in mapped))
+    size = sum(weights.nbytes for weights in result.values())
+    return size / 1e6, (max(held) - size) / 1e6
+
+
+if __name__ == "__main__":
+    print(markdown(list(run())))
