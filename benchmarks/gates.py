@@ -138,7 +138,7 @@ def _row(target: Target, case: Case, gate: str, batch_invariant: bool, config: K
         "reduced_bytes": reduced_bytes(config, ns),
         "step": binary.step,
         "load_groups": len(binary.load_groups),
-        "estimate_us": round(estimate(m, signature.shape, signature.formats, config, target).total, 1),
+        "estimate_us": round(estimate(m, signature.shape, signature.formats, config, target), 1),
         "registers": binary.registers,
         "shared_memory": binary.shared_memory,
         "per_sm": binary.programs(MULTIPROCESSORS[target.name]),

@@ -85,7 +85,7 @@ def candidates(m: int, shape: tuple[int, ...], formats: tuple[Format, ...], targ
         is_split = has_work and config.split_k <= MAX_SPLIT_K
         return is_split and one_wave / 4 <= programs and (programs <= 4 * one_wave or may_queue)
 
-    useful = sorted(filter(is_useful, configs), key=lambda config: estimate(m, shape, formats, config, target).total)
+    useful = sorted(filter(is_useful, configs), key=lambda config: estimate(m, shape, formats, config, target))
     ranked = [[config for config in useful if config.regime == regime][:PER_REGIME] for regime in KERNELS]
     default = choose(m, shape, formats, target)
     with_pdl = [replace(default, pdl=True)] if target.is_cuda(90) and default.regime != "prefill" else []
