@@ -188,9 +188,7 @@ def warm_up(target: Target, config: KernelConfig, signature: Signature) -> Compi
     """Compiles the kernel that `launch` runs for 16-byte aligned tensors of up to 2 GB.
 
     Needs no GPU. The binary stays in Triton's cache (TRITON_CACHE_DIR), where a launch on such a GPU finds it.
-
-    Raises:
-        RuntimeError: Triton's interpreter is on.
+    Raises RuntimeError in Triton's interpreter.
     """
     empty = partial(torch.empty, 0)
     matrices = tuple(
@@ -209,10 +207,7 @@ def warm_up(target: Target, config: KernelConfig, signature: Signature) -> Compi
 def compile_kernel(kernel: Any, target: Target, *arguments: Any, **named: Any) -> CompiledKernel:
     """Compiles a Triton kernel for a launch with these arguments and options, without launching it.
 
-    Replaces Triton's driver meanwhile, so nothing else may be launched in this process.
-
-    Raises:
-        RuntimeError: Triton's interpreter is on.
+    Replaces Triton's driver meanwhile, so nothing else may be launched. Raises RuntimeError in Triton's interpreter.
     """
     if INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET=1 is set and disables compilation; unset it")

@@ -95,22 +95,11 @@ def rows(
 ) -> Iterator[Row]:
     """Compiles every config of every target, case and gate dtype on all cores.
 
-    Yields, in that order, what `indexproj compile --json` prints:
-        target, shape, pair, activation, gate: what was compiled; gate is a dtype, and k is bf16.
-        kernel: `str` of the config.
-        m: the largest power of two rows for which dispatch selects it.
-        programs: of a launch with m rows.
-        bytes: of weights and x that all programs read, from caches or memory.
-        reduced_bytes: partial sums that the last program of a tile reads.
-        step: instructions of one step of K; 0 without a loop.
-        estimate_us: see estimate.py; not measured.
-        load_groups: groups of loads, each a trip to memory (NVIDIA, without copies to shared memory).
-        registers: per thread.
-        shared_memory: bytes per program.
-        per_sm: programs that fit on one SM.
-        mma: matrix instructions in the binary.
-        loads: global loads in the binary, by bytes per thread.
-        faults: failed checks.
+    Yields what `indexproj compile --json` prints. gate is a dtype, and k is bf16. m is the largest power of two rows
+    for which dispatch selects the kernel. bytes are weights and x that the programs of a launch with m rows read from
+    caches or memory, and reduced_bytes the partial sums that the last program of a tile reads. step: instructions of
+    one step of K, 0 without a loop. load_groups: trips to memory (NVIDIA, without copies to shared memory). loads: by
+    bytes per thread. estimate_us: see estimate.py; not measured.
     """
     tasks = [
         (target, case, gate, batch_invariant, config, m)
@@ -127,22 +116,14 @@ def _row(target: Target, case: Case, gate: str, batch_invariant: bool, config: K
     binary = Binary.of(warm_up(target, config, signature), target)
     # Batch-invariant kernels keep one split for all M, so more than 32 rows may come in several waves.
     at_once = min(m, 32) if batch_invariant else m
+    sizes = m, signature.shape, signature.formats, config
     return {
-        "target": target.name,
-        **case._asdict(),
-        "gate": gate,
-        "kernel": str(config),
-        "m": m,
-        "programs": math.prod(config.grid(m, *ns)),
-        "bytes": l2_bytes(m, signature.shape, signature.formats, config),
-        "reduced_bytes": reduced_bytes(config, ns),
-        "step": binary.step,
-        "load_groups": len(binary.load_groups),
-        "estimate_us": round(estimate(m, signature.shape, signature.formats, config, target), 1),
-        "registers": binary.registers,
-        "shared_memory": binary.shared_memory,
-        "per_sm": binary.programs(MULTIPROCESSORS[target.name]),
-        "mma": sum(binary.mma.values()),
+        "target": target.name, **case._asdict(), "gate": gate, "kernel": str(config), "m": m,
+        "programs": math.prod(config.grid(m, *ns)), "per_sm": binary.programs(MULTIPROCESSORS[target.name]),
+        "bytes": l2_bytes(*sizes), "reduced_bytes": reduced_bytes(config, ns),
+        "estimate_us": round(estimate(*sizes, target), 1),
+        "registers": binary.registers, "shared_memory": binary.shared_memory, "mma": sum(binary.mma.values()),
+        "step": binary.step, "load_groups": len(binary.load_groups),
         "loads": dict(sorted(binary.loads.items(), reverse=True)),
         "faults": faults(target, ns, at_once, config, binary),
-    }
+    }  # fmt: skip
