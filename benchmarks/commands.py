@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -107,20 +108,20 @@ def _title(row: dict[str, Any]) -> str:
 
 def _print_compiled(found: list[dict[str, Any]]) -> None:
     headers = {"kernel": "kernel", "m": "M", "programs": "programs", "per_sm": "per SM", "registers": "regs",
-               "shared_memory": "shared", "mma": "MMA", "step": "step", "load_groups": "trips"}  # fmt: skip
+               "shared_memory": "shared", "step": "step", "load_groups": "trips"}  # fmt: skip
     for title, group in groupby(found, _title):
         rows = [
             {name: str(row[key]) for key, name in headers.items()}
-            | {"MB": f"{row['bytes'] / 1e6:.1f}", "KB": f"{row['reduced_bytes'] / 1e3:.0f}"}
+            | {"MB": f"{row['bytes'] / 1e6:.0f}", "KB": f"{row['reduced_bytes'] / 1e3:.0f}"}
             | {"~us": str(row["estimate_us"]), "check": "failed" if row["faults"] else "ok"}
             for row in group
         ]
         _print_table(title, rows)
     console.print(
         "M: the largest with this kernel. programs: of a launch with M rows. per SM: programs that fit on\n"
-        "one SM. regs: per thread. shared: bytes of shared memory. MMA: matrix instructions. step: instructions\n"
-        "per step of K. trips: groups of loads. MB: weights and x that all programs read. KB: partial sums that\n"
-        "the last program of a tile reads. ~us: an estimate, nothing measured."
+        "one SM. regs: per thread. shared: bytes of shared memory. step: instructions per step of K.\n"
+        "trips: groups of loads. MB: weights and x that all programs read. KB: partial sums that the\n"
+        "last program of a tile reads. ~us: an estimate, nothing measured."
     )
 
 
@@ -264,7 +265,7 @@ def _failures(command: str) -> Iterator[None]:
 
 
 def _print_table(title: str, rows: list[dict[str, str]]) -> None:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for number, name in enumerate(rows[0]):
         table.add_column(name, justify="right" if number else "left", no_wrap=True)
     for row in rows:
