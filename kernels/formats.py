@@ -49,22 +49,25 @@ def operand_layout(format: Format, n: int, k: int) -> tuple[tuple[torch.dtype, t
     Codes and 8-bit scales are uint8: sm_80 and gfx942 have no e4m3fn type.
     """
     codes, packed, rows = (torch.uint8, (n, k)), (torch.uint8, (n, k // 2)), (torch.float32, (n, 1))
+    if format == Format.BF16:
+        return (torch.bfloat16, (n, k)), None, None
+    if format == Format.FP8_ROW:
+        return codes, None, rows
     grid = scale_shape((n, k), *scale_group(format, k))
-    return {
-        Format.BF16: ((torch.bfloat16, (n, k)), None, None),
-        Format.FP8_BLOCK: (codes, (torch.float32, grid), None),
-        Format.FP8_ROW: (codes, None, rows),
-        Format.MXFP8: (codes, (torch.uint8, grid), None),
-        Format.NVFP4: (packed, (torch.uint8, grid), rows),
-        Format.MXFP4: (packed, (torch.uint8, grid), None),
-    }[format]
+    if format == Format.FP8_BLOCK:
+        return codes, (torch.float32, grid), None
+    if format == Format.MXFP8:
+        return codes, (torch.uint8, grid), None
+    return packed, (torch.uint8, grid), rows if format == Format.NVFP4 else None
 
 
 def scale_group(format: Format, k: int) -> tuple[int, int]:
     """(rows, columns) that share a scale in a matrix [N, K]."""
     if format == Format.FP8_BLOCK:
         return SCALE_BLOCK, SCALE_BLOCK
-    return 1, {Format.NVFP4: NVFP4_GROUP, Format.MXFP8: MX_GROUP, Format.MXFP4: MX_GROUP}.get(format, k)
+    if format in (Format.MXFP8, Format.MXFP4):
+        return 1, MX_GROUP
+    return 1, NVFP4_GROUP if format == Format.NVFP4 else k
 
 
 def scale_shape(shape: tuple[int, ...], rows: int = SCALE_BLOCK, columns: int = SCALE_BLOCK) -> tuple[int, int]:
