@@ -5,7 +5,7 @@ from safetensors.torch import save_file
 
 from indexproj.loading import Checkpoint, Plan, load
 from indexproj.loading.config import Config
-from support import GATE, INDEXER, WK, bf16_layer, fp8_layer, invoke, only, problems_of, write_checkpoint
+from support import GATE, INDEXER, WK, bf16_layer, fp8_layer, only, problems_of, write_checkpoint
 
 
 def plan_of(tmp_path, owners, config):
