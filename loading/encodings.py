@@ -5,7 +5,6 @@ To add one, write its `bind` function and list it in ENCODINGS.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -159,12 +158,6 @@ def _nvfp4(tensors: Tensors) -> Fp4Matrix:
     return Fp4Matrix(tensors["weight"], tensors["scale"], factor.view(1, 1).repeat(len(tensors["weight"]), 1))
 
 
-def _check_divisor(tensors: Tensors) -> tuple[Faults, list[str]]:
-    divisor = tensors["global_scale"].item()  # the reciprocal of infinity is 0, which is a valid scale
-    is_usable = math.isfinite(divisor) and divisor
-    return {} if is_usable else {"global_scale": ("a finite divisor", f"{divisor}")}, []
-
-
 def _mxfp4(tensors: Tensors) -> Fp4Matrix:
     """One power of two per 32 values of a row.
 
@@ -251,7 +244,6 @@ ENCODINGS = (
     Encoding("NVFP4", Format.NVFP4, ("U8",), _nvfp4, ("F8_E4M3",), others={"scale_2": _GLOBAL}),
     Encoding(
         "NVFP4 (divisor)", Format.NVFP4, ("U8",), _nvfp4, ("F8_E4M3",), others={"global_scale": _GLOBAL},
-        check=_check_divisor,
     ),
     Encoding("MXFP4", Format.MXFP4, ("U8",), _mxfp4, E8M0),
     Encoding(

@@ -80,7 +80,8 @@ def fp8_row(n, k, dtype=torch.float32, encoding="FP8 per row", **options):
 
 def fp8_tensor(n, k, dtype=torch.float32, shape=()):
     export = e4m3(n, k, spread_scales(1, 1, dtype), n, k, "FP8 per tensor", lambda scale: scale.view(shape))
-    export.unused["input_scale"] = torch.tensor(0.5)
+    if shape == ():  # as ModelOpt writes it
+        export.unused["input_scale"] = torch.tensor(0.5)
     return export
 
 
@@ -123,9 +124,8 @@ def nvfp4(n, k, is_divisor=False):
         tensors = {"weight_packed": packed, "weight_scale": scale, "weight_global_scale": divisor}
         return Export(tensors, values * factor, "NVFP4 (divisor)")
     factor = torch.rand(()) / 448
-    return Export(
-        {"weight": packed, "weight_scale": scale, "weight_scale_2": factor}, values * factor.double(), "NVFP4"
-    )
+    tensors = {"weight": packed, "weight_scale": scale, "weight_scale_2": factor}
+    return Export(tensors, values * factor.double(), "NVFP4", unused={"input_scale": torch.tensor(0.5)})
 
 
 def mxfp4(n, k, weight="weight_packed", stored=as_bytes):

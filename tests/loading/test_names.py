@@ -5,58 +5,32 @@ import pytest
 from indexproj.loading.headers import Header
 from indexproj.loading.names import UNUSED, parse
 
-
-@pytest.mark.parametrize("prefix", ["model.", "", "base-model.", "model.language_model.", "language_model.model."])
-@pytest.mark.parametrize("matrix", ["wk", "weights_proj", "wk_weights_proj"])
-@pytest.mark.parametrize(
-    ("leaf", "role"),
-    [
-        ("weight", "weight"), ("weight_packed", "weight"), ("weight_scale_inv", "scale"), ("weight_scale", "scale"),
-        ("scale", "scale"), ("weight_scale_2", "scale_2"), ("bias", ".bias"), ("weight.packed", ".weight.packed"),
-        ("shape", ".shape"), ("", "."), ("weight\n", ".weight\n"),
-    ],
-)  # fmt: skip
-def test_parse_projection(prefix, matrix, leaf, role):
-    stem = f"{prefix}layers.61.self_attn.indexer."
-    tensor = parse(f"{stem}{matrix}.{leaf}")
-    assert (tensor.stem, tensor.layer(61), tensor.matrix, tensor.role) == (stem, 61, matrix, role)
+PREFIXES = "model.", "", "base-model.", "model.language_model.", "language_model.model."
+# What stands between prefix and "indexer." -> index in a model of 61 hidden layers.
+MIDDLES = {"layers.60.self_attn": 60, "mtp_layers.1.self_attn": 62, "layers.3.attn": 3, "mtp.0.attn": 61}
+ROLES = {
+    "weight": "weight", "weight_packed": "weight", "weight_scale_inv": "scale", "weight_scale": "scale",
+    "scale": "scale", "weight_scale_2": "scale_2", "bias": ".bias", "weight.packed": ".weight.packed",
+    "shape": ".shape", "": ".", "weight\n": ".weight\n",
+    # A smoothing scale changes weights, unlike scales of activations.
+    "input_pre_quant_scale": ".input_pre_quant_scale", "input_scales": ".input_scales", "scale_2": ".scale_2",
+    **dict.fromkeys(("input_scale", "input_scale_3", "input_scale_inv", "input_global_scale", "act_scale"), UNUSED),
+    **dict.fromkeys(("activation_scale", "output_zero_point", "input_amax"), UNUSED),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("leaf", "is_unused"),
-    [
-        ("input_scale", True), ("input_scale_3", True), ("input_scale_inv", True), ("input_global_scale", True),
-        ("act_scale", True), ("activation_scale", True), ("output_zero_point", True), ("input_amax", True),
-        ("input_pre_quant_scale", False), ("input_scales", False), ("scale_2", False), ("bias", False),
-    ],
-)  # fmt: skip
-def test_parse_scales_of_activations(leaf, is_unused):
-    """They belong to the projection, but nothing reads them; a smoothing scale changes weights."""
-    tensor = parse(f"model.layers.0.self_attn.indexer.wk.{leaf}")
-    assert (tensor.matrix, tensor.role) == ((None, UNUSED) if is_unused else ("wk", f".{leaf}"))
-
-
-def test_headers_compare_by_dtype_and_shape():
-    """So that the layers of a model are recognized once."""
-    assert Header("a", "BF16", (2, 3), "x") == Header("b", "BF16", (2, 3), "y") != Header("a", "BF16", (3, 2), "x")
-
-
-def test_parse_matrix_without_role():
+@pytest.mark.parametrize("leaf", ROLES)
+@pytest.mark.parametrize("middle", MIDDLES)
+def test_parse_projection(middle, leaf):
+    for prefix in PREFIXES:
+        for matrix in ("wk", "weights_proj", "wk_weights_proj"):
+            stem = f"{prefix}{middle}.indexer."
+            tensor = parse(f"{stem}{matrix}.{leaf}")
+            assert (tensor.stem, tensor.role) == (stem, ROLES[leaf])
+            assert tensor.matrix == (None if tensor.role == UNUSED else matrix)
+            assert tensor.layer(61) == MIDDLES[middle]
+            assert tensor.layer(None) == (None if "mtp" in middle else MIDDLES[middle])
     assert parse("model.layers.0.self_attn.indexer.wk").role == "."
-
-
-def test_parse_mtp_layers():
-    tensor = parse("model.mtp_layers.1.self_attn.indexer.wk.weight")
-    assert (tensor.stem, tensor.is_mtp) == ("model.mtp_layers.1.self_attn.indexer.", True)
-    assert (tensor.layer(78), tensor.layer(None)) == (79, None)
-
-
-@pytest.mark.parametrize(
-    "leaf", ["wq_b.weight", "k_norm.bias", "wkv.weight", "wk2.weight", "index_kpool_compress_gate"]
-)
-def test_parse_other_indexer_tensors(leaf):
-    tensor = parse(f"model.layers.0.self_attn.indexer.{leaf}")
-    assert (tensor.layer(61), tensor.matrix) == (0, None)
 
 
 @pytest.mark.parametrize(
@@ -70,13 +44,12 @@ def test_parse_other_indexer_tensors(leaf):
 )  # fmt: skip
 def test_parse_unrelated_tensors(name):
     assert parse(name) is None
+    for leaf in ("wq_b.weight", "k_norm.bias", "wkv.weight", "wk2.weight", "index_kpool_compress_gate"):
+        tensor = parse(f"model.layers.0.self_attn.indexer.{leaf}")
+        assert (tensor.layer(61), tensor.matrix) == (0, None)
+        assert tensor.role != UNUSED
 
 
-@pytest.mark.parametrize("prefix", ["", "model."])
-@pytest.mark.parametrize(
-    ("middle", "is_mtp"), [("layers.3.attn", False), ("mtp.0.attn", True), ("mtp.0.self_attn", True)]
-)
-def test_parse_deepseek_inference(prefix, middle, is_mtp):
-    tensor = parse(f"{prefix}{middle}.indexer.wk.scale")
-    assert (tensor.stem, tensor.role, tensor.is_mtp) == (f"{prefix}{middle}.indexer.", "scale", is_mtp)
-    assert tensor.layer(61) == (61 if is_mtp else 3)
+def test_headers_compare_by_dtype_and_shape():
+    """So that the layers of a model are recognized once."""
+    assert Header("a", "BF16", (2, 3), "x") == Header("b", "BF16", (2, 3), "y") != Header("a", "BF16", (3, 2), "x")
