@@ -28,7 +28,7 @@ fi
 [ -z "$gpu" ] || exec > >(tee results/log.txt) 2>&1
 worst=0
 running=
-trap 'kill $running; echo "run.sh: interrupted; results are kept in $PWD/results"; exit 2' INT TERM
+trap 'kill $running; wait $running; echo "run.sh: interrupted; results are kept in $PWD/results"; exit 2' INT TERM
 step() {
     local name=$1 code
     shift
