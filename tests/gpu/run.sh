@@ -18,7 +18,7 @@ mkdir -p site results || exit 2
 for wheel in wheels/*.whl; do
     "$python" -m zipfile -e "$wheel" site || exit 2
 done
-export PYTHONPATH=$PWD/site PYTHONDONTWRITEBYTECODE=1
+export PYTHONPATH=$PWD/site PYTHONDONTWRITEBYTECODE=1 TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/cache}
 if ! gpu=$("$python" -c 'import numpy, pytest, safetensors, torch, triton, typer
 print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")' 2> results/import.log); then
     echo "run.sh: $python lacks a package: $(tail -n 1 results/import.log)" >&2
