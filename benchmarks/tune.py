@@ -261,8 +261,7 @@ def merged(old: Iterable[Entry], new: Iterable[Entry]) -> list[Entry]:
     result: dict[Case, Entry] = {}
     for entry in (*old, *new):
         case = _case_of(entry)
-        if case not in result or result[case]["tried"] <= entry["tried"]:
-            result[case] = entry
+        result[case] = max(entry, result.get(case, entry), key=lambda each: int(each["tried"]))
     return list(result.values())
 
 
