@@ -170,7 +170,8 @@ def counters(case: Case) -> Result:
     command, request = [*NCU.split(), sys.executable, *SERVER], json.dumps(["indexproj", case, "eager"])
     done = subprocess.run(command, input=request, capture_output=True, text=True, check=False)
     rows = csv.DictReader(dropwhile(lambda line: not line.startswith('"ID"'), done.stdout.splitlines()))
-    found = {row["Metric Name"]: f"{row['Metric Value']} {row['Metric Unit']}".strip() for row in rows}
+    named = (row for row in rows if row["Metric Name"])  # the others are advice
+    found = {row["Metric Name"]: f"{row['Metric Value']} {row['Metric Unit']}".strip() for row in named}
     if not found:
         raise RuntimeError(f"ncu: {(done.stdout + done.stderr).strip().rpartition(chr(10))[2]}")
     return {"suite": "counters", **case._asdict(), "contender": "indexproj", "how": "device", "counters": found}

@@ -228,7 +228,7 @@ def ncu(folder, monkeypatch):
 
 def test_counters(folder, ncu):
     ncu('==PROF== Connected\n"ID","Metric Name","Metric Unit","Metric Value"\n'
-        '"0","dram__bytes.sum","byte","1,234"\n"0","Executed Ipc","inst/cycle","0.5"')  # fmt: skip
+        '"0","dram__bytes.sum","byte","1,234"\n"0","Executed Ipc","inst/cycle","0.5"\n"0","","",""')  # fmt: skip
     out = run(*SMALL, "--counters", "--contender", "torch linear").stdout
     found = lines(folder)[-2]
     assert (found["suite"], found["m"]) == ("counters", 3)
