@@ -51,8 +51,8 @@ gpu-kit: .venv/.installed-dev
 	@cp build/wheels/*.whl build/gpu-kit/wheels/
 	@tar c --exclude __pycache__ pyproject.toml tests | tar x -C build/gpu-kit
 	@cp tests/gpu/run.sh build/gpu-kit/
-	@tar czf build/gpu-kit.tar.gz -C build gpu-kit
-	@echo "== build/gpu-kit.tar.gz, $$(du -h build/gpu-kit.tar.gz | cut -f1): unpack it anywhere, then bash gpu-kit/run.sh [MINUTES]"
+	@tar czf build/gpu-kit.tar.gz -C build/gpu-kit .
+	@echo "== build/gpu-kit.tar.gz, $$(du -h build/gpu-kit.tar.gz | cut -f1): unpack it in an empty folder, then bash run.sh [MINUTES]"
 
 test-oldest: .venv-oldest/.installed
 	@echo "== Host logic with torch 2.11.0 and Triton 3.6.0"

@@ -1,1 +1,1 @@
-"""Measurements: tuning, compile reports and checks, and the pytest-benchmark suites of `indexproj bench`."""
+"""Measurements: benchmarks, tuning, compile reports and checks."""

@@ -101,9 +101,7 @@ def timer(contender: str, case: Case, how: str) -> Timer:
 class Side:
     """One side of an A/B: a process that measures a KernelConfig, or another Python's `project`.
 
-    Raises:
-        OSError, ValueError, RuntimeError: the process does not start.
-        WrongError, RuntimeError: what happened in it.
+    Raises OSError, ValueError or RuntimeError if it does not start, and what `timer` raises in it.
     """
 
     def __init__(self, label: str, text: str) -> None:
@@ -172,7 +170,8 @@ def counters(case: Case) -> Result:
     command, request = [*NCU.split(), sys.executable, *SERVER], json.dumps(["indexproj", case, "eager"])
     done = subprocess.run(command, input=request, capture_output=True, text=True, check=False)
     rows = csv.DictReader(dropwhile(lambda line: not line.startswith('"ID"'), done.stdout.splitlines()))
-    found = {row["Metric Name"]: f"{row['Metric Value']} {row['Metric Unit']}".strip() for row in rows}
+    named = (row for row in rows if row["Metric Name"])  # the others are advice
+    found = {row["Metric Name"]: f"{row['Metric Value']} {row['Metric Unit']}".strip() for row in named}
     if not found:
         raise RuntimeError(f"ncu: {(done.stdout + done.stderr).strip().rpartition(chr(10))[2]}")
     return {"suite": "counters", **case._asdict(), "contender": "indexproj", "how": "device", "counters": found}
@@ -187,8 +186,7 @@ def run(
 ) -> Iterator[Result]:
     """Results of ceilings, then of case after case until time is up. ab: two sides to compare, in place of contenders.
 
-    Raises:
-        OSError, RuntimeError: the GPU is not supported, or a side or ncu does not run.
+    Raises OSError, ValueError or RuntimeError: the GPU is not supported, or a side or ncu does not run.
     """
     end, device = monotonic() + seconds, gpu.current_gpu()
     sides = list(map(Side, "AB", ab))

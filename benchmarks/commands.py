@@ -243,9 +243,8 @@ def report_(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A fol
         results = report.read(folder)
         (folder / "report.md").write_text(report.markdown(results), encoding="utf-8")
         paths = [folder / "report.md", *report.plot(results, folder)]
-    if len(paths) == 1:
-        complain("report: no plots, as matplotlib is not installed or there is one M", style="yellow")
-    console.print(f"Wrote {', '.join(map(str, paths))}", soft_wrap=True)
+    note = "; no plots without matplotlib, or of one M" if len(paths) == 1 else ""
+    console.print(f"Wrote {', '.join(map(str, paths))}{note}", soft_wrap=True)
 
 
 @contextmanager

@@ -173,7 +173,7 @@ def description() -> dict[str, str]:
     """Name, runtime, driver and clocks of the current GPU, or nothing without one."""
     if not torch.cuda.is_available():
         return {}
-    found = {"name": torch.cuda.get_device_name(), "runtime": torch.version.hip or torch.version.cuda or "?"}
+    found = {"GPU": torch.cuda.get_device_name(), "runtime": torch.version.hip or torch.version.cuda or "?"}
     fields = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
     if tool := shutil.which("nvidia-smi"):
         uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid

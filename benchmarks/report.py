@@ -36,20 +36,23 @@ def read(folder: Path) -> list[Result]:
                     raise ValueError(f"{path}, line {number}: expected a result of `indexproj bench`") from error
     if not any("suite" in result for result in results):
         raise ValueError(f"{folder}: expected results of `indexproj bench` in *.jsonl, found none")
-    names = {result["machine"].get("name", "none") for result in results if "machine" in result}
+    names = {result["machine"].get("GPU", "none") for result in results if "machine" in result}
     if len(names) > 1:
         raise ValueError(f"{folder}: expected results of one GPU, found {', '.join(sorted(names))}; use a folder each")
     return results
 
 
 def groups(results: Iterable[Result]) -> dict[str, Group]:
-    """By title. A later result replaces an earlier one."""
+    """By title. A later result replaces an earlier one; "run" numbers what lies between two lines of the machine."""
     found: dict[str, Group] = {}
+    run = 0
     for result in results:
-        if "machine" not in result:
+        if "machine" in result:
+            run += 1
+        else:
             title = ", ".join(filter(None, (result["suite"], result.get("shape"), result.get("pair"))))
             key = int(result.get("m", 0)), result["contender"]
-            found.setdefault(title, {}).setdefault(key, {})[result["how"]] = result
+            found.setdefault(title, {}).setdefault(key, {})[result["how"]] = result | {"run": run}
     return {title: dict(sorted(group.items(), key=lambda item: item[0][0])) for title, group in found.items()}
 
 
@@ -59,7 +62,6 @@ def markdown(results: list[Result]) -> str:
     for result in results:
         if "machine" in result:
             facts = {"GPU": "none", **result["machine"], **result["versions"], "date": result["date"]}
-            facts["GPU"] = facts.pop("name", "none")
             facts |= {key: value for key, value in result.items() if key.startswith("versions of")}
             lines.append("- " + ", ".join(f"{name} {value}" for name, value in facts.items()))
     found = groups(results)
@@ -87,7 +89,7 @@ def _timed(group: Group, rate: float) -> Iterator[Row]:
         for how, result in by_how.items():
             row[how] = spread(result["us"]) if "us" in result else result["error"]
             if result["suite"] != "ceilings":
-                baseline = _baseline(group, m, how)
+                baseline = _baseline(group, m, how, result["run"])
                 pairs = zip(result.get("us", ()), baseline, strict=False)
                 row[f"{how}, ratio"] = spread([own / other for own, other in pairs])
         device = by_how.get("device", {})
@@ -103,9 +105,10 @@ def _counted(group: Group) -> Iterator[Row]:
         yield {"counter": name} | {f"M = {m}": counters.get(name, "") for m, counters in counted.items()}
 
 
-def _baseline(group: Group, m: int, how: str) -> list[float]:
-    """The fastest of torch with the same M; the first contender where torch takes no part."""
-    rivals = [by_how[how] for (own, _), by_how in group.items() if own == m and "us" in by_how.get(how, {})]
+def _baseline(group: Group, m: int, how: str, run: int) -> list[float]:
+    """The fastest of torch with the same M in the same run; the first contender where torch takes no part."""
+    rivals = [by_how.get(how, {}) for (own, _), by_how in group.items() if own == m]
+    rivals = [result for result in rivals if "us" in result and result["run"] == run]
     torch = [result for result in rivals if result["contender"] in ("torch linear", "torch mm, fp32")]
     best = sorted(torch, key=lambda result: median(result["us"])) or rivals
     return best[0]["us"] if best else []

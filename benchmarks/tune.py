@@ -36,14 +36,12 @@ FINALISTS, FIRST_ROUNDS, LAST_ROUNDS = 3, 3, 9
 TORCH_MARGIN = 0.98
 
 PER_REGIME = 7  # candidates
-# (block_m, block_n), 0 for all columns.
-PREFILL_TILES = ((16, 64), (32, 64), (64, 64), (64, 0), (128, 64), (128, 0))
+PREFILL_TILES = ((16, 64), (32, 64), (64, 64), (64, 0), (128, 64), (128, 0))  # (block_m, block_n), 0 for all columns
 
 # A kernel, or torch's GEMM with the output dtypes of that key of OUTS. Kernels are measured with an fp32 gate.
 Choice = KernelConfig | str
 Kernel = tuple[Any, ...]  # a KernelConfig, and the arguments of `signature`: shape, formats ...
-# One entry of a table, as it stands in the JSON file.
-Entry = dict[str, Any]
+Entry = dict[str, Any]  # of a table, as it stands in the JSON file
 
 
 class Case(NamedTuple):
@@ -263,8 +261,7 @@ def merged(old: Iterable[Entry], new: Iterable[Entry]) -> list[Entry]:
     result: dict[Case, Entry] = {}
     for entry in (*old, *new):
         case = _case_of(entry)
-        if case not in result or result[case]["tried"] <= entry["tried"]:
-            result[case] = entry
+        result[case] = max(entry, result.get(case, entry), key=lambda each: int(each["tried"]))
     return list(result.values())
 
 

@@ -39,7 +39,7 @@ def install(patch):
     patch(gpu, "replay", timer)
     patch(gpu, "eager", timer)
     patch(gpu, "ceilings", lambda _: iter([("empty kernel", 0, lambda: 2.0), ("copy", 6000, lambda: 3.0)]))
-    patch(gpu, "description", lambda: {"name": "made-up GPU"})
+    patch(gpu, "description", lambda: {"GPU": "made-up GPU"})
     patch(bench, "SHAPES", {"deepseek-v3.2": (128, 64, 512), "glm-5": (128, 32, 256)})
     patch(gpu, "launch", launch)
     patch(bench, "project", project)

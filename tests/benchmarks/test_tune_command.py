@@ -7,8 +7,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import fake_gpu
 from indexproj.__main__ import app
-from indexproj.benchmarks import gpu, tune
+from indexproj.benchmarks import commands, gpu, tune
 from indexproj.benchmarks.tune import Case, WrongError
 from indexproj.kernels import TARGETS, choose, dispatch
 from indexproj.kernels.dispatch import OUTS, read_table
@@ -67,6 +68,23 @@ def test_tune_writes_what_dispatch_reads(h100, tmp_path):
         case: (choose(*case, SM_90), (OUTS["bf16"],) if case.formats == DENSE else ()) for case in cases
     }
     assert len(path.read_text().splitlines()) == 6  # one entry per line
+
+
+def test_tune_end_to_end_on_a_made_up_gpu(monkeypatch, tmp_path, mm_to_fp32):
+    """Everything but the compiler, the graphs and the clock."""
+    fake_gpu.install(monkeypatch.setattr)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: GPU)
+    monkeypatch.setattr(commands, "SHAPES", {"glm-5": (128, 32, 256)})
+    monkeypatch.setattr(tune, "MS", (1, 16))
+    monkeypatch.setattr(tune, "target_of", lambda _: SM_90)
+    monkeypatch.setattr(tune, "compile_all", lambda target, kernels, seconds: kernels)
+    run(*PAIR, "--pair", "FP8 128x128, BF16", "--output", tmp_path / "table.json")
+    assert list(read_table(tmp_path / "table.json", GPU)) == [
+        (m, (128, 32, 256), formats) for formats in (DENSE, FP8) for m in (1, 16)
+    ]
+    for entry in entries_of(tmp_path / "table.json"):
+        assert entry["tried"] == entry["candidates"] > 1
+        assert len(entry["torch_us"]) == (2 if entry["formats"] == ["BF16", "BF16"] else 0)
 
 
 def test_tune_keeps_other_entries(h100, tmp_path):

@@ -18,7 +18,7 @@ mkdir -p site results || exit 2
 for wheel in wheels/*.whl; do
     "$python" -m zipfile -e "$wheel" site || exit 2
 done
-export PYTHONPATH=$PWD/site PYTHONDONTWRITEBYTECODE=1
+export PYTHONPATH=$PWD/site PYTHONDONTWRITEBYTECODE=1 TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/cache}
 if ! gpu=$("$python" -c 'import numpy, pytest, safetensors, torch, triton, typer
 print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")' 2> results/import.log); then
     echo "run.sh: $python lacks a package: $(tail -n 1 results/import.log)" >&2
@@ -28,7 +28,7 @@ fi
 [ -z "$gpu" ] || exec > >(tee results/log.txt) 2>&1
 worst=0
 running=
-trap 'kill $running; echo "run.sh: interrupted; results are kept in $PWD/results"; exit 2' INT TERM
+trap 'kill $running; wait $running; echo "run.sh: interrupted; results are kept in $PWD/results"; exit 2' INT TERM
 step() {
     local name=$1 code
     shift
