@@ -10,8 +10,6 @@ A result is a dict, and a line of JSON in a results file. Its keys:
 The first and last line of a run name GPU, clocks, versions and date.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import shlex

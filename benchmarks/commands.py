@@ -1,7 +1,5 @@
 """The commands compile, tune and bench."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterable, Iterator

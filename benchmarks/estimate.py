@@ -6,8 +6,6 @@ GPUs by the number of SMs. Instructions are counted in binaries for sm_90. Expec
 in prefill; differences between two configs of one GPU are what it is for.
 """
 
-from __future__ import annotations
-
 import math
 
 from ..kernels.dispatch import KernelConfig, cdiv

@@ -1,7 +1,5 @@
 """Compile gates: checks on the kernels that dispatch selects, compiled without a GPU."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import os

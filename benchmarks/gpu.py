@@ -1,7 +1,5 @@
 """Timing on a GPU: calls in a graph or from Python, with weights that are not in L2, after checking their results."""
 
-from __future__ import annotations
-
 import functools
 import shutil
 import subprocess

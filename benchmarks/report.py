@@ -1,7 +1,5 @@
 """Turns results of `indexproj bench` into Markdown tables and plots."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,5 @@
 """Measures which kernel is fastest on this GPU, and keeps the table that dispatch reads."""
 
-from __future__ import annotations
-
 import json
 import math
 import multiprocessing

@@ -3,8 +3,6 @@
 Imports neither torch nor the kernels, so `--help` can list them.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

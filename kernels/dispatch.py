@@ -3,8 +3,6 @@
 A table that `indexproj tune` measured on the user's GPU takes precedence; this module reads it.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

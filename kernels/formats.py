@@ -1,7 +1,5 @@
 """The formats of weight matrices, and what the kernels take of each."""
 
-from __future__ import annotations
-
 from enum import Enum
 from typing import Literal
 

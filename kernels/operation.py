@@ -1,7 +1,5 @@
 """The operation: x -> (k, gate), in one launch."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The fp64 reference that the kernels are compared with."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional

@@ -1,7 +1,5 @@
 """The only place that asks which device there is."""
 
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass
 from typing import Literal

@@ -1,7 +1,5 @@
 """Device memory for the split-K reductions: partial sums, and counters that are zero between launches."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """Turns a stream of tensors into weights, all or nothing."""
 
-from __future__ import annotations
-
 import operator
 from collections import defaultdict
 from collections.abc import Iterable, Mapping

@@ -1,7 +1,5 @@
 """A safetensors checkpoint on disk: its headers, and single tensors on request."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections import defaultdict

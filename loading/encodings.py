@@ -3,8 +3,6 @@
 To add one, write its `bind` function and list it in ENCODINGS.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """Names of indexer tensors in a checkpoint."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 

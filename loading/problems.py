@@ -1,7 +1,5 @@
 """Errors of a checkpoint, in terms that its owner can act on."""
 
-from __future__ import annotations
-
 import logging
 import re
 from collections import defaultdict

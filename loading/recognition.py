@@ -1,7 +1,5 @@
 """Finds the encoding of a matrix from the dtypes and shapes of its tensors, or explains why there is none."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterable, Mapping
 

@@ -1,7 +1,5 @@
 """Judges values: refuses those that overflow in the kernels' fp32 sums, become NaN or vanish, and notes odd ones."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

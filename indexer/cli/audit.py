@@ -1,7 +1,5 @@
 """Reports what a checkpoint holds of the projection and whether it loads."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Iterable

@@ -4,8 +4,6 @@ Commands import torch, Triton and the kernels when they run: `--help` does not w
 between GPU and interpreter before Triton is imported.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os

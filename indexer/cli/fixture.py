@@ -1,7 +1,5 @@
 """Writes checkpoints with published layouts and random values, for tests, demos and bug reports."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Random matrices for tests, benchmarks and fixtures."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Runs the kernels on the weights of a checkpoint and compares them with fp64 products of the values on disk."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """The projections of a model in an engine, through loads and reloads. Independent of the engine."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import logging
 from collections.abc import Iterable, Iterator, Mapping

@@ -4,8 +4,6 @@ vLLM calls `register` in every process, before there is a model. So this module 
 kernels; swapping does. If anything in vLLM is unexpected, nothing changes. See docs/upstream.md.
 """
 
-from __future__ import annotations
-
 import ast
 import functools
 import importlib.metadata
