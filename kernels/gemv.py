@@ -7,16 +7,7 @@ trip to memory and that nothing follows: no partial sums, no counter, no workspa
 import triton
 import triton.language as tl
 
-from .tile import (
-    FP8_BLOCK,
-    UNCHANGED,
-    decode,
-    load_block_scales,
-    load_codes,
-    load_row_scales,
-    quantize,
-    store_tile,
-)
+from .tile import FP8_BLOCK, UNCHANGED, decode, load_block_scales, load_codes, load_row_scales, quantize, store_tile
 
 
 @triton.jit
