@@ -1,7 +1,5 @@
 """From tensors to one kernel launch: compile-time arguments, compiler options, and a short path to the driver."""
 
-from __future__ import annotations
-
 import functools
 import threading
 from collections.abc import Sequence
@@ -87,26 +85,6 @@ def launch(
     plan.run(m, x, matrices, outs)
 
 
-@functools.lru_cache(maxsize=4096)
-def plan_of(signature: Signature, bucket: int, config: KernelConfig | None = None) -> Plan:
-    """The plan for up to bucket rows of x, a power of two."""
-    case = bucket, signature.shape, signature.formats
-    is_tuned = signature.x_dtype == torch.bfloat16 and not (signature.batch_invariant or any(signature.activations))
-    tuned, torch_for = table_of(signature.device).get(case, (None, ())) if is_tuned and config is None else (None, ())
-    # torch would round before it multiplies by a factor.
-    prefers_torch = signature.dtypes in torch_for and set(signature.factors) == {1.0}
-    config = config or tuned or choose(
-        bucket, *case[1:], target_of(signature.device), signature.x_dtype,
-        quantize_x=any(signature.activations), batch_invariant=signature.batch_invariant,
-    )  # fmt: skip
-    return Plan(signature, bucket, config, prefers_torch)
-
-
-def decide(m: int, signature: Signature) -> KernelConfig:
-    """The config that a launch with m >= 1 rows uses."""
-    return plan_of(signature, next_power_of_2(m)).config
-
-
 class Plan:
     """How to launch one signature for M up to a power of two.
 
@@ -152,6 +130,26 @@ class Plan:
         else:
             stream = triton.runtime.driver.active.get_current_stream(self._device.index)
             compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_of(signature: Signature, bucket: int, config: KernelConfig | None = None) -> Plan:
+    """The plan for up to bucket rows of x, a power of two."""
+    case = bucket, signature.shape, signature.formats
+    is_tuned = signature.x_dtype == torch.bfloat16 and not (signature.batch_invariant or any(signature.activations))
+    tuned, torch_for = table_of(signature.device).get(case, (None, ())) if is_tuned and config is None else (None, ())
+    # torch would round before it multiplies by a factor.
+    prefers_torch = signature.dtypes in torch_for and set(signature.factors) == {1.0}
+    config = config or tuned or choose(
+        bucket, *case[1:], target_of(signature.device), signature.x_dtype,
+        quantize_x=any(signature.activations), batch_invariant=signature.batch_invariant,
+    )  # fmt: skip
+    return Plan(signature, bucket, config, prefers_torch)
+
+
+def decide(m: int, signature: Signature) -> KernelConfig:
+    """The config that a launch with m >= 1 rows uses."""
+    return plan_of(signature, next_power_of_2(m)).config
 
 
 def _is_aligned(
