@@ -191,8 +191,8 @@ def _prefill_tiles(
         tiles = [(block_m, 0) for block_m in heights if block_m * columns <= ACCUMULATORS] + tiles
     if not quantize_x:
         return tiles
-    # Rounding x takes registers: 128 rows would spill, and so would all columns in fp16.
-    return [(block_m, block_n) for block_m, block_n in tiles if block_m <= 64 and (block_n or not is_fp16)]
+    # Rounding x takes registers: 128 rows would spill, and so would 64 in fp16.
+    return [(block_m, block_n) for block_m, block_n in tiles if block_m <= (32 if is_fp16 else 64)]
 
 
 def _fill(tiles: int, acc_size: int, steps: int, target: Target) -> int:
