@@ -144,7 +144,7 @@ class Binary:
     def step(self) -> int:
         """Instructions of the longest loop with matrix instructions: one step of K. 0 without such a loop.
 
-        Behind an exit, code of sm_100 branches back to where it came from; that is no loop.
+        Behind an exit, code may branch back to where it came from (sm_100, AMD); that is no loop.
         """
         labels: dict[str, int] = {}
         code: list[str] = []
@@ -157,7 +157,7 @@ class Binary:
             branch = re.search(r"\bBRA\b.*?(\.L_x_\d+)|s_c?branch\w* (\.LBB\w+)", code[-1])
             start = labels.get(branch[1] or branch[2], len(code)) if branch else len(code)
             loop = "\n".join(code[start:])
-            if re.search(_MMA, loop) and not re.search(r"\bEXIT\b", loop):
+            if re.search(_MMA, loop) and not re.search(r"\bEXIT\b|\bs_endpgm\b", loop):
                 longest = max(longest, len(code) - start)
         return longest
 

@@ -35,7 +35,7 @@ def estimate(
     The launch, trips to memory one after another, reads or instructions, and what the last program of a tile reads.
     """
     *ns, k = shape
-    memory_rate, cycles = GPUS[target.name]
+    memory_rate, cycles = GPUS.get(target.name, GPUS["sm_90" if target.is_cuda() else "gfx942"])
     programs = math.prod(config.grid(m, *ns))
     moved = sum(nbytes(format, n, k) for format, n in zip(formats, ns, strict=True)) + 2 * m * (k + sum(ns))
     l2_rate = min(L2_BYTES_PER_US * target.sm_count, SM_BYTES_PER_US * programs)

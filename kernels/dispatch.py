@@ -56,12 +56,17 @@ class KernelConfig:
     def __post_init__(self) -> None:
         block_n = 1 if self.regime == "prefill" and self.block_n == 0 else self.block_n
         sizes = self.block_m, block_n, self.slices, self.num_warps
-        is_regime = self.regime in ("gemv", "split_k", "prefill") and self.block_k in (32, 64, 128)
-        if not is_regime or min(*sizes, self.split_k, self.num_stages) < 1 or any(n & (n - 1) for n in sizes):
+        is_looped, is_split = self.loop_splits, self.split_k > 1
+        unfit = {"gemv": is_split or is_looped, "split_k": False, "prefill": is_looped or self.pdl}.get(
+            self.regime, True
+        )
+        if unfit or self.block_k not in (32, 64, 128) or any(n < 1 or n & (n - 1) for n in sizes):
             raise ValueError(
-                "KernelConfig: expected regime gemv, split_k or prefill, block_k 32, 64 or 128, powers of two as other "
-                f"sizes, and split_k and num_stages of at least 1, got {self!r}"
+                "KernelConfig: expected gemv without splits, split_k, or prefill without loop_splits and pdl; block_k of "
+                f"32, 64 or 128; powers of two as other sizes; got {self!r}"
             )
+        if self.split_k < 1 or self.num_stages < 1:
+            raise ValueError(f"KernelConfig: expected split_k and num_stages of at least 1, got {self!r}")
 
     def __str__(self) -> str:
         block_n = f"x{self.block_n or 'N'}" if self.regime != "gemv" else ""
@@ -146,7 +151,7 @@ def choose(
             fewer = replace(config, split_k=cdiv(config.split_k, steps))
             if math.prod(fewer.grid(m, *ns)) <= 2 * target.sm_count:
                 return fewer
-    return _prefill(m, ns, k, formats, target, x_dtype != torch.bfloat16, quantize_x)
+    return _prefill(m, ns, k, target, x_dtype != torch.bfloat16, quantize_x)
 
 
 def _split_k(m: int, k: int, target: Target) -> KernelConfig:
@@ -157,16 +162,14 @@ def _split_k(m: int, k: int, target: Target) -> KernelConfig:
     return KernelConfig("split_k", block_m, block_k=64, split_k=splits, num_stages=2, block_n=16, slices=8)
 
 
-def _prefill(
-    m: int, ns: list[int], k: int, formats: tuple[Format, ...], target: Target, is_fp16: bool, quantize_x: bool
-) -> KernelConfig:
+def _prefill(m: int, ns: list[int], k: int, target: Target, is_fp16: bool, quantize_x: bool) -> KernelConfig:
     """The largest tile that fills the GPU: the larger, the less is read from L2 and decoded."""
     # fp16 is multiplied as fp32, which takes twice the room. x has a scale per 128 of K.
     block_k = 32 if is_fp16 else 64
     num_stages = 3 if target.is_cuda() else 2
     if quantize_x:
         block_k, num_stages = 128, num_stages - 1
-    for block_m, block_n in _prefill_tiles(ns, formats, target, is_fp16, quantize_x):
+    for block_m, block_n in _prefill_tiles(ns, target, is_fp16, quantize_x):
         num_warps = 8 if block_m * (block_n or 192) >= 128 * 64 else 4
         config = KernelConfig("prefill", block_m, block_k, 1, num_stages, num_warps, block_n)
         tiles = math.prod(config.grid(m, *ns))
@@ -176,9 +179,7 @@ def _prefill(
     return replace(config, split_k=splits)
 
 
-def _prefill_tiles(
-    ns: list[int], formats: tuple[Format, ...], target: Target, is_fp16: bool, quantize_x: bool
-) -> list[tuple[int, int]]:
+def _prefill_tiles(ns: list[int], target: Target, is_fp16: bool, quantize_x: bool) -> list[tuple[int, int]]:
     """(block_m, block_n) from large to small."""
     tiles = [(block_m, 64) for block_m in (128, 64, 32, 16)]
     if sum(cdiv(n, 128) * 128 for n in ns) <= 1.1 * sum(cdiv(n, 64) * 64 for n in ns):
@@ -186,12 +187,11 @@ def _prefill_tiles(
     # Without wgmma or tcgen05, each warp decodes its own weights in registers, and all columns do not fit these.
     if not isinstance(target.arch, int) or 90 <= target.arch < 120:
         columns = KernelConfig("prefill", 1, 64, block_n=0).acc_size(*ns)
-        # 128 rows would spill in fp16 and with two FP4 matrices.
-        heights = (64,) if is_fp16 or set(formats) <= {Format.NVFP4, Format.MXFP4} else (128, 64)
+        heights = (64,) if is_fp16 else (128, 64)  # 128 rows would spill
         tiles = [(block_m, 0) for block_m in heights if block_m * columns <= ACCUMULATORS] + tiles
     if not quantize_x:
         return tiles
-    # Rounding x takes registers: 128 rows would spill, and so would 64 in fp16.
+    # Rounding x takes registers: 128 rows with all columns would spill, and so would 64 in fp16.
     return [(block_m, block_n) for block_m, block_n in tiles if block_m <= (32 if is_fp16 else 64)]
 
 

@@ -13,13 +13,7 @@ from .formats import Format, Operands, operand_layout, scale_group, spread
 
 
 class Matrix(ABC):
-    """A weight matrix [N, K]. Subclasses are frozen dataclasses that define its tensors, values or codes first.
-
-    Attributes:
-        operands: what the kernels take, see `operand_layout`: views of the tensors.
-    """
-
-    operands: Operands
+    """A weight matrix [N, K]. Subclasses are frozen dataclasses that define its tensors, values or codes first."""
 
     @property
     @abstractmethod
@@ -34,6 +28,14 @@ class Matrix(ABC):
         """All tensors, in the order of the constructor's arguments."""
         values = (getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
         return tuple(tensor for tensor in values if tensor is not None)
+
+    @property
+    def operands(self) -> Operands:
+        """What the kernels take, see `operand_layout`: views, made anew, as engines move the memory of parameters."""
+        values, *scales = [tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor for tensor in self.tensors]
+        if self.format == Format.FP8_ROW:
+            return values, None, scales[0]
+        return values, scales[0] if scales else None, scales[1] if len(scales) > 1 else None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -79,7 +81,7 @@ class Matrix(ABC):
         ]
 
     def _check(self, **dtypes: tuple[torch.dtype, ...]) -> None:
-        """Checks each field: dtype, contiguous and 2-D, one device, shape as in `operand_layout`. Sets operands."""
+        """Checks each field: dtype, contiguous and 2-D, one device, and the shape in `operand_layout`."""
         for name, expected in dtypes.items():
             tensor, field = getattr(self, name), f"{type(self).__name__}.{name}"
             if tensor.dtype not in expected:
@@ -92,15 +94,12 @@ class Matrix(ABC):
             if tensor.device != self.device:
                 raise ValueError(f"{field}: expected it on {self.device} like the others, got {tensor.device}")
         n, k = self.shape
-        layouts = operand_layout(self.format, n, k)
-        for name, (_, shape) in zip(dtypes, filter(None, layouts), strict=True):
+        for name, (_, shape) in zip(dtypes, filter(None, operand_layout(self.format, n, k)), strict=True):
             found = tuple(getattr(self, name).shape)
             if found != shape:
                 per_row = f" or {[n, 1]}" if self.format == Format.FP8_BLOCK else ""
                 got = f"for a matrix {[n, k]}, got {list(found)}"
                 raise ValueError(f"{type(self).__name__}.{name}: expected {list(shape)}{per_row} {got}")
-        views = iter([tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor for tensor in self.tensors])
-        object.__setattr__(self, "operands", tuple([next(views) if layout else None for layout in layouts]))
 
 
 @dataclass(frozen=True, eq=False)

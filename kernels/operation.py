@@ -271,6 +271,8 @@ def _place_operands(
         n, own_k = shape[0], shape[1] * (2 if format in (Format.NVFP4, Format.MXFP4) else 1)
         if k != own_k:
             raise ValueError(f"project: x must be [..., K={own_k}] to fit the weights, got [..., {k}]")
+        if n * own_k >= 2**31:  # the kernels' offsets into a matrix are int32
+            raise ValueError(f"project: expected a matrix of fewer than 2**31 values, got one of {n} x {own_k}")
         own = [-1, -1, -1]
         for role, layout in enumerate(operand_layout(format, n, k)):
             if layout is None:

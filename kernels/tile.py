@@ -10,8 +10,8 @@ A matrix reaches a kernel as a tuple w of three pointers and a format (a compile
     NVFP4        two e2m1 per uint8 [N, K/2]        e4m3 as uint8 [N, K/16]         fp32 [N]
     MXFP4        two e2m1 per uint8 [N, K/2]        e8m0 as uint8 [N, K/32]         None
 
-Tiles are transposed, [columns of the output, rows of x]: the product is w @ x.T. Weights are then the first operand of
-the dot, which tensor cores take from registers, where they have just been decoded.
+In split_k tiles are transposed, [columns of the output, rows of x]: the product is w @ x.T. Weights are then the first
+operand of the dot, which tensor cores take from registers, where they have just been decoded.
 
 Arguments of the helpers: cols [R] are rows of the matrix, which are columns of its output; start_k [R] is where in K
 each of them begins; rows are rows of x.
