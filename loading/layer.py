@@ -139,9 +139,6 @@ class LayerPlan:
             return wk[: self.wk.shape[0]], wk[self.wk.shape[0] :]
         return wk, self.gate.exact(tensors)
 
-    def with_problems(self, *problems: Problem) -> LayerPlan:
-        return replace(self, problems=(*self.problems, *problems))
-
 
 class Collector:
     """Sorts headers by layer and judges them. `Plan` fills one from files, `Assembly` from a stream.
@@ -186,10 +183,6 @@ class Collector:
         else:
             return
         self.problems[number].append(Problem(header.name, header.file, expected, str(header)))
-
-    def withdraw(self, number: int, tensor: IndexerTensor) -> None:
-        """Undoes `add` of a tensor, so that it can be added again."""
-        self._headers[number][tensor.matrix or ""].pop(tensor.role)
 
     def is_complete(self, number: int) -> bool:
         """True if the matrices of a layer are recognized and no tensor can follow. Cheap: called once per tensor."""
@@ -271,4 +264,4 @@ def check_alike(plans: dict[int, LayerPlan]) -> None:
         for number, value in values.items():
             if value != usual[0][0]:
                 problem = sound[number].wk.wrong(f"{what.format(usual[0][0])}, like most layers", f"{value}", advice)
-                plans[number] = plans[number].with_problems(problem)
+                plans[number] = replace(plans[number], problems=(*plans[number].problems, problem))
