@@ -1,7 +1,5 @@
 """The projection as an nn.Module."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,7 +32,7 @@ class IndexerProjection(nn.Module):
     @classmethod
     def from_checkpoint(
         cls, path: str | Path, *, layer: int, device: str | torch.device = "cpu", **options: Any
-    ) -> IndexerProjection:
+    ) -> "IndexerProjection":
         """Loads one layer. Reads only that layer's tensors.
 
         Args:
@@ -52,7 +50,7 @@ class IndexerProjection(nn.Module):
         """x [..., K] bf16 or fp16 -> k [..., D], gate [..., H]. Raises the same errors as `project`."""
         return project(x, self.weights, **self.options)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IndexerProjection:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "IndexerProjection":
         def move(tensor: Tensor) -> Tensor:
             result = fn(tensor)
             return result if result.dtype == tensor.dtype else tensor.to(result.device)

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from ..kernels.weights import ProjectionWeights
 from .config import Config
-from .headers import DTYPES, Header
+from .headers import DTYPES, GATE, UNUSED, WK, Header, parse
 from .layer import Collector, LayerPlan, check_alike, own, real_device
-from .names import GATE, UNUSED, WK, parse
 from .problems import CheckpointError, Problem, log
 
 

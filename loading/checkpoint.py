@@ -10,8 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .config import CONFIG, Config
-from .headers import Header
-from .names import parse
+from .headers import Header, parse
 from .problems import CheckpointError, Problem
 
 INDEX = "model.safetensors.index.json"

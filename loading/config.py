@@ -1,17 +1,14 @@
 """config.json: sizes and schedules of the indexers. They are checked against the tensors and never replace them."""
 
-from __future__ import annotations
-
 import contextlib
 import fnmatch
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from .headers import Header
-from .names import FUSED, GATE, WK
+from .headers import FUSED, GATE, WK, Header
 from .problems import Problem
 
 CONFIG = "config.json"
@@ -89,7 +86,7 @@ class Config:
     schedule_problems: Sequence[Problem] = ()  # these concern the model as a whole, not a single layer
 
     @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Config:
+    def of(cls, values: Mapping[str, Any]) -> "Config":
         """Reads the content of config.json; text_config, which multimodal models nest, takes precedence."""
         nested = values.get("text_config")
         text: Mapping[str, Any] = nested if isinstance(nested, dict) else {}
@@ -105,14 +102,6 @@ class Config:
                 del sizes[key]
         schedules = _schedules(values, sizes.get("num_hidden_layers"), schedule_problems)
         return cls(**sizes, schedules=schedules, vetoes=vetoes, problems=problems, schedule_problems=schedule_problems)
-
-    def with_index_head_dim(self, value: int | None) -> Config:
-        """A copy with another D, unless that is None. Raises TypeError for anything but an integer."""
-        if value is None:
-            return self
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise TypeError(f"index_head_dim: expected an integer, got {value!r}")
-        return replace(self, index_head_dim=value)
 
     @property
     def schedule(self) -> Sequence[bool]:

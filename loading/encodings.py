@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ..kernels.formats import MX_GROUP, SCALE_BLOCK, Format, scale_group, scale_shape
 from ..kernels.matrix import DenseMatrix, Fp4Matrix, Fp8Matrix, Matrix
-from .headers import Header
-from .names import SPELLINGS
+from .headers import SPELLINGS, Header
 from .values import Faults, judge_scale
 
 FP8 = ("F8_E4M3", "F8_E4M3FNUZ")

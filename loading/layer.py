@@ -1,7 +1,5 @@
 """Layers: collects their headers, from files or a stream, plans their two matrices and binds them."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -13,8 +11,7 @@ from ..kernels.matrix import Matrix
 from ..kernels.weights import ProjectionWeights
 from .config import CONFIG, Config
 from .encodings import Encoding, Tensors
-from .headers import Header
-from .names import FUSED, GATE, WK, IndexerTensor, parse
+from .headers import FUSED, GATE, WK, Header, IndexerTensor, parse
 from .problems import Problem
 from .recognition import explain, recognize
 from .values import judge, nan_codes

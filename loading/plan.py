@@ -1,10 +1,8 @@
 """Plans which layers own an indexer and how each is stored, from headers alone, and loads them."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,8 +10,8 @@ import torch
 from ..kernels.weights import ProjectionWeights
 from .checkpoint import Checkpoint
 from .config import CONFIG, Config
+from .headers import parse
 from .layer import Collector, LayerPlan, check_alike, own, real_device
-from .names import parse
 from .problems import CheckpointError, Problem, log, ranges
 
 
@@ -35,9 +33,16 @@ class Plan:
     model_problems: tuple[Problem, ...]
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, index_head_dim: int | None = None) -> Plan:
-        """Plans a load. Collects problems and never raises; index_head_dim overrides that of config.json."""
-        config = checkpoint.config.with_index_head_dim(index_head_dim)
+    def of(cls, checkpoint: Checkpoint, index_head_dim: int | None = None) -> "Plan":
+        """Plans a load and collects problems. Raises only TypeError, for an index_head_dim that is not an integer.
+
+        index_head_dim: D, to split `wk_weights_proj`; from config.json by default.
+        """
+        config = checkpoint.config
+        if index_head_dim is not None:
+            if isinstance(index_head_dim, bool) or not hasattr(index_head_dim, "__index__"):
+                raise TypeError(f"index_head_dim: expected an integer, got {index_head_dim!r}")
+            config = replace(config, index_head_dim=index_head_dim)
         collector = Collector(config)
         faults = [(problem, parse(problem.subject)) for problem in checkpoint.problems]
         others = {*checkpoint.neighbours, *(problem.subject for problem, _ in faults)} - checkpoint.headers.keys()

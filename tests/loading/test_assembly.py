@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from exports import EXPORTS, layer_of, named, stream, stream_problems
 from indexproj.loading import Assembly, CheckpointError, LayerPlan
-from indexproj.loading.names import parse
+from indexproj.loading.headers import parse
 from support import GATE, INDEXER, WK, bf16_layer, fp8_layer, only, same
 
 STEM = INDEXER.format(0)

@@ -7,7 +7,7 @@ from exports import EXPORTS, layer_of, named, stream
 from indexproj.kernels import ProjectionWeights, reference
 from indexproj.loading import Checkpoint, Plan, load
 from indexproj.loading.encodings import ENCODINGS
-from indexproj.loading.names import ROLES
+from indexproj.loading.headers import ROLES
 from support import DEEPSEEK, GLM, INDEXER, only, problems_of, write_checkpoint
 
 STEM = INDEXER.format(0)
