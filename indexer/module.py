@@ -16,10 +16,6 @@ class IndexerProjection(nn.Module):
 
     The weights keep the checkpoint's format, so the module has no parameters and no state_dict entries; reload them
     from the checkpoint. `.to(device)` moves the weights; dtype conversions such as `model.half()` do not change them.
-
-    Attributes:
-        weights: the two matrices.
-        options: keyword arguments of `project`.
     """
 
     def __init__(self, weights: ProjectionWeights, **options: Any) -> None:
@@ -27,22 +23,15 @@ class IndexerProjection(nn.Module):
         if not isinstance(weights, ProjectionWeights):
             raise TypeError(f"IndexerProjection: expected ProjectionWeights, got {type(weights).__name__}")
         self.weights = weights
-        self.options = options
+        self.options = options  # keyword arguments of `project`
 
     @classmethod
     def from_checkpoint(
         cls, path: str | Path, *, layer: int, device: str | torch.device = "cpu", **options: Any
     ) -> "IndexerProjection":
-        """Loads one layer. Reads only that layer's tensors.
+        """Loads one layer from a checkpoint directory or .safetensors file. Reads only that layer's tensors.
 
-        Args:
-            path: checkpoint directory or .safetensors file.
-            layer: index of a layer with an indexer.
-            device: device of the weights.
-            options: keyword arguments of `project`.
-
-        Raises:
-            CheckpointError: the layer does not load; lists every problem.
+        Raises CheckpointError with every problem if the layer does not load.
         """
         return cls(load(path, [layer], device)[layer], **options)
 

@@ -55,16 +55,10 @@ class Encoding:
     exact: Callable[[Tensors], Tensor] | None = None  # the values [N, K] in fp64, if `bind` rounds them to bf16
     scale_role: str = "scale"
 
-    @property
-    def is_native(self) -> bool:
-        """False if values are rounded to bf16."""
-        return self.exact is None
-
     def misfits(self, headers: Mapping[str, Header]) -> dict[str, TensorSpec | None]:
         """Compares the tensors beside a "weight" of the right dtype with those of this encoding.
 
-        Returns:
-            role -> spec of each tensor that is missing or wrong, None for each that has no role here; empty if all fit.
+        Returns role -> spec of each tensor that is missing or wrong, None for each that has no role here.
         """
         weight = headers["weight"]
         n, k = weight.shape[0], weight.shape[1] * PACKED.get(weight.dtype, 1)

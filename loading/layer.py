@@ -34,19 +34,12 @@ def own(tensor: Tensor, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class MatrixPlan:
-    """One matrix [N, K] on disk.
+    """One matrix [N, K] on disk."""
 
-    Attributes:
-        name: name of its tensors without the role; ends in "wk_weights_proj" if both matrices are stored as one.
-        encoding: None if no encoding fits; the layer's problems say why.
-        headers: role -> header.
-        layout: the matrix it becomes, on the meta device; None without an encoding.
-    """
-
-    name: str
-    encoding: Encoding | None
-    headers: Mapping[str, Header]
-    layout: Matrix | None = field(repr=False)
+    name: str  # of its tensors without the role; ends in "wk_weights_proj" if both matrices are stored as one
+    encoding: Encoding | None  # None if no encoding fits; the layer's problems say why
+    headers: Mapping[str, Header]  # by role
+    layout: Matrix | None = field(repr=False)  # the matrix it becomes, on the meta device; None without an encoding
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -93,19 +86,13 @@ class MatrixPlan:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """The projection of one layer.
+    """The projection of one layer."""
 
-    Attributes:
-        layer: layer index; `mtp_layers` are numbered after the hidden layers.
-        is_mtp: True for a multi-token-prediction layer (layer >= num_hidden_layers).
-        problems: why the layer does not load; empty if it does.
-    """
-
-    layer: int
-    is_mtp: bool
+    layer: int  # layer index; `mtp_layers` are numbered after the hidden layers
+    is_mtp: bool  # a multi-token-prediction layer (layer >= num_hidden_layers)
     wk: MatrixPlan
     gate: MatrixPlan
-    problems: tuple[Problem, ...] = field(repr=False)
+    problems: tuple[Problem, ...] = field(repr=False)  # why the layer does not load; empty if it does
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -138,14 +125,10 @@ class LayerPlan:
 
 
 class Collector:
-    """Sorts headers by layer and judges them. `Plan` fills one from files, `Assembly` from a stream.
-
-    Attributes:
-        problems: layer index -> problems noted so far; None for those that belong to no layer.
-    """
+    """Sorts headers by layer and judges them. `Plan` fills one from files, `Assembly` from a stream."""
 
     def __init__(self, config: Config) -> None:
-        self.problems: defaultdict[int | None, list[Problem]] = defaultdict(list)
+        self.problems: defaultdict[int | None, list[Problem]] = defaultdict(list)  # by layer; None: of no layer
         self._config = config
         self._stems: dict[int, str] = {}
         self._headers: dict[int, defaultdict[str, dict[str, Header]]] = {}  # layer -> matrix -> role -> header
@@ -160,11 +143,7 @@ class Collector:
         return number
 
     def add(self, number: int, tensor: IndexerTensor, header: Header | None) -> None:
-        """Takes a tensor of a layer.
-
-        Args:
-            header: None for a tensor outside the projection, and for one that is absent, which the caller reports.
-        """
+        """Takes a tensor of a layer. Without header: outside the projection, or absent, which the caller reports."""
         stem = self._stems.setdefault(number, tensor.stem)
         matrices = self._headers.setdefault(number, defaultdict(dict))
         if tensor.matrix is None:

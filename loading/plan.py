@@ -17,19 +17,12 @@ from .problems import CheckpointError, Problem, log, ranges
 
 @dataclass(frozen=True)
 class Plan:
-    """The projection in a checkpoint.
+    """The projection in a checkpoint."""
 
-    Attributes:
-        layers: layer index -> LayerPlan, ascending, for layers that own an indexer.
-        config: config.json.
-        file_problems: problems that concern any load from these files.
-        model_problems: problems that concern the model as a whole, but no layer that loads: a layer that is missing, a
-            schedule that says nothing.
-    """
-
-    layers: Mapping[int, LayerPlan]
+    layers: Mapping[int, LayerPlan]  # by layer index, ascending, for layers that own an indexer
     config: Config
-    file_problems: tuple[Problem, ...]
+    file_problems: tuple[Problem, ...]  # these concern any load from these files
+    # These concern the model, but no layer that loads: a layer that is missing, a schedule that says nothing.
     model_problems: tuple[Problem, ...]
 
     @classmethod
@@ -100,15 +93,13 @@ def load(
     *,
     index_head_dim: int | None = None,
 ) -> dict[int, ProjectionWeights]:
-    """Loads the projection of some layers, reading only its own bytes.
+    """Loads the projection of some layers, or of all that own an indexer. Reads only its own bytes.
 
     Logs one warning with `Plan.warnings`, problems of layers that were not asked for, values that are odd, and values
     that were rounded.
 
     Args:
         checkpoint: a directory, a .safetensors file, or a Checkpoint.
-        layers: layers to load; None for all that own an indexer.
-        device: device of the weights.
         index_head_dim: D, to split `wk_weights_proj`; from config.json by default.
 
     Returns:

@@ -18,7 +18,7 @@ def check(path, wk, gate, **config):
     write_checkpoint(path, layer_of(wk, gate), config=config)
     plan, weights = Plan.of(Checkpoint(path)).layers[0], load(path)[0]
     for matrix, planned, export in ((weights.wk, plan.wk, wk), (weights.gate, plan.gate, gate)):
-        assert (planned.encoding.name, planned.encoding.is_native) == (export.encoding, export.is_native)
+        assert (planned.encoding.name, planned.encoding.exact is None) == (export.encoding, export.is_native)
         assert (planned.shape, planned.layout.nbytes) == (matrix.shape, matrix.nbytes)
         assert planned.headers.keys() == {ROLES[leaf] for leaf in export.tensors}
         assert torch.equal(matrix.dequantize(torch.float64), export.loaded)
