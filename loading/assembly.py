@@ -12,15 +12,15 @@ from torch import Tensor
 from ..kernels.weights import ProjectionWeights
 from .config import Config
 from .headers import DTYPES, GATE, UNUSED, WK, Header, parse
-from .layer import Collector, LayerPlan, check_alike, own, real_device
+from .layer import Collector, LayerPlan, own, real_device
 from .problems import CheckpointError, Problem, log
 
 
 class Assembly:
     """Collects tensors in any order and over any number of calls: begin(), offer() each tensor, finish().
 
-    finish() returns the weights of all layers or raises; only then do the weights of the last load change. Not
-    thread-safe.
+    finish() returns the weights of all layers or raises; only then do the weights of the last load change. Tensors are
+    copied, so a streamer may reuse its buffers. Not thread-safe.
 
     Args:
         layers: layers to load; tensors of other layers are ignored.
@@ -55,19 +55,10 @@ class Assembly:
         self._bound, self._problems, self.warnings = {}, [], []
 
     def offer(self, name: str, tensor: Tensor, file: str = "") -> bool:
-        """Takes a tensor if it belongs to the projection, and copies it, so a streamer may reuse its buffers.
+        """Takes a tensor, on any device, if it belongs to the projection. file is where it came from, for messages.
 
-        Args:
-            name: full name in the checkpoint.
-            tensor: on any device.
-            file: where it came from, for messages.
-
-        Returns:
-            True if the name is one of the projection, in any layer: no one else needs it.
-
-        Raises:
-            RuntimeError: no load is open.
-            TypeError: tensor is not one.
+        Returns True if the full name is one of the projection, in any layer: no one else needs it. Raises RuntimeError
+        if no load is open, and TypeError for anything but a tensor.
         """
         collector = self._open_load("offer")
         parsed = parse(name)
@@ -97,7 +88,6 @@ class Assembly:
         """
         collector = self._open_load("finish")
         plans, problems = collector.plans(), [*self._config.problems, *collector.problems[None]]
-        check_alike(plans)
         for number in self._wanted:
             if number not in plans:
                 problems.append(Problem(f"layer {number}", "", f"{WK} and {GATE} of its indexer", "no tensor of them"))

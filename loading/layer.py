@@ -167,8 +167,10 @@ class Collector:
         return all(each and not each[0].optional for each in found)
 
     def plans(self) -> dict[int, LayerPlan]:
-        """Plans of all layers, ascending."""
-        return {number: self.plan(number) for number in sorted(self._stems)}
+        """Plans of all layers, ascending. Those that differ from most have a problem."""
+        plans = {number: self.plan(number) for number in sorted(self._stems)}
+        _check_alike(plans)
+        return plans
 
     def plan(self, number: int) -> LayerPlan:
         """The plan of a layer, from the headers so far."""
@@ -229,7 +231,7 @@ def _plan_matrix(name: str, headers: Mapping[str, Header], problems: list[Proble
     return MatrixPlan(name, encoding, headers, layout)
 
 
-def check_alike(plans: dict[int, LayerPlan]) -> None:
+def _check_alike(plans: dict[int, LayerPlan]) -> None:
     """Adds a problem to each layer whose shape, or prefix if it is a hidden layer, differs from that of most layers."""
     sound = {number: plan for number, plan in plans.items() if not plan.problems}
     prefixes = {number: plan.wk.name.rpartition("layers.")[0] for number, plan in sound.items() if not plan.is_mtp}

@@ -11,7 +11,7 @@ from ..kernels.weights import ProjectionWeights
 from .checkpoint import Checkpoint
 from .config import CONFIG, Config
 from .headers import parse
-from .layer import Collector, LayerPlan, check_alike, own, real_device
+from .layer import Collector, LayerPlan, own, real_device
 from .problems import CheckpointError, Problem, log, ranges
 
 
@@ -42,13 +42,11 @@ class Plan:
         for tensor in filter(None, map(parse, (*sorted(checkpoint.headers), *sorted(others)))):
             if (number := collector.number(tensor)) is not None:
                 collector.add(number, tensor, checkpoint.headers.get(tensor.name))
-        checkpoint_wide = [problem for problem, part in faults if not part]
+        file_problems: list[Problem] = []
         for problem, part in faults:
-            if part:
-                collector.problems[collector.number(part)].append(problem)
+            (collector.problems[collector.number(part)] if part else file_problems).append(problem)
         layers = collector.plans()
-        check_alike(layers)
-        file_problems, model_problems = [*checkpoint_wide], [*collector.problems[None], *config.schedule_problems]
+        model_problems = [*collector.problems[None], *config.schedule_problems]
         if not layers and not file_problems and not model_problems:
             expected = "tensors named ...layers.<L>.self_attn.indexer.wk.weight"
             found, advice = f"none of {checkpoint.tensors} tensors", "is this a model with an indexer?"

@@ -52,7 +52,7 @@ def verify(
         weights, plan = loaded.pop(layer), plans[layer]
         on_disk = [matrix.to(device) for matrix in plan.exact({name: checkpoint.read(name) for name in plan.tensors})]
         encodings = tuple(matrix.encoding.name for matrix in (plan.wk, plan.gate) if matrix.encoding)
-        for m in ms:
+        for m in dict.fromkeys(ms):
             x = _activations(m, weights.shape[2]).to(device)
             exact = x.double() @ on_disk[0].T, x.double() @ on_disk[1].T
             as_loaded = reference(x, weights)
