@@ -3,7 +3,6 @@
 import operator
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -33,15 +32,12 @@ class Assembly:
     """
 
     def __init__(
-        self,
-        layers: Iterable[int],
-        device: str | torch.device = "cpu",
-        config: Mapping[str, Any] = MappingProxyType({}),
+        self, layers: Iterable[int], device: str | torch.device = "cpu", config: Mapping[str, Any] | None = None
     ) -> None:
         self.warnings: list[Problem] = []
         self._wanted = sorted(set(map(operator.index, layers)))
         self._device = real_device(device)
-        self._config = Config.of(config)
+        self._config = Config.of(config or {})
         self._live: dict[int, ProjectionWeights] = {}
         self._collector: Collector | None = None
         self._tensors: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)  # layer -> name -> tensor, until bound
