@@ -31,7 +31,7 @@ class IndexerProjection(nn.Module):
     ) -> "IndexerProjection":
         """Loads one layer from a checkpoint directory or .safetensors file. Reads only that layer's tensors.
 
-        Raises CheckpointError with every problem if the layer does not load.
+        options are those of `project`. Raises CheckpointError with every problem if the layer does not load.
         """
         return cls(load(path, [layer], device)[layer], **options)
 

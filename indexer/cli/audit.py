@@ -49,7 +49,7 @@ def _matrix(plan: MatrixPlan) -> dict[str, Any]:
     encoding, layout = plan.encoding, plan.layout
     return {
         "encoding": encoding.name if encoding else None,
-        "in_memory": None if encoding is None else "bf16" if encoding.exact else "native",
+        "in_memory": encoding and ("bf16" if encoding.exact else "native"),
         "shape": list(plan.shape) or None,
         "kept_bytes": layout.nbytes if layout else 0,
         "upcast_bytes": 2 * math.prod(plan.shape) if layout else 0,

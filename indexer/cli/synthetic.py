@@ -8,7 +8,7 @@ from ...kernels.formats import SCALE_BLOCK, scale_group, scale_shape
 
 
 def random_matrix(format: Format, n: int, k: int) -> Matrix:
-    """A matrix [n, k]. Its scales differ by up to 2**6, so that using one in place of another is a gross error."""
+    """[n, k] from torch's default generator. Scales differ by up to 2**6, so mixing them up is a gross error."""
     grid = scale_shape((n, k), *scale_group(format, k))
     if format == Format.BF16:
         return DenseMatrix(random_weight(n, k, torch.default_generator).bfloat16())
