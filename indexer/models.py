@@ -17,19 +17,12 @@ PAIRS = (
 
 @dataclass(frozen=True)
 class Model:
-    """The layout of a published checkpoint, as far as the indexer is concerned.
+    """The layout of a published checkpoint, as far as the indexer is concerned."""
 
-    Attributes:
-        shape: key of SHAPES.
-        norm_dtype: torch dtype of k_norm.
-        indexer_layers: layers with indexer weights. The last one is the MTP layer, after all hidden layers.
-        config: config.json, without the keys that depend on how many layers are written.
-    """
-
-    shape: str
-    norm_dtype: str
-    indexer_layers: tuple[int, ...]
-    config: dict[str, Any]
+    shape: str  # key of SHAPES
+    norm_dtype: str  # torch dtype of k_norm
+    indexer_layers: tuple[int, ...]  # with indexer weights; the last one is the MTP layer, after all hidden layers
+    config: dict[str, Any]  # config.json, without the keys that depend on how many layers are written
 
     @property
     def is_fp8(self) -> bool:

@@ -1,7 +1,5 @@
 """The projection as an nn.Module."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +16,6 @@ class IndexerProjection(nn.Module):
 
     The weights keep the checkpoint's format, so the module has no parameters and no state_dict entries; reload them
     from the checkpoint. `.to(device)` moves the weights; dtype conversions such as `model.half()` do not change them.
-
-    Attributes:
-        weights: the two matrices.
-        options: keyword arguments of `project`.
     """
 
     def __init__(self, weights: ProjectionWeights, **options: Any) -> None:
@@ -29,22 +23,15 @@ class IndexerProjection(nn.Module):
         if not isinstance(weights, ProjectionWeights):
             raise TypeError(f"IndexerProjection: expected ProjectionWeights, got {type(weights).__name__}")
         self.weights = weights
-        self.options = options
+        self.options = options  # keyword arguments of `project`
 
     @classmethod
     def from_checkpoint(
         cls, path: str | Path, *, layer: int, device: str | torch.device = "cpu", **options: Any
-    ) -> IndexerProjection:
-        """Loads one layer. Reads only that layer's tensors.
+    ) -> "IndexerProjection":
+        """Loads one layer from a checkpoint directory or .safetensors file. Reads only that layer's tensors.
 
-        Args:
-            path: checkpoint directory or .safetensors file.
-            layer: index of a layer with an indexer.
-            device: device of the weights.
-            options: keyword arguments of `project`.
-
-        Raises:
-            CheckpointError: the layer does not load; lists every problem.
+        options are those of `project`. Raises CheckpointError with every problem if the layer does not load.
         """
         return cls(load(path, [layer], device)[layer], **options)
 
@@ -52,7 +39,7 @@ class IndexerProjection(nn.Module):
         """x [..., K] bf16 or fp16 -> k [..., D], gate [..., H]. Raises the same errors as `project`."""
         return project(x, self.weights, **self.options)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IndexerProjection:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "IndexerProjection":
         def move(tensor: Tensor) -> Tensor:
             result = fn(tensor)
             return result if result.dtype == tensor.dtype else tensor.to(result.device)

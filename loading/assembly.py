@@ -3,7 +3,6 @@
 import operator
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,9 +10,8 @@ from torch import Tensor
 
 from ..kernels.weights import ProjectionWeights
 from .config import Config
-from .headers import DTYPES, Header
-from .layer import Collector, LayerPlan, check_alike, own, real_device
-from .names import GATE, UNUSED, WK, parse
+from .headers import DTYPES, GATE, UNUSED, WK, Header, parse
+from .layer import Collector, LayerPlan, own, real_device
 from .problems import CheckpointError, Problem, log
 
 
@@ -21,34 +19,29 @@ class Assembly:
     """Collects tensors in any order and over any number of calls: begin(), offer() each tensor, finish().
 
     finish() returns the weights of all layers or raises; only then do the weights of the last load change. Tensors are
-    copied, so a streamer may reuse its buffers. A layer is bound once it is complete, and with INT4, where optional
-    tensors may follow, by finish(). Not thread-safe.
+    copied, so a streamer may reuse its buffers. Not thread-safe.
+
+    Args:
+        layers: layers to load; tensors of other layers are ignored.
+        device: device of the weights.
+        config: content of config.json: its sizes, among them index_head_dim, to split `wk_weights_proj`, and
+            num_hidden_layers, to number `mtp_layers` and `mtp`; and its quantization_config, which has a veto.
 
     Attributes:
         warnings: of the current or last load: odd or rounded values, and layers whose weights are new objects.
     """
 
     def __init__(
-        self,
-        layers: Iterable[int],
-        device: str | torch.device = "cpu",
-        config: Mapping[str, Any] = MappingProxyType({}),
+        self, layers: Iterable[int], device: str | torch.device = "cpu", config: Mapping[str, Any] | None = None
     ) -> None:
-        """
-        Args:
-            layers: layers to load; tensors of other layers are ignored.
-            device: device of the weights.
-            config: content of config.json: its sizes, among them index_head_dim, to split `wk_weights_proj`, and
-                num_hidden_layers, to number `mtp_layers` and `mtp`; and its quantization_config, which has a veto.
-        """
         self.warnings: list[Problem] = []
-        self._wanted = frozenset(map(operator.index, layers))
+        self._wanted = sorted(set(map(operator.index, layers)))
         self._device = real_device(device)
-        self._config = Config.of(config)
+        self._config = Config.of(config or {})
         self._live: dict[int, ProjectionWeights] = {}
         self._collector: Collector | None = None
         self._tensors: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)  # layer -> name -> tensor, until bound
-        self._bound: dict[int, ProjectionWeights | None] = {}  # None for bad layers
+        self._bound: dict[int, ProjectionWeights] = {}
         self._problems: list[Problem] = []  # bad values
 
     def begin(self) -> None:
@@ -58,19 +51,10 @@ class Assembly:
         self._bound, self._problems, self.warnings = {}, [], []
 
     def offer(self, name: str, tensor: Tensor, file: str = "") -> bool:
-        """Takes a tensor if it belongs to the projection.
+        """Takes a tensor, on any device, if it belongs to the projection. file is where it came from, for messages.
 
-        Args:
-            name: full name in the checkpoint.
-            tensor: on any device; may be overwritten afterwards.
-            file: where it came from, for messages.
-
-        Returns:
-            True if the name is one of the projection, in any layer: no one else needs it.
-
-        Raises:
-            RuntimeError: no load is open.
-            TypeError: tensor is not one.
+        Returns True if the full name is one of the projection, in any layer: no one else needs it. Raises RuntimeError
+        if no load is open, and TypeError for anything but a tensor.
         """
         collector = self._open_load("offer")
         parsed = parse(name)
@@ -80,31 +64,10 @@ class Assembly:
         if number is None or number not in self._wanted:
             return True
         header = Header.of(name, tensor, file)
-        # Nothing needs a tensor that comes once its layer is bound; finish() says if it is an error.
-        is_bound = number in self._bound
-        is_needed = not is_bound and header.dtype in DTYPES.values()
-        # Copy first: if memory runs out, the load is as it was before the offer.
-        copy = own(tensor, self._device) if is_needed else None
-        collector.add(number, parsed, header)
-        if copy is not None:
-            self._tensors[number][name] = copy
-        if not is_bound and collector.is_complete(number):
-            try:
-                self._bind(collector.plan(number))
-            except BaseException:
-                collector.withdraw(number, parsed)
-                self._tensors[number].pop(name)
-                raise
+        if header.dtype in DTYPES.values():
+            self._tensors[number][name] = own(tensor, self._device)
+        collector.add(number, parsed, header)  # last: if memory ran out before, the same offer can be made again
         return True
-
-    def _bind(self, plan: LayerPlan) -> None:
-        problems: list[Problem] = []
-        warnings: list[Problem] = []
-        tensors = self._tensors[plan.layer]
-        self._bound[plan.layer] = None if plan.problems else plan.bind(tensors, problems, warnings)
-        del self._tensors[plan.layer]
-        self._problems += problems  # only now: if memory ran out, they come again
-        self.warnings += warnings
 
     def finish(self) -> dict[int, ProjectionWeights]:
         """Closes the load, and logs `warnings` as one.
@@ -115,26 +78,25 @@ class Assembly:
             new objects, and a warning names their layers: CUDA graphs that hold the old ones must be captured again.
 
         Raises:
-            CheckpointError: lists all tensors that are missing, duplicate, unknown, misshapen or with bad values.
+            CheckpointError: lists all tensors that are missing, duplicate, unknown or misshapen, and in layers without
+                these, all with bad values.
             RuntimeError: no load is open.
         """
         collector = self._open_load("finish")
         plans, problems = collector.plans(), [*self._config.problems, *collector.problems[None]]
-        check_alike(plans)
-        for number in sorted(self._wanted):
+        for number in self._wanted:
             if number not in plans:
                 problems.append(Problem(f"layer {number}", "", f"{WK} and {GATE} of its indexer", "no tensor of them"))
                 continue
             problems += plans[number].problems
-            if number not in self._bound:
+            if not plans[number].problems and number in self._tensors:
                 self._bind(plans[number])
         self._collector = None  # only now: if memory ran out before, finish() can be called again
         problems += self._problems
         if problems:
             raise CheckpointError(problems)
-        for number in sorted(self._wanted):
-            new, live = self._bound.pop(number), self._live.get(number)
-            assert new is not None
+        for number, new in self._bound.items():
+            live = self._live.get(number)
             if live is not None and live.matches(new):
                 live.copy_(new)
                 continue
@@ -144,7 +106,17 @@ class Assembly:
                 advice = "the weights are new objects: capture CUDA graphs again"
                 self.warnings.append(Problem(f"layer {number}", "", f"{expected} as before", found, advice))
         log(self.warnings)
+        self._bound = {}
         return dict(self._live)
+
+    def _bind(self, plan: LayerPlan) -> None:
+        problems: list[Problem] = []
+        warnings: list[Problem] = []
+        if weights := plan.bind(self._tensors[plan.layer], problems, warnings):
+            self._bound[plan.layer] = weights
+        del self._tensors[plan.layer]  # before the next layer, to save memory
+        self._problems += problems  # only now: if memory ran out, they come again
+        self.warnings += warnings
 
     def _open_load(self, call: str) -> Collector:
         if self._collector is None:

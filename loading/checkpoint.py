@@ -10,8 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .config import CONFIG, Config
-from .headers import Header
-from .names import parse
+from .headers import Header, parse
 from .problems import CheckpointError, Problem
 
 INDEX = "model.safetensors.index.json"
@@ -26,44 +25,32 @@ _ADVICE = {  # part of an error of safetensors -> what to do
 class Checkpoint:
     """The headers of a checkpoint; its tensors are read one by one.
 
-    Attributes:
-        path: directory of the files.
-        headers: name -> header of every projection tensor.
-        neighbours: names of the indexers' other tensors (wq_b, k_norm, ...).
-        tensors: number of all tensors.
-        unread: shards that are missing or unreadable, but hold nothing of the projection according to the index.
-        config: config.json; empty if there is none.
-        is_whole: False for one file of several.
-        problems: problems of the files themselves.
+    Args:
+        path: a directory with `model.safetensors.index.json` or `model.safetensors`, or a .safetensors file.
+
+    Raises:
+        CheckpointError: there is no checkpoint at path, or its index is unreadable.
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Reads the headers.
-
-        Args:
-            path: a directory with `model.safetensors.index.json` or `model.safetensors`, or a .safetensors file.
-
-        Raises:
-            CheckpointError: there is no checkpoint at path, or its index is unreadable.
-        """
         path = Path(path)
         if path.name == INDEX:
             path = path.parent
-        self.headers: dict[str, Header] = {}
+        self.headers: dict[str, Header] = {}  # of every projection tensor, by name
         self._shards: dict[str, Any] = {}  # kept open: headers and data come from the same file
-        self.neighbours: list[str] = []
-        self.tensors = 0
-        self.unread: list[str] = []
-        self.problems: list[Problem] = []
+        self.neighbours: list[str] = []  # names of the indexers' other tensors (wq_b, k_norm, ...)
+        self.tensors = 0  # number of all tensors
+        self.unread: list[str] = []  # shards missing or unreadable, but without the projection according to the index
+        self.problems: list[Problem] = []  # of the files themselves
         try:
-            self.path = path if path.is_dir() else path.parent
-            self.is_whole = path.is_dir() or path.name == SINGLE
+            self.path = path if path.is_dir() else path.parent  # directory of the files
+            self.is_whole = path.is_dir() or path.name == SINGLE  # False for one file of several
             promised = _promised(path)
         except OSError as error:  # not a valid file name
             raise CheckpointError([Problem(str(path), "", "the path of a checkpoint", str(error))]) from error
         for file, names in promised.items():
             self._read_headers(file, names)
-        self.config = Config()
+        self.config = Config()  # empty if there is no config.json
         if os.path.lexists(self.path / CONFIG):
             try:
                 self.config = Config.of(_read_json(self.path / CONFIG))

@@ -1,17 +1,14 @@
 """config.json: sizes and schedules of the indexers. They are checked against the tensors and never replace them."""
 
-from __future__ import annotations
-
 import contextlib
 import fnmatch
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from .headers import Header
-from .names import FUSED, GATE, WK
+from .headers import FUSED, GATE, WK, Header
 from .problems import Problem
 
 CONFIG = "config.json"
@@ -26,6 +23,7 @@ _FOREIGN_CODES = re.compile(r"(opt_rtn_)?mx_?int\w*")  # auto-round's MXINT4
 _ACTIVATIONS = re.compile(r"act_\w+|activation\w*|(input|output)_(tensors|activations)|kv_cache\w*|bias")
 _BY_LAYER = ("extra_config", "layer_quant_config")  # auto-round's and Quark's entries: name or pattern -> settings
 _PREFIXES = ("", "model.", "language_model.model.", "model.language_model.")  # of "layers.", which one varies
+_RUNS = {"full": True, "F": True, "shared": False, "S": False}
 _ALL_RUN = ("deepseek_v32", "glm_moe_dsa")  # without a schedule, all hidden layers of these models run an indexer
 _SIZES = ("num_hidden_layers", "num_nextn_predict_layers", "hidden_size", "index_head_dim", "index_n_heads")
 
@@ -89,7 +87,7 @@ class Config:
     schedule_problems: Sequence[Problem] = ()  # these concern the model as a whole, not a single layer
 
     @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Config:
+    def of(cls, values: Mapping[str, Any]) -> "Config":
         """Reads the content of config.json; text_config, which multimodal models nest, takes precedence."""
         nested = values.get("text_config")
         text: Mapping[str, Any] = nested if isinstance(nested, dict) else {}
@@ -105,14 +103,6 @@ class Config:
                 del sizes[key]
         schedules = _schedules(values, sizes.get("num_hidden_layers"), schedule_problems)
         return cls(**sizes, schedules=schedules, vetoes=vetoes, problems=problems, schedule_problems=schedule_problems)
-
-    def with_index_head_dim(self, value: int | None) -> Config:
-        """A copy with another D, unless that is None. Raises TypeError for anything but an integer."""
-        if value is None:
-            return self
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise TypeError(f"index_head_dim: expected an integer, got {value!r}")
-        return replace(self, index_head_dim=value)
 
     @property
     def schedule(self) -> Sequence[bool]:
@@ -176,15 +166,13 @@ def _schedules(values: Mapping[str, Any], layers: int | None, problems: list[Pro
     if layers is None or ("linear_attn_config" in values and "layer_types" not in values):
         return {}  # without layer_types, the layers that have an indexer are unknown
     schedules: dict[str, list[bool]] = {}
-    lists = {"indexer_types": ("full", "shared"), "index_topk_pattern": ("F", "S")}
-    lists = {key: words for key, words in lists.items() if values.get(key) is not None}
-    for key, (full, shared) in lists.items():
-        value, runs = values[key], {full: True, shared: False, "full": True, "shared": False}
-        is_list = isinstance(value, list | str) and len(value) >= layers
-        if is_list and all(str(word) in runs for word in value):
-            schedules[key] = [runs[str(word)] for word in value[:layers]]
+    lists = [key for key in ("indexer_types", "index_topk_pattern") if values.get(key) is not None]
+    for key in lists:
+        value = values[key]
+        if isinstance(value, list | str) and len(value) >= layers and all(str(word) in _RUNS for word in value):
+            schedules[key] = [_RUNS[str(word)] for word in value[:layers]]
         else:
-            expected = f"{key} to say {full} or {shared} for each of {layers} layers"
+            expected = f"{key} to say full or shared (F or S) for each of {layers} layers"
             problems.append(Problem(CONFIG, "", expected, f"{value!r:.80}"))
     # A list overrides the two defaults below, even if it is wrong.
     freq, offset = values.get("index_topk_freq"), values.get("index_skip_topk_offset")

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ..kernels.formats import MX_GROUP, SCALE_BLOCK, Format, scale_group, scale_shape
 from ..kernels.matrix import DenseMatrix, Fp4Matrix, Fp8Matrix, Matrix
-from .headers import Header
-from .names import SPELLINGS
+from .headers import SPELLINGS, Header
 from .values import Faults, judge_scale
 
 FP8 = ("F8_E4M3", "F8_E4M3FNUZ")
@@ -56,16 +55,10 @@ class Encoding:
     exact: Callable[[Tensors], Tensor] | None = None  # the values [N, K] in fp64, if `bind` rounds them to bf16
     scale_role: str = "scale"
 
-    @property
-    def is_native(self) -> bool:
-        """False if values are rounded to bf16."""
-        return self.exact is None
-
     def misfits(self, headers: Mapping[str, Header]) -> dict[str, TensorSpec | None]:
         """Compares the tensors beside a "weight" of the right dtype with those of this encoding.
 
-        Returns:
-            role -> spec of each tensor that is missing or wrong, None for each that has no role here; empty if all fit.
+        Returns role -> spec of each tensor that is missing or wrong, None for each that has no role here.
         """
         weight = headers["weight"]
         n, k = weight.shape[0], weight.shape[1] * PACKED.get(weight.dtype, 1)

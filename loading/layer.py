@@ -1,7 +1,5 @@
 """Layers: collects their headers, from files or a stream, plans their two matrices and binds them."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -13,8 +11,7 @@ from ..kernels.matrix import Matrix
 from ..kernels.weights import ProjectionWeights
 from .config import CONFIG, Config
 from .encodings import Encoding, Tensors
-from .headers import Header
-from .names import FUSED, GATE, WK, IndexerTensor, parse
+from .headers import FUSED, GATE, WK, Header, IndexerTensor, parse
 from .problems import Problem
 from .recognition import explain, recognize
 from .values import judge, nan_codes
@@ -37,19 +34,12 @@ def own(tensor: Tensor, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class MatrixPlan:
-    """One matrix [N, K] on disk.
+    """One matrix [N, K] on disk."""
 
-    Attributes:
-        name: name of its tensors without the role; ends in "wk_weights_proj" if both matrices are stored as one.
-        encoding: None if no encoding fits; the layer's problems say why.
-        headers: role -> header.
-        layout: the matrix it becomes, on the meta device; None without an encoding.
-    """
-
-    name: str
-    encoding: Encoding | None
-    headers: Mapping[str, Header]
-    layout: Matrix | None = field(repr=False)
+    name: str  # of its tensors without the role; ends in "wk_weights_proj" if both matrices are stored as one
+    encoding: Encoding | None  # None if no encoding fits; the layer's problems say why
+    headers: Mapping[str, Header]  # by role
+    layout: Matrix | None = field(repr=False)  # the matrix it becomes, on the meta device; None without an encoding
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -96,19 +86,13 @@ class MatrixPlan:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """The projection of one layer.
+    """The projection of one layer."""
 
-    Attributes:
-        layer: layer index; `mtp_layers` are numbered after the hidden layers.
-        is_mtp: True for a multi-token-prediction layer (layer >= num_hidden_layers).
-        problems: why the layer does not load; empty if it does.
-    """
-
-    layer: int
-    is_mtp: bool
+    layer: int  # layer index; `mtp_layers` are numbered after the hidden layers
+    is_mtp: bool  # a multi-token-prediction layer (layer >= num_hidden_layers)
     wk: MatrixPlan
     gate: MatrixPlan
-    problems: tuple[Problem, ...] = field(repr=False)
+    problems: tuple[Problem, ...] = field(repr=False)  # why the layer does not load; empty if it does
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -139,19 +123,12 @@ class LayerPlan:
             return wk[: self.wk.shape[0]], wk[self.wk.shape[0] :]
         return wk, self.gate.exact(tensors)
 
-    def with_problems(self, *problems: Problem) -> LayerPlan:
-        return replace(self, problems=(*self.problems, *problems))
-
 
 class Collector:
-    """Sorts headers by layer and judges them. `Plan` fills one from files, `Assembly` from a stream.
-
-    Attributes:
-        problems: layer index -> problems noted so far; None for those that belong to no layer.
-    """
+    """Sorts headers by layer and judges them. `Plan` fills one from files, `Assembly` from a stream."""
 
     def __init__(self, config: Config) -> None:
-        self.problems: defaultdict[int | None, list[Problem]] = defaultdict(list)
+        self.problems: defaultdict[int | None, list[Problem]] = defaultdict(list)  # by layer; None: of no layer
         self._config = config
         self._stems: dict[int, str] = {}
         self._headers: dict[int, defaultdict[str, dict[str, Header]]] = {}  # layer -> matrix -> role -> header
@@ -166,11 +143,7 @@ class Collector:
         return number
 
     def add(self, number: int, tensor: IndexerTensor, header: Header | None) -> None:
-        """Takes a tensor of a layer.
-
-        Args:
-            header: None for a tensor outside the projection, and for one that is absent, which the caller reports.
-        """
+        """Takes a tensor of a layer. Without header: outside the projection, or absent, which the caller reports."""
         stem = self._stems.setdefault(number, tensor.stem)
         matrices = self._headers.setdefault(number, defaultdict(dict))
         if tensor.matrix is None:
@@ -187,10 +160,6 @@ class Collector:
             return
         self.problems[number].append(Problem(header.name, header.file, expected, str(header)))
 
-    def withdraw(self, number: int, tensor: IndexerTensor) -> None:
-        """Undoes `add` of a tensor, so that it can be added again."""
-        self._headers[number][tensor.matrix or ""].pop(tensor.role)
-
     def is_complete(self, number: int) -> bool:
         """True if the matrices of a layer are recognized and no tensor can follow. Cheap: called once per tensor."""
         matrices = self._headers[number]
@@ -198,8 +167,10 @@ class Collector:
         return all(each and not each[0].optional for each in found)
 
     def plans(self) -> dict[int, LayerPlan]:
-        """Plans of all layers, ascending."""
-        return {number: self.plan(number) for number in sorted(self._stems)}
+        """Plans of all layers, ascending. Those that differ from most have a problem."""
+        plans = {number: self.plan(number) for number in sorted(self._stems)}
+        _check_alike(plans)
+        return plans
 
     def plan(self, number: int) -> LayerPlan:
         """The plan of a layer, from the headers so far."""
@@ -260,7 +231,7 @@ def _plan_matrix(name: str, headers: Mapping[str, Header], problems: list[Proble
     return MatrixPlan(name, encoding, headers, layout)
 
 
-def check_alike(plans: dict[int, LayerPlan]) -> None:
+def _check_alike(plans: dict[int, LayerPlan]) -> None:
     """Adds a problem to each layer whose shape, or prefix if it is a hidden layer, differs from that of most layers."""
     sound = {number: plan for number, plan in plans.items() if not plan.problems}
     prefixes = {number: plan.wk.name.rpartition("layers.")[0] for number, plan in sound.items() if not plan.is_mtp}
@@ -271,4 +242,4 @@ def check_alike(plans: dict[int, LayerPlan]) -> None:
         for number, value in values.items():
             if value != usual[0][0]:
                 problem = sound[number].wk.wrong(f"{what.format(usual[0][0])}, like most layers", f"{value}", advice)
-                plans[number] = plans[number].with_problems(problem)
+                plans[number] = replace(plans[number], problems=(*plans[number].problems, problem))

@@ -1,10 +1,8 @@
 """Plans which layers own an indexer and how each is stored, from headers alone, and loads them."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,45 +10,43 @@ import torch
 from ..kernels.weights import ProjectionWeights
 from .checkpoint import Checkpoint
 from .config import CONFIG, Config
-from .layer import Collector, LayerPlan, check_alike, own, real_device
-from .names import parse
+from .headers import parse
+from .layer import Collector, LayerPlan, own, real_device
 from .problems import CheckpointError, Problem, log, ranges
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The projection in a checkpoint.
+    """The projection in a checkpoint."""
 
-    Attributes:
-        layers: layer index -> LayerPlan, ascending, for layers that own an indexer.
-        config: config.json.
-        file_problems: problems that concern any load from these files.
-        model_problems: problems that concern the model as a whole, but no layer that loads: a layer that is missing, a
-            schedule that says nothing.
-    """
-
-    layers: Mapping[int, LayerPlan]
+    layers: Mapping[int, LayerPlan]  # by layer index, ascending, for layers that own an indexer
     config: Config
-    file_problems: tuple[Problem, ...]
+    file_problems: tuple[Problem, ...]  # these concern any load from these files
+    # These concern the model, but no layer that loads: a layer that is missing, a schedule that says nothing.
     model_problems: tuple[Problem, ...]
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, index_head_dim: int | None = None) -> Plan:
-        """Plans a load. Collects problems and never raises; index_head_dim overrides that of config.json."""
-        config = checkpoint.config.with_index_head_dim(index_head_dim)
+    def of(cls, checkpoint: Checkpoint, index_head_dim: int | None = None) -> "Plan":
+        """Plans a load and collects problems. Raises only TypeError, for an index_head_dim that is not an integer.
+
+        index_head_dim: D, to split `wk_weights_proj`; from config.json by default.
+        """
+        config = checkpoint.config
+        if index_head_dim is not None:
+            if isinstance(index_head_dim, bool) or not hasattr(index_head_dim, "__index__"):
+                raise TypeError(f"index_head_dim: expected an integer, got {index_head_dim!r}")
+            config = replace(config, index_head_dim=index_head_dim)
         collector = Collector(config)
         faults = [(problem, parse(problem.subject)) for problem in checkpoint.problems]
         others = {*checkpoint.neighbours, *(problem.subject for problem, _ in faults)} - checkpoint.headers.keys()
         for tensor in filter(None, map(parse, (*sorted(checkpoint.headers), *sorted(others)))):
             if (number := collector.number(tensor)) is not None:
                 collector.add(number, tensor, checkpoint.headers.get(tensor.name))
-        checkpoint_wide = [problem for problem, part in faults if not part]
+        file_problems: list[Problem] = []
         for problem, part in faults:
-            if part:
-                collector.problems[collector.number(part)].append(problem)
+            (collector.problems[collector.number(part)] if part else file_problems).append(problem)
         layers = collector.plans()
-        check_alike(layers)
-        file_problems, model_problems = [*checkpoint_wide], [*collector.problems[None], *config.schedule_problems]
+        model_problems = [*collector.problems[None], *config.schedule_problems]
         if not layers and not file_problems and not model_problems:
             expected = "tensors named ...layers.<L>.self_attn.indexer.wk.weight"
             found, advice = f"none of {checkpoint.tensors} tensors", "is this a model with an indexer?"
@@ -95,15 +91,13 @@ def load(
     *,
     index_head_dim: int | None = None,
 ) -> dict[int, ProjectionWeights]:
-    """Loads the projection of some layers, reading only its own bytes.
+    """Loads the projection of some layers, or of all that own an indexer. Reads only its own bytes.
 
     Logs one warning with `Plan.warnings`, problems of layers that were not asked for, values that are odd, and values
     that were rounded.
 
     Args:
         checkpoint: a directory, a .safetensors file, or a Checkpoint.
-        layers: layers to load; None for all that own an indexer.
-        device: device of the weights.
         index_head_dim: D, to split `wk_weights_proj`; from config.json by default.
 
     Returns:

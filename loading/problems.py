@@ -15,21 +15,13 @@ _NUMBER = re.compile(rf"{_LAYER}|\d+(?=[\w-]*\.safetensors)")
 
 @dataclass(frozen=True)
 class Problem:
-    """One error or warning.
+    """One error or warning."""
 
-    Attributes:
-        subject: full name of the tensor; the file, path or layer if no single tensor is at fault.
-        file: file that holds or should hold the tensor; "" if unknown or if the subject is a file.
-        expected: what would have been right.
-        found: what is there instead.
-        advice: how to fix it; "" if that is obvious.
-    """
-
-    subject: str
-    file: str
+    subject: str  # full name of the tensor; the file, path or layer if no single tensor is at fault
+    file: str  # that holds or should hold the tensor; "" if unknown or if the subject is a file
     expected: str
     found: str
-    advice: str = ""
+    advice: str = ""  # how to fix it; "" if that is obvious
 
     def __str__(self) -> str:
         where = f" in {self.file}" if self.file else ""
@@ -40,15 +32,10 @@ class Problem:
 
 
 class CheckpointError(ValueError):
-    """A failed load, with every problem that was found.
-
-    Attributes:
-        problems: at least one, in order of discovery. The message has one line for those that differ only in numbers of
-            layers and shards.
-    """
+    """A failed load. The message has one line for problems that differ only in numbers of layers and shards."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
-        self.problems = tuple(problems)
+        self.problems = tuple(problems)  # every problem that was found, at least one, in order of discovery
         lines = [f"{len(self.problems)} problems:"] * (len(self.problems) > 1)
         super().__init__("\n  ".join(lines + summarize(self.problems)))
 

@@ -5,8 +5,7 @@ from collections.abc import Iterable, Mapping
 
 from ..kernels.matrix import Matrix
 from .encodings import ENCODINGS, Encoding
-from .headers import Header
-from .names import ROLES, SPELLINGS
+from .headers import ROLES, SPELLINGS, Header
 from .problems import Problem
 
 

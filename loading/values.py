@@ -24,11 +24,10 @@ def nan_codes(codes: Tensor) -> Faults:
 
 
 def judge(matrix: Matrix) -> tuple[Faults, list[str]]:
-    """Finds bad values; NaN among FP8 codes is up to `nan_codes`.
+    """Returns bad values, and in words those that load but that no training leaves.
 
-    Returns:
-        tensors with values that are refused, and in words the values that load but that no training leaves: rows and
-        blocks of zeros (pruned heads, half-written files) and negative scales.
+    The latter are rows and blocks of zeros (pruned heads, half-written files) and negative scales. NaN among FP8 codes
+    is up to `nan_codes`.
     """
     faults: Faults = {}
     oddities: list[str] = []
@@ -55,8 +54,7 @@ def judge(matrix: Matrix) -> tuple[Faults, list[str]]:
 def judge_scale(role: str, scale: Tensor, sizes: Tensor, rows: int, faults: Faults, oddities: list[str]) -> Tensor:
     """Judges a scale [ceil(N / rows), groups] fp32 of codes whose largest magnitudes are sizes [N, groups] fp32.
 
-    Returns:
-        sizes times the scale.
+    Returns sizes times the scale.
     """
     size = scale.abs().repeat_interleave(rows, 0)[: len(sizes)]
     if not ((size <= _LARGEST) & ((sizes == 0) | (size >= _SMALLEST))).all():

@@ -59,7 +59,7 @@ def test_loading_page_lists_every_encoding():
     rows = {line: line.split("|")[1].strip().split(", ") for line in LOADING.splitlines() if line.startswith("|")}
     for encoding in ENCODINGS:
         (row,) = [row for row, names in rows.items() if encoding.name in names]
-        assert ("rounded" in row) != encoding.is_native
+        assert ("rounded" in row) != (encoding.exact is None)
         assert all(dtype in row or "the same" in row for dtype in encoding.weight_dtypes)
 
 

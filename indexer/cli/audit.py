@@ -15,13 +15,9 @@ from ...loading.problems import ranges
 
 
 def audit(path: Path, index_head_dim: int | None = None) -> dict[str, Any]:
-    """Reads headers only. Problems are part of the report, never raised.
+    """The report that audit.schema.json describes. Reads headers only; problems are part of it, never raised.
 
-    Args:
-        index_head_dim: D, to split `wk_weights_proj`; from config.json by default.
-
-    Returns:
-        The report that audit.schema.json describes.
+    index_head_dim is D, to split `wk_weights_proj`; from config.json by default.
     """
     report: dict[str, Any] = {"checkpoint": str(path), "loads": False, "layers": [], "counts": None, "warnings": []}
     try:
@@ -30,13 +26,11 @@ def audit(path: Path, index_head_dim: int | None = None) -> dict[str, Any]:
         return {**report, "problems": _plain(error.problems)}
     plan = Plan.of(checkpoint, index_head_dim)
     report["loads"] = not plan.problems
-    for layer in plan.layers.values():
+    for number, layer in plan.layers.items():
         loads = not layer.problems and not plan.file_problems
+        flags = {"is_mtp": layer.is_mtp, "runs": plan.runs(number), "loads": loads}
         matrices = {"wk": _matrix(layer.wk), "weights_proj": _matrix(layer.gate)}
-        runs = plan.runs(layer.layer)
-        report["layers"].append(
-            {"layer": layer.layer, "is_mtp": layer.is_mtp, "runs": runs, "loads": loads, **matrices}
-        )
+        report["layers"].append({"layer": number, **flags, **matrices})
     report["counts"] = {
         "projection_tensors": len(checkpoint.headers),
         "other_indexer_tensors": len(checkpoint.neighbours),
@@ -55,7 +49,7 @@ def _matrix(plan: MatrixPlan) -> dict[str, Any]:
     encoding, layout = plan.encoding, plan.layout
     return {
         "encoding": encoding.name if encoding else None,
-        "in_memory": None if encoding is None else "native" if encoding.is_native else "bf16",
+        "in_memory": encoding and ("bf16" if encoding.exact else "native"),
         "shape": list(plan.shape) or None,
         "kept_bytes": layout.nbytes if layout else 0,
         "upcast_bytes": 2 * math.prod(plan.shape) if layout else 0,

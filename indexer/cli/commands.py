@@ -98,15 +98,14 @@ def audit(
     """
     from ...loading import CheckpointError, Problem
     from ...loading.problems import summarize
-    from .audit import audit as run
-    from .audit import audit_table
+    from . import audit as module
 
-    report = run(checkpoint, index_head_dim)
+    report = module.audit(checkpoint, index_head_dim)
     if as_json:
         print(json.dumps(report, indent=2))
         raise typer.Exit(0 if report["loads"] else 2)
     if report["layers"]:
-        console.print(audit_table(report["layers"]))
+        console.print(module.audit_table(report["layers"]))
     if counts := report["counts"]:
         console.print(
             f"{len(report['layers'])} layers with an indexer. {counts['all_tensors']} tensors: "
@@ -143,20 +142,19 @@ def verify(
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
     from ...kernels.target import INTERPRETED
     from ...loading import CheckpointError
-    from .verify import verify as run
-    from .verify import verify_table
+    from . import verify as module
 
     found = []
     try:
         with console.status("Loading") as status:
-            for measurement in run(checkpoint, list(dict.fromkeys(m or (1, 17, 100))), device, layer, index_head_dim):
+            for measurement in module.verify(checkpoint, m or (1, 17, 100), device, layer, index_head_dim):
                 found.append(measurement)
                 status.update(f"Layer {measurement.layer}, M = {measurement.m}")
     except CheckpointError as error:
         fail(str(error))
     where = "Triton's interpreter, with configs for an H100" if INTERPRETED else torch.cuda.get_device_name()
     console.print(f"The kernels ran on: {where}")
-    console.print(verify_table(found))
+    console.print(module.verify_table(found))
     console.print(
         "error: fp32 outputs against fp64 with the values on disk, relative to the largest output.\n"
         "of loading: the part of it that comes from rounding at load; the verdict is on the rest.\n"

@@ -17,18 +17,10 @@ from .synthetic import quantize_blocks, random_weight
 
 
 def write_fixture(name: str, directory: Path, layers: int | None = None) -> list[str]:
-    """Writes a checkpoint with the published names, dtypes, shapes and config.json, in shards; always the same bytes.
+    """Writes a model of MODELS with its published names, dtypes, shapes and config.json; always the same bytes.
 
-    Args:
-        name: key of MODELS.
-        directory: created if missing; must be empty.
-        layers: number of indexers to write, counted from the first; all by default.
-
-    Returns:
-        File names of the shards.
-
-    Raises:
-        ValueError: unknown model, layers out of range, directory not empty.
+    layers is the number of indexers to write, counted from the first; all by default. Returns the file names of the
+    shards. Raises ValueError for an unknown model, layers out of range and a directory that is not empty.
     """
     if name not in MODELS:
         raise ValueError(f"fixture: expected one of {', '.join(MODELS)}, got {name!r}")

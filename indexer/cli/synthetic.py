@@ -8,10 +8,7 @@ from ...kernels.formats import SCALE_BLOCK, scale_group, scale_shape
 
 
 def random_matrix(format: Format, n: int, k: int) -> Matrix:
-    """A matrix [n, k] from torch's default generator.
-
-    Scales differ by up to 2**6, so using one in place of another is a gross error.
-    """
+    """[n, k] from torch's default generator. Scales differ by up to 2**6, so mixing them up is a gross error."""
     grid = scale_shape((n, k), *scale_group(format, k))
     if format == Format.BF16:
         return DenseMatrix(random_weight(n, k, torch.default_generator).bfloat16())
@@ -29,10 +26,9 @@ def random_matrix(format: Format, n: int, k: int) -> Matrix:
 
 
 def quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantizes weight [N, K] fp32 to e4m3fn with one scale per 128x128 block: amax / 448.
+    """Quantizes weight [N, K] fp32 with one scale per 128x128 block: amax / 448.
 
-    Returns:
-        codes [N, K] float8_e4m3fn and scale [ceil(N/128), ceil(K/128)] fp32.
+    Returns codes [N, K] float8_e4m3fn and scale [ceil(N/128), ceil(K/128)] fp32.
     """
     (n, k), (rows, columns) = weight.shape, scale_shape(weight.shape)
     padded = torch.zeros(rows * SCALE_BLOCK, columns * SCALE_BLOCK)

@@ -20,24 +20,18 @@ MAX_ERROR = 2e-6
 class Measurement(NamedTuple):
     """One projection of one layer.
 
-    Attributes:
-        encodings: of wk and weights_proj, on disk.
-        regime: the kernel that ran.
-        error: max |difference| / max |reference| of the fp32 outputs, the larger of k and gate. The reference is the
-            fp64 product with the values on disk.
-        load_error: the same for fp64 products with the loaded weights: what loading rounded.
-        kernel_error: the error against these products.
-        bf16_error: the error of fp64 products with weights rounded to bf16, as an upcast at load leaves them.
+    Errors are max |difference| / max |reference| of the outputs, the larger of k and gate. The reference is the fp64
+    product with the values on disk.
     """
 
     layer: int
-    encodings: tuple[str, ...]
+    encodings: tuple[str, ...]  # of wk and weights_proj, on disk
     m: int
-    regime: str
-    error: float
-    load_error: float
-    kernel_error: float
-    bf16_error: float
+    regime: str  # the kernel that ran
+    error: float  # of the kernel's fp32 outputs
+    load_error: float  # of fp64 products with the loaded weights: what loading rounded
+    kernel_error: float  # of the kernel's fp32 outputs against these products
+    bf16_error: float  # of fp64 products with weights rounded to bf16, as an upcast at load leaves them
 
     @property
     def passed(self) -> bool:
@@ -49,8 +43,7 @@ def verify(
 ) -> Iterator[Measurement]:
     """Yields one measurement per layer and m; the other arguments are those of `load`.
 
-    Raises:
-        CheckpointError: a layer does not load. Raised before the first measurement.
+    Raises CheckpointError before the first measurement if a layer does not load.
     """
     checkpoint = Checkpoint(path)
     loaded = load(checkpoint, layers, device, index_head_dim=head_dim)
@@ -59,7 +52,7 @@ def verify(
         weights, plan = loaded.pop(layer), plans[layer]
         on_disk = [matrix.to(device) for matrix in plan.exact({name: checkpoint.read(name) for name in plan.tensors})]
         encodings = tuple(matrix.encoding.name for matrix in (plan.wk, plan.gate) if matrix.encoding)
-        for m in ms:
+        for m in dict.fromkeys(ms):
             x = _activations(m, weights.shape[2]).to(device)
             exact = x.double() @ on_disk[0].T, x.double() @ on_disk[1].T
             as_loaded = reference(x, weights)

@@ -1,7 +1,5 @@
 """vLLM's side of a projection: the linear method of wk_weights_proj. Imports vLLM, so it is imported with a model."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

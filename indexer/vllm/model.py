@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from ...kernels import DenseMatrix, ProjectionWeights
 from ...loading import CheckpointError, Problem
 from ...loading.config import Config
-from ...loading.headers import DTYPES, Header
+from ...loading.headers import DTYPES, GATE, UNUSED, WK, Header, IndexerTensor, parse
 from ...loading.layer import Collector, own
-from ...loading.names import GATE, UNUSED, WK, IndexerTensor, parse
 from ...loading.problems import log, ranges
 from ...loading.values import judge
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from exports import EXPORTS, named
 from indexproj.indexer.cli.synthetic import random_weight
-from indexproj.loading.names import parse
+from indexproj.loading.headers import parse
 
 M, K, D, H = 5, 256, 128, 16
 # vLLM does not decode an FP8 kv_b_proj with less than a block of 128 rows, or one alone; its MLA backend needs KV_RANK.

@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exports import EXPORTS, layer_of, named, stream, stream_problems
-from indexproj.loading import Assembly, CheckpointError
-from indexproj.loading.names import parse
-from support import GATE, INDEXER, SCALE, WK, bf16_layer, fp8_layer, only, same
+from indexproj.loading import Assembly, CheckpointError, LayerPlan
+from indexproj.loading.headers import parse
+from support import GATE, INDEXER, WK, bf16_layer, fp8_layer, only, same
 
 STEM = INDEXER.format(0)
 FUSED = f"{STEM}wk_weights_proj.weight"
+bind = LayerPlan.bind
 
 
 def started(layers=(0,), **options):
@@ -204,23 +205,19 @@ def test_out_of_memory_in_an_offer(monkeypatch):
             assert only(caught.value.problems).subject == offers[1][0]
 
 
-@pytest.mark.parametrize("export", ["fp8_block", "int4"])
-def test_out_of_memory_in_binding(monkeypatch, export):
-    """The tensor can be offered again, and finish() called again; warnings come once."""
-    tensors = layer_of(export)
-    tensors[f"{STEM}wk.weight_scale" if export == "int4" else SCALE][:] *= -1
-    assembly = started()
-    *first, last = tensors.items()
-    for offer in first:
+def test_out_of_memory_in_finish(monkeypatch):
+    """It can be called again; warnings come once."""
+    tensors = fp8_layer(0) | fp8_layer(1)
+    for number in (0, 1):
+        tensors[f"{INDEXER.format(number)}wk.weight_scale_inv"] *= -1
+    assembly = started([0, 1])
+    for offer in tensors.items():
         assembly.offer(*offer)
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
         patch.setattr("indexproj.kernels.ProjectionWeights.pack", no_memory)
-        assembly.offer(*last)
         assembly.finish()
-    if export == "fp8_block":
-        assembly.offer(*last)
-    assert list(assembly.finish()) == [0]
-    assert len({str(warning) for warning in assembly.warnings}) == len(assembly.warnings) > 0
+    assert list(assembly.finish()) == [0, 1]
+    assert len({str(warning) for warning in assembly.warnings}) == len(assembly.warnings) == 2
 
 
 class Wrapped(torch.Tensor):
@@ -281,28 +278,29 @@ def test_mtp_layers_need_num_hidden_layers():
     assert len(stream_problems(offers, [78], {"num_hidden_layers": 78})) == 3
 
 
-def test_arrival_after_a_layer_with_bad_values():
-    tensors = bf16_layer()
-    tensors[GATE][0, 0] = torch.nan
-    offers = [*tensors.items(), (f"{STEM}wk.bias", torch.ones(1)), (f"{STEM}wk.input_scale", torch.ones(1))]
-    assert {problem.subject for problem in stream_problems(offers)} == {GATE, f"{STEM}wk.bias"}
+def test_bad_values_in_several_layers():
+    tensors = bf16_layer(0) | bf16_layer(1) | bf16_layer(2)
+    bad = [f"{INDEXER.format(layer)}weights_proj.weight" for layer in (0, 2)]
+    for name in bad:
+        tensors[name][0, 0] = torch.nan
+    assert [problem.subject for problem in stream_problems(tensors, range(3))] == bad
 
 
-def test_bound_layers_hold_no_second_copy():
-    """In file order, at most one layer's tensors are held beside the weights."""
-    assembly = started(range(8), config={"index_head_dim": 128})
-    for layer in range(8):
-        stem, tensor = INDEXER.format(layer), EXPORTS["f32"](144, 352).tensors["weight"]
-        if layer % 2:
-            assembly.offer(f"{stem}wk_weights_proj.weight", tensor)
-        else:
-            assembly.offer(f"{stem}wk.weight", tensor[:128])
-            assembly.offer(f"{stem}weights_proj.weight", tensor[128:])
-        del tensor
-        if layer in (2, 7):
-            held = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.shape[1:] == (352,)]
-            assert not [tensor for tensor in held if tensor.dtype == torch.float32]
-    assert len(assembly.finish()) == 8
+def test_finish_drops_the_tensors_of_each_layer(monkeypatch):
+    held = []
+
+    def counted(plan, *args):
+        tensors = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor and thing.shape[1:] == (352,)]
+        held.append(sum(tensor.dtype == torch.float32 for tensor in tensors))
+        return bind(plan, *args)
+
+    monkeypatch.setattr(LayerPlan, "bind", counted)
+    offers = [(INDEXER.format(layer) + "wk_weights_proj.weight", torch.ones(144, 352)) for layer in range(3)]
+    assembly = started(range(3), config={"index_head_dim": 128})
+    while offers:
+        assembly.offer(*offers.pop())
+    assembly.finish()
+    assert held == [3, 2, 1]
 
 
 def test_parameters_lose_their_gradients():

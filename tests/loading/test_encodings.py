@@ -7,7 +7,7 @@ from exports import EXPORTS, layer_of, named, stream
 from indexproj.kernels import ProjectionWeights, reference
 from indexproj.loading import Checkpoint, Plan, load
 from indexproj.loading.encodings import ENCODINGS
-from indexproj.loading.names import ROLES
+from indexproj.loading.headers import ROLES
 from support import DEEPSEEK, GLM, INDEXER, only, problems_of, write_checkpoint
 
 STEM = INDEXER.format(0)
@@ -18,7 +18,7 @@ def check(path, wk, gate, **config):
     write_checkpoint(path, layer_of(wk, gate), config=config)
     plan, weights = Plan.of(Checkpoint(path)).layers[0], load(path)[0]
     for matrix, planned, export in ((weights.wk, plan.wk, wk), (weights.gate, plan.gate, gate)):
-        assert (planned.encoding.name, planned.encoding.is_native) == (export.encoding, export.is_native)
+        assert (planned.encoding.name, planned.encoding.exact is None) == (export.encoding, export.is_native)
         assert (planned.shape, planned.layout.nbytes) == (matrix.shape, matrix.nbytes)
         assert planned.headers.keys() == {ROLES[leaf] for leaf in export.tensors}
         assert torch.equal(matrix.dequantize(torch.float64), export.loaded)

@@ -14,7 +14,7 @@ from exports import EXPORTS, named
 from indexproj.kernels import DenseMatrix, Fp8Matrix
 from indexproj.loading import Checkpoint, CheckpointError, Plan, load
 from indexproj.loading.checkpoint import INDEX
-from indexproj.loading.names import parse
+from indexproj.loading.headers import parse
 from support import GATE, INDEXER, SCALE, WK, bf16_layer, fp8_layer, only, problems_of, same, write_checkpoint
 
 

@@ -33,10 +33,10 @@ def write(path, wk, gate):
 
 
 def check(plan, matrix, expected, form):
-    assert (plan.encoding.name, plan.encoding.is_native) == (form.encoding, form.encoding != "INT4")
+    assert (plan.encoding.name, plan.encoding.exact is None) == (form.encoding, form.encoding != "INT4")
     assert expected.isfinite().all()
     assert expected.count_nonzero() > expected.numel() / 2
-    values = expected if plan.encoding.is_native else expected.bfloat16().double()
+    values = expected if plan.encoding.exact is None else expected.bfloat16().double()
     torch.testing.assert_close(matrix.dequantize(torch.float64), values, rtol=form.rtol, atol=0)
 
 

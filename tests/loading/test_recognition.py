@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from exports import EXPORTS, Export, bf16, fp8_block, layer_of, mxfp4, named, nvfp4, stream_problems
-from indexproj.loading.names import ROLES
+from indexproj.loading.headers import ROLES
 from support import GATE, INDEXER, WK, only, problems_of, write_checkpoint
 
 STEM = INDEXER.format(0)

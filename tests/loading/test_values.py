@@ -5,8 +5,8 @@ import torch
 
 from exports import EXPORTS, Export, layer_of, stream
 from indexproj.loading import Assembly, load
+from indexproj.loading.headers import ROLES
 from indexproj.loading.layer import BAD_VALUES
-from indexproj.loading.names import ROLES
 from support import GATE, INDEXER, SCALE, WK, only, problems_of, write_checkpoint
 
 STEM = INDEXER.format(0)

@@ -7,7 +7,7 @@ from torch import nn
 from indexproj.indexer.vllm.model import IndexerLayer, IndexerModel
 from indexproj.loading import CheckpointError
 from indexproj.loading.config import Config
-from indexproj.loading.names import parse
+from indexproj.loading.headers import parse
 from support import INDEXER, bf16_layer, fp8_layer
 
 D, H, K = 128, 16, 256

@@ -2,8 +2,7 @@
 
 import pytest
 
-from indexproj.loading.headers import Header
-from indexproj.loading.names import UNUSED, parse
+from indexproj.loading.headers import UNUSED, Header, parse
 
 PREFIXES = "model.", "", "base-model.", "model.language_model.", "language_model.model."
 # What stands between prefix and "indexer." -> index in a model of 61 hidden layers.
