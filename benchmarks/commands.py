@@ -1,4 +1,4 @@
-"""The commands compile, tune and bench."""
+"""The commands compile, tune, bench and report."""
 
 import json
 import os
@@ -220,6 +220,7 @@ def bench(
         current_gpu()
         output.mkdir(parents=True, exist_ok=True)
         with (output / "results.jsonl").open("a", encoding="utf-8") as file:
+            print(file=file)  # ends a line that a killed run has cut short
             for result in module.run(cases, contender or [*module.CONTENDERS], ab or (), 60 * minutes, counters):
                 found.append(result)
                 print(json.dumps(result), file=file, flush=True)

@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
-from math import nan
+from math import isnan, nan
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -17,21 +17,23 @@ Group = dict[tuple[int, str], dict[str, Result]]
 
 
 def read(folder: Path) -> list[Result]:
-    """All lines of a folder's *.jsonl, without one that a killed run has cut short.
+    """All lines of a folder's *.jsonl, without those that killed runs have cut short.
 
     Raises:
         ValueError: there are none, one is no result, or they are from several GPUs.
     """
     results = []
     for path in sorted(folder.glob("*.jsonl")):
-        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True), 1):
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
             try:
                 result = json.loads(line)
+            except ValueError:
+                continue
+            try:
                 markdown([result])
-                results.append(result)
             except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-                if line.endswith("\n"):
-                    raise ValueError(f"{path}, line {number}: expected a result of `indexproj bench`") from error
+                raise ValueError(f"{path}, line {number}: expected a result of `indexproj bench`") from error
+            results.append(result)
     if not any("suite" in result for result in results):
         raise ValueError(f"{folder}: expected results of `indexproj bench` in *.jsonl, found none")
     names = {result["machine"].get("GPU", "none") for result in results if "machine" in result}
@@ -93,7 +95,7 @@ def _timed(group: Group, rate: float) -> Iterator[Row]:
         device = by_how.get("device", {})
         if device.get("bytes") and "us" in device:
             achieved = device["bytes"] / median(device["us"])
-            row |= {"GB/s": f"{achieved / 1e3:.3g}", "of copy": f"{achieved / rate:.0%}"}
+            row |= {"GB/s": f"{achieved / 1e3:.3g}", "of copy": "" if isnan(rate) else f"{achieved / rate:.0%}"}
         yield row
 
 
@@ -104,11 +106,11 @@ def _counted(group: Group) -> Iterator[Row]:
 
 
 def _baseline(group: Group, m: int, how: str, run: int) -> list[float]:
-    """The fastest of torch with the same M in the same run; the first contender where torch takes no part."""
+    """The fastest of torch with the same M in the same run; without torch, the first of several contenders."""
     rivals = [by_how.get(how, {}) for (own, _), by_how in group.items() if own == m]
     rivals = [result for result in rivals if "us" in result and result["run"] == run]
     torch = [result for result in rivals if result["contender"] in ("torch linear", "torch mm, fp32")]
-    best = sorted(torch, key=lambda result: median(result["us"])) or rivals
+    best = sorted(torch, key=lambda result: median(result["us"])) or (rivals if len(rivals) > 1 else [])
     return best[0]["us"] if best else []
 
 

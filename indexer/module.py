@@ -27,13 +27,20 @@ class IndexerProjection(nn.Module):
 
     @classmethod
     def from_checkpoint(
-        cls, path: str | Path, *, layer: int, device: str | torch.device = "cpu", **options: Any
+        cls,
+        path: str | Path,
+        *,
+        layer: int,
+        device: str | torch.device = "cpu",
+        index_head_dim: int | None = None,
+        **options: Any,
     ) -> "IndexerProjection":
         """Loads one layer from a checkpoint directory or .safetensors file. Reads only that layer's tensors.
 
-        options are those of `project`. Raises CheckpointError with every problem if the layer does not load.
+        index_head_dim is that of `load`; options are those of `project`. Raises CheckpointError with every problem if
+        the layer does not load.
         """
-        return cls(load(path, [layer], device)[layer], **options)
+        return cls(load(path, [layer], device, index_head_dim=index_head_dim)[layer], **options)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [..., K] bf16 or fp16 -> k [..., D], gate [..., H]. Raises the same errors as `project`."""

@@ -62,7 +62,7 @@ class KernelConfig:
         )
         if unfit or self.block_k not in (32, 64, 128) or any(n < 1 or n & (n - 1) for n in sizes):
             raise ValueError(
-                "KernelConfig: expected gemv without splits, split_k, or prefill without loop_splits and pdl; block_k of "
+                "KernelConfig: expected gemv without splits, split_k, or prefill without loop_splits and pdl; block_k "
                 f"32, 64 or 128; powers of two as other sizes; got {self!r}"
             )
         if self.split_k < 1 or self.num_stages < 1:

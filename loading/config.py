@@ -17,7 +17,7 @@ _QUANTIZATION = ("quantization_config", "compression_config")
 _TRANSFORMS = ("rotation_config", "spinquant_config", "transform_config", "online_r1_rotation", "online_config")
 # Key -> values under which uint8 scales are E8M0. auto-round's scale_dtype may be that of its computation.
 _E8M0 = r"none|(torch\.)?(uint8|\w*e8m0\w*)"
-_FLOAT = r"(torch\.)?(b?float|fp)(16|32|64)?"
+_FLOAT = r"(torch\.)?(b?float|bf|fp)(16|32|64)?"
 _SCALE_FORMATS = {"scale_format": _E8M0, "scale_fmt": _E8M0, "scale_dtype": f"{_E8M0}|{_FLOAT}"}
 _FOREIGN_CODES = re.compile(r"(opt_rtn_)?mx_?int\w*")  # auto-round's MXINT4
 _ACTIVATIONS = re.compile(r"act_\w+|activation\w*|(input|output)_(tensors|activations)|kv_cache\w*|bias")
@@ -37,24 +37,29 @@ class Scope(NamedTuple):
     def may_hold(self, module: str) -> bool:
         """False only if no target can mean a module such as "model.layers.0.self_attn.indexer.wk", or it is ignored."""
         names = [prefix + module[max(module.rfind("layers."), 0) :] for prefix in _PREFIXES] + [module]
-        if module.endswith(FUSED):
+        names += [name.replace(".attn.", ".self_attn.") for name in names]
+        leaf = module.rpartition(".")[2]
+        if leaf == FUSED:
             names += [name.replace(FUSED, part) for name in names for part in (WK, GATE)]
         try:
             for name in filter(lambda name: isinstance(name, str), self.ignore):
                 if name == module or (name.startswith("re:") and re.match(name[3:], module)):
                     return False
-            return any(_may_mean(target, name) for target in self.targets for name in names)
+            targets = [each.replace(FUSED, leaf) if isinstance(each, str) else each for each in self.targets]
+            return any(_may_mean(target, name) for target in targets for name in names)
         except re.error:
             return True
 
 
 def _may_mean(target: Any, name: str) -> bool:
     if type(target) is int:
-        return f"layers.{target}." in name
-    if not isinstance(target, str) or target[:1].isupper():  # unknown, or a class
+        return f"layers.{target}." in name or "mtp" in name
+    if not isinstance(target, str) or target[:1].isupper() or "{" in target:  # unknown, or a class
         return True
-    pattern = fnmatch.translate(target) if target.startswith("*") else target.removeprefix("re:")
-    return re.search(pattern, name) is not None  # also finds names, and globs that begin otherwise
+    if "mtp" in name and "layers" in target:  # by another number
+        return True
+    glob = not target.startswith("re:") and re.search(fnmatch.translate(f"*{target}"), name)
+    return bool(glob) or (not target.startswith("*") and re.search(target.removeprefix("re:"), name) is not None)
 
 
 class Veto(NamedTuple):
@@ -91,8 +96,8 @@ class Config:
         """Reads the content of config.json; text_config, which multimodal models nest, takes precedence."""
         nested = values.get("text_config")
         text: Mapping[str, Any] = nested if isinstance(nested, dict) else {}
-        vetoes = tuple(_vetoes(values, text))
-        values = {**values, **text}
+        vetoes = tuple(_vetoes(values))
+        values = {**values, **{key: value for key, value in text.items() if value is not None}}
         problems: list[Problem] = []
         schedule_problems: list[Problem] = []
         sizes: dict[str, Any] = {key: values[key] for key in _SIZES if values.get(key) is not None}
@@ -110,14 +115,14 @@ class Config:
         return next(iter(self.schedules.values()), ())
 
 
-def _vetoes(values: Mapping[str, Any], text: Mapping[str, Any]) -> Iterator[Veto]:
+def _vetoes(values: Mapping[str, Any]) -> Iterator[Veto]:
     """Searches all levels of quantization_config, also those of single layers and groups of them."""
-    places = {"": values, "text_config.": text}
+    places = {"": values, **{f"{key}.": each for key, each in values.items() if isinstance(each, dict)}}
     entries: list[tuple[str, str, Any, tuple[Scope, ...]]]
     entries = [(key, f"{place}{key}", at.get(key), ()) for place, at in places.items() for key in _QUANTIZATION]
     while entries:
         key, path, value, scopes = entries.pop()
-        word = value.lower() if isinstance(value, str) else "none"
+        word = value.lower() if isinstance(value, str) else "none" if value is None else "unknown"
         expected, role, concerned = "", None, [scopes]
         if _ACTIVATIONS.fullmatch(key):
             continue
@@ -141,7 +146,9 @@ def _vetoes(values: Mapping[str, Any], text: Mapping[str, Any]) -> Iterator[Veto
 
 def _transformed(value: Any) -> list[Scope]:
     """What a rotation or transform concerns: nothing if it is off, all modules if its form is unknown."""
-    if not value or (isinstance(value, dict) and value.get("enable") is False):
+    if value in (None, False, "", "none") or value == {} or value == []:
+        return []
+    if isinstance(value, dict) and False in (value.get("enable"), value.get("enabled")):
         return []
     parts = [value]
     if isinstance(value, dict) and value.keys() == {"config_groups"}:  # compressed-tensors

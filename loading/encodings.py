@@ -12,6 +12,7 @@ from torch import Tensor
 from ..kernels.formats import MX_GROUP, SCALE_BLOCK, Format, scale_group, scale_shape
 from ..kernels.matrix import DenseMatrix, Fp4Matrix, Fp8Matrix, Matrix
 from .headers import SPELLINGS, Header
+from .problems import ranges
 from .values import Faults, judge_scale
 
 FP8 = ("F8_E4M3", "F8_E4M3FNUZ")
@@ -197,6 +198,11 @@ def _int4_check(tensors: Tensors) -> tuple[Faults, list[str]]:
     oddities: list[str] = []
     if (shape := tensors["shape"].tolist()) != [n, 8 * words]:
         faults["shape"] = f"{[n, 8 * words]}, for 4-bit integers", f"{shape}"
+    empty = ~tensors["weight"].any(1)  # eight times -8 per word: nobody has written them
+    if empty.all():
+        faults["weight"] = "packed integers", "nothing but 0"
+    elif empty.any():
+        oddities.append(f"words of 0 in rows {ranges(empty.nonzero().flatten().tolist())}")
     index = tensors.get("g_idx")
     if index is not None and not ((index >= 0) & (index < groups)).all():
         faults["g_idx"] = f"group numbers from 0 to {groups - 1}", "others"

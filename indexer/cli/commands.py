@@ -150,7 +150,7 @@ def verify(
             for measurement in module.verify(checkpoint, m or (1, 17, 100), device, layer, index_head_dim):
                 found.append(measurement)
                 status.update(f"Layer {measurement.layer}, M = {measurement.m}")
-    except CheckpointError as error:
+    except (CheckpointError, RuntimeError) as error:  # RuntimeError: an unsupported GPU, or no memory left
         fail(str(error))
     where = "Triton's interpreter, with configs for an H100" if INTERPRETED else torch.cuda.get_device_name()
     console.print(f"The kernels ran on: {where}")

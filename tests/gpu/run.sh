@@ -7,14 +7,15 @@
 # an interrupt or a time limit is kept.
 # Exits with 1 if a test failed or a kernel is wrong, otherwise with 2 if anything did not run, otherwise with 0.
 set -u
-cd "$(dirname "${BASH_SOURCE[0]}")" || exit 2
 minutes=${1:-10}
-python=${PYTHON:-python3}
+python=$(command -v "${PYTHON:-python3}" || echo "${PYTHON:-python3}")
+[[ $python != */* ]] || python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")
+cd "$(dirname "${BASH_SOURCE[0]}")" || exit 2
 if ! [[ $minutes =~ ^[1-9][0-9]{0,3}$ ]]; then
     echo "run.sh: expected a whole number of minutes, got $minutes" >&2
     exit 2
 fi
-mkdir -p site results || exit 2
+mkdir -p site results && : > results/import.log || exit 2
 for wheel in wheels/*.whl; do
     "$python" -m zipfile -e "$wheel" site || exit 2
 done
@@ -53,7 +54,7 @@ step ceilings "${indexproj[@]}" bench --minutes 0 --output results
 step bench "${indexproj[@]}" bench --minutes "$minutes" --output results
 step tune "${indexproj[@]}" tune --seconds "$((25 * minutes))" --output "$table"
 step ab "${indexproj[@]}" bench --minutes "$minutes" --output results \
-    --ab "env INDEXPROJ_TUNED= $python" --ab "env INDEXPROJ_TUNED=$table $python"
+    --ab "env INDEXPROJ_TUNED= $(printf %q "$python")" --ab "env INDEXPROJ_TUNED=$(printf %q "$table") $(printf %q "$python")"
 step report "${indexproj[@]}" report results
 if [ -z "$gpu" ]; then
     echo "no GPU here"
