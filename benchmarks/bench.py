@@ -34,7 +34,7 @@ from ..kernels.dispatch import versions
 from ..kernels.formats import parse_pair
 from . import gpu
 from .estimate import nbytes
-from .gpu import TORCH_TOLERANCES, Call, Contender, Sampler, Timer, Tolerances, WrongError
+from .gpu import TOLERANCES, TORCH_TOLERANCES, Call, Contender, Sampler, Timer, Tolerances, WrongError
 
 Result = dict[str, Any]
 MS = (1, 16, 64, 8192, 4, 256, 1024, 2, 8, 32, 128, 4096, 16384)  # most telling first
@@ -77,11 +77,12 @@ def scaled_mm(x: Tensor, weights: ProjectionWeights) -> Call:
     return lambda: torch.split(multiply(), list(weights.shape[:2]), 1)
 
 
+OURS = TOLERANCES | {torch.float32: TORCH_TOLERANCES[torch.float32]}  # a table may choose torch.mm
 # Against fp64 with the values on disk: these round weights at load, and scaled_mm also rounds x.
 UPCAST = {torch.float32: 2**-6, torch.bfloat16: 2**-6}
 CONTENDERS: dict[str, tuple[Contender, Tolerances]] = {
-    "indexproj": (lambda x, weights: lambda: project(x, weights), TORCH_TOLERANCES),  # a table may choose torch.mm
-    "indexproj, bf16": (into_one, TORCH_TOLERANCES),
+    "indexproj": (lambda x, weights: lambda: project(x, weights), OURS),
+    "indexproj, bf16": (into_one, OURS),
     "torch linear": (partial(by_torch, linear), UPCAST),
     "torch mm, fp32": (partial(by_torch, lambda x, fused: torch.mm(x, fused.T, out_dtype=torch.float32)), UPCAST),
     "torch _scaled_mm": (scaled_mm, {torch.bfloat16: 0.1}),

@@ -105,7 +105,7 @@ def _title(row: dict[str, Any]) -> str:
 
 
 def _print_compiled(found: list[dict[str, Any]]) -> None:
-    headers = {"kernel": "kernel", "m": "M", "programs": "programs", "per_sm": "per SM", "registers": "regs",
+    headers = {"kernel": "kernel", "m": "M", "programs": "grid", "per_sm": "per SM", "registers": "regs",
                "shared_memory": "shared", "step": "step", "load_groups": "trips"}  # fmt: skip
     for title, group in groupby(found, _title):
         rows = [
@@ -116,10 +116,11 @@ def _print_compiled(found: list[dict[str, Any]]) -> None:
         ]
         _print_table(title, rows)
     console.print(
-        "M: the largest with this kernel. programs: of a launch with M rows. per SM: programs that fit on\n"
-        "one SM. regs: per thread. shared: bytes of shared memory. step: instructions per step of K.\n"
-        "trips: groups of loads. MB: weights and x that all programs read. KB: partial sums that the\n"
-        "last program of a tile reads. ~us: an estimate, nothing measured."
+        "M: the largest with this kernel. grid: programs of a launch with M rows. per SM: programs that fit\n"
+        "on one SM. regs: per thread. shared: bytes of shared memory. step: instructions of a step of K, 0\n"
+        "without a loop. trips: groups of loads (NVIDIA). MB: weights and x that all programs read. KB: partial\n"
+        "sums that the last program of a tile reads. ~us: an estimate, nothing measured.",
+        soft_wrap=True,
     )
 
 
@@ -219,8 +220,10 @@ def bench(
     with _failures("bench"):
         current_gpu()
         output.mkdir(parents=True, exist_ok=True)
-        with (output / "results.jsonl").open("a", encoding="utf-8") as file:
-            print(file=file)  # ends a line that a killed run has cut short
+        path = output / "results.jsonl"
+        with path.open("a", encoding="utf-8") as file:
+            if file.tell() and not path.read_bytes().endswith(b"\n"):  # a killed run has cut the last line short
+                print(file=file)
             for result in module.run(cases, contender or [*module.CONTENDERS], ab or (), 60 * minutes, counters):
                 found.append(result)
                 print(json.dumps(result), file=file, flush=True)

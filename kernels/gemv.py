@@ -47,7 +47,8 @@ def _gemv_row(
         sums = sums + (acc,)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    total = tl.sum(tl.reshape(_stack(sums, BLOCK_M), (SLICES * BLOCK_K, BLOCK_M)), 0)
+    stacked = tl.reshape(_stack(sums, BLOCK_M), (SLICES, BLOCK_K, BLOCK_M))
+    total = tl.sum(tl.sum(stacked, 1), 0)  # in two steps, as the interpreter adds one after another
     store_tile(out_ptr, total * FACTOR, first + tl.arange(0, BLOCK_M), row_n + tl.arange(0, 1), M, N, stride_om)
 
 

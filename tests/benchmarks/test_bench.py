@@ -288,13 +288,22 @@ def test_report_of_a_second_run_of_one_contender(tmp_path):
     newer = next(result for result in results if result.get("contender") == "indexproj") | {"us": [1.0, 1.0]}
     text = report.markdown([*results, results[0], newer])
     (row,) = [line for line in text.splitlines() if line.startswith("| 16 | indexproj ")]
-    assert [cell.strip() for cell in row.split("|")[3:5]] == ["1 (1-1)", "1 (1-1)"]
+    assert [cell.strip() for cell in row.split("|")[3:5]] == ["1 (1-1)", ""]
 
 
 NO_NUMBERS = '{"suite": "host", "contender": "a", "how": "cpu", "us": ["b"]}'
 
 
-@pytest.mark.parametrize("line", ["{", "3", "null", "[]", '{"suite": "projection"}', NO_NUMBERS])
+def test_report_after_a_killed_run(tmp_path):
+    """The next run ends the line that was cut short, and the report leaves it out."""
+    folder = made_up(tmp_path / "results")
+    before = report.read(folder)
+    with (folder / "results.jsonl").open("a") as file:
+        file.write('{"suite": "projec\n\n' + json.dumps(before[-1]) + "\n")
+    assert report.read(folder) == [*before, before[-1]]
+
+
+@pytest.mark.parametrize("line", ["3", "null", "[]", '{"suite": "projection"}', NO_NUMBERS])
 def test_report_of_a_bad_line(tmp_path, line):
     folder = made_up(tmp_path / "results")
     with (folder / "results.jsonl").open("a") as file:

@@ -8,7 +8,7 @@ import pytest
 from indexproj.benchmarks import tune
 from indexproj.benchmarks.tune import FINALISTS, FIRST_ROUNDS, LAST_ROUNDS, MS, Case, WrongError, candidates, search
 from indexproj.indexer.models import PAIRS, SHAPES
-from indexproj.kernels import TARGETS, KernelConfig, choose
+from indexproj.kernels import TARGETS, KernelConfig, Target, choose
 from indexproj.kernels.formats import parse_pair
 from support import DEEPSEEK, GLM
 
@@ -211,3 +211,10 @@ def test_known_configs_are_tried_first(clock, tune_both):
     (entry,) = [each for _, each in found if each and (each["m"], each["formats"][0]) == (16, "FP8 128x128")]
     assert KernelConfig(**entry["config"]) == config
     assert SPLIT not in clock.sampled
+
+
+@pytest.mark.parametrize("arch", [86, 89, 103, 121, "gfx90a"])
+def test_candidates_for_gpus_without_an_estimate_of_their_own(arch):
+    target = Target("hip" if isinstance(arch, str) else "cuda", arch, sm_count=100)
+    for m in (1, 64, 4096):
+        assert choose(m, GLM, DENSE, target) in tune.candidates(m, GLM, DENSE, target)

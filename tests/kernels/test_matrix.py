@@ -231,3 +231,11 @@ def test_reference_multiplies_decoded_weights():
     k, gate = reference(torch.eye(64, dtype=torch.bfloat16), w)
     assert torch.equal(k.T, w.wk.dequantize(torch.float64))
     assert torch.equal(gate.T, w.gate.weight.double())
+
+
+def test_operands_follow_the_memory_of_parameters():
+    """Engines move parameters by assigning to `data`."""
+    codes = torch.nn.Parameter(torch.zeros(128, 128, dtype=torch.float8_e4m3fn), requires_grad=False)
+    matrix = Fp8Matrix(codes, torch.ones(1, 1))
+    codes.data = torch.ones(128, 128).to(torch.float8_e4m3fn)
+    assert torch.equal(matrix.operands[0].view(torch.float8_e4m3fn).float(), torch.ones(128, 128))

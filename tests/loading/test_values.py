@@ -132,6 +132,7 @@ ODD = [
     ("nvfp4", "scale_2", times(-1), "128 negative values in global_scale"),
     ("int4", "scale", lambda t: torch.where(torch.arange(8) > 0, t, -t), "128 negative values in scale"),
     ("int4_g_idx", "scale", times(-1), "1024 negative values in scale"),
+    ("int4", "weight", times(~HALF), "words of 0 in rows 64-127"),
 ]  # fmt: skip
 
 

@@ -55,6 +55,11 @@ REFUSED = {
     "E4M3 in uint8": (quark("e4m3"), 'weight.scale_format = "e4m3"', "mxfp4", 1),
     "amdfp4_g32 in one layer": (quark(wk=E5M3), 'layer_quant_config.wk.weight.scale_format = "e5m3"', "mxfp4", 1),
     "amdfp4_g32 by a pattern": (quark(**{"*indexer*": E5M3}), '*.weight.scale_format = "e5m3"', "mxfp4", 1),
+    "amdfp4_g32 by a glob": (quark(**{"model.layers.[!1].*": E5M3}), '.weight.scale_format = "e5m3"', "mxfp4", 1),
+    "amdfp4_g32 of the fused name": (
+        quark(**{STEM + "wk_weights_proj": E5M3}), '.weight.scale_format = "e5m3"', "mxfp4", 1,
+    ),
+    "a scale format of unknown form": (quark({"name": "e5m3"}), "weight.scale_format = {", "mxfp4", 1),
     "a layer named like a bias": (quark(**{"bias|.*indexer.*": E5M3}), '"e5m3"', "mxfp4", 1),
     "another scale": (compressed(scale_dtype="e6m2"), '.weights.scale_dtype = "e6m2"', "mxfp4", 1),
     "another E4M3 in uint8": (compressed(scale_dtype="torch.float8_e4m3fn"), "scale_dtype = ", "mxfp4", 1),
@@ -90,6 +95,9 @@ ACCEPTED = {
     "MXINT4 experts": (auto_round("mx_int"), "fp8_row"),
     "MXINT4 in other layers": (auto_round(extra_config={"model.layers.0.mlp.down_proj": MXINT4}), "mxfp4"),
     "no rotation": (auto_round(rotation_config={}), "mxfp4"),
+    "no rotation by name": (auto_round(rotation_config="none"), "mxfp4"),
+    "scales of BF16 computation": (auto_round("mx_fp_rceil", scale_dtype="bf16"), "mxfp4"),
+    "rotation that is disabled": (auto_round(rotation_config={"enabled": False}), "mxfp4"),
     "rotation that is off": (auto_round(rotation_config={"enable": False}), "mxfp4"),
     "rotation of other layers": (auto_round(rotation_config={**ROTATION, "layers": [1, 2]}), "mxfp4"),
     "transform without groups": (compressed({"config_groups": None}), "mxfp4"),
@@ -143,6 +151,19 @@ def test_no_veto(tmp_path, quantization, export):
     config = {"quantization_config": quantization}
     assert list(load(write_checkpoint(tmp_path, layer_of(export), config=config))) == [0]
     assert list(stream(layer_of(export), config=config)) == [0]
+
+
+def test_veto_in_another_part_of_config(tmp_path):
+    config = {"language_config": {"quantization_config": quark("e5m3")}, "text_config": {"index_head_dim": None}}
+    problem = only(problems_of(write_checkpoint(tmp_path, layer_of("mxfp4"), config=config)))
+    assert 'language_config.quantization_config.global_quant_config.weight.scale_format = "e5m3"' in problem.found
+
+
+@pytest.mark.parametrize("target", ["model.layers.3.self_attn.indexer.wk", 61, "model.layers.61.self_attn.indexer.*"])
+@pytest.mark.parametrize("name", ["layers.3.attn.indexer.wk", "mtp.0.attn.indexer.wk"])
+def test_targets_and_names_of_deepseeks_inference(target, name):
+    """mtp.0 may be layer 61."""
+    assert Scope([target]).may_hold(name) == ("mtp" in name or target == "model.layers.3.self_attn.indexer.wk")
 
 
 def test_deep_config(tmp_path):
