@@ -140,7 +140,8 @@ def choose(
     m, (*ns, k) = next_power_of_2(m), shape
     if batch_invariant:
         return replace(_split_k(m, k, target), loop_splits=m > SPLIT_K_ROWS)
-    if m <= (QUANTIZED_GEMV_ROWS if quantize_x else GEMV_ROWS):
+    per_sm = 4 if m == 1 and not quantize_x else 2  # programs of gemv that run at the same time
+    if m <= (QUANTIZED_GEMV_ROWS if quantize_x else GEMV_ROWS) and sum(ns) <= per_sm * target.sm_count:
         # A step is 16 bytes of x per thread.
         return KernelConfig("gemv", block_m=m, block_k=128, slices=16, num_warps=8 if target.is_cuda() else 4)
     if m <= (QUANTIZED_SPLIT_K_ROWS if quantize_x else SPLIT_K_ROWS):
@@ -188,10 +189,11 @@ def _prefill_tiles(ns: list[int], target: Target, is_fp16: bool, quantize_x: boo
     if not isinstance(target.arch, int) or 90 <= target.arch < 120:
         columns = KernelConfig("prefill", 1, 64, block_n=0).acc_size(*ns)
         heights = (64,) if is_fp16 else (128, 64)  # 128 rows would spill
-        tiles = [(block_m, 0) for block_m in heights if block_m * columns <= ACCUMULATORS] + tiles
+        most = ACCUMULATORS // 2 if quantize_x else ACCUMULATORS  # rounding x takes registers
+        tiles = [(block_m, 0) for block_m in heights if block_m * columns <= most] + tiles
     if not quantize_x:
         return tiles
-    # Rounding x takes registers: 128 rows with all columns would spill, and so would 64 in fp16.
+    # 64 rows would spill in fp16.
     return [(block_m, block_n) for block_m, block_n in tiles if block_m <= (32 if is_fp16 else 64)]
 
 

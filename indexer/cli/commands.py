@@ -42,7 +42,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    epilog="Exit codes: 0 success, 1 a kernel is wrong or a benchmark failed, 2 bad input.",
+    epilog="Exit codes: 0 success, 1 a kernel is wrong or fails a check, 2 bad input or something that could not run.",
 )
 # Tables need up to 100 columns. A narrower terminal wraps lines, which is better than truncated numbers.
 console = Console(width=max(100, shutil.get_terminal_size().columns), highlight=False, markup=False)
