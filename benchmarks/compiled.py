@@ -1,7 +1,5 @@
 """Compiles kernels for GPUs that this machine does not have, and reads resource usage from the binaries."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import tempfile
@@ -81,7 +79,7 @@ class Binary:
     assembly: str
 
     @classmethod
-    def of(cls, kernel: CompiledKernel, target: Target) -> Binary:
+    def of(cls, kernel: CompiledKernel, target: Target) -> "Binary":
         """Reads a kernel that was compiled for target."""
         shared, threads = kernel.metadata.shared, kernel.metadata.num_warps * kernel.metadata.warp_size
         if target.backend == "hip":

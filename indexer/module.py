@@ -57,5 +57,4 @@ class IndexerProjection(nn.Module):
 
     def extra_repr(self) -> str:
         d, h, k = self.weights.shape
-        wk, gate = type(self.weights.wk).__name__, type(self.weights.gate).__name__
-        return f"K={k}, D={d}, H={h}, wk={wk}, gate={gate}, device={self.weights.device}"
+        return f"K={k}, D={d}, H={h}, {self.weights.wk.format} and {self.weights.gate.format} on {self.weights.device}"

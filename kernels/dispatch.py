@@ -57,16 +57,13 @@ class KernelConfig:
         block_n = 1 if self.regime == "prefill" and self.block_n == 0 else self.block_n
         sizes = self.block_m, block_n, self.slices, self.num_warps
         is_looped, is_split = self.loop_splits, self.split_k > 1
-        unfit = {"gemv": is_split or is_looped, "split_k": False, "prefill": is_looped or self.pdl}.get(
-            self.regime, True
-        )
-        if unfit or self.block_k not in (32, 64, 128) or any(n < 1 or n & (n - 1) for n in sizes):
+        unfit = {"gemv": is_split or is_looped, "split_k": False, "prefill": is_looped or self.pdl}
+        is_size = min(self.split_k, self.num_stages, *sizes) > 0 and not any(n & (n - 1) for n in sizes)
+        if unfit.get(self.regime, True) or self.block_k not in (32, 64, 128) or not is_size:
             raise ValueError(
                 "KernelConfig: expected gemv without splits, split_k, or prefill without loop_splits and pdl; block_k "
-                f"32, 64 or 128; powers of two as other sizes; got {self!r}"
+                f"32, 64 or 128; split_k and num_stages of at least 1; powers of two as other sizes; got {self!r}"
             )
-        if self.split_k < 1 or self.num_stages < 1:
-            raise ValueError(f"KernelConfig: expected split_k and num_stages of at least 1, got {self!r}")
 
     def __str__(self) -> str:
         block_n = f"x{self.block_n or 'N'}" if self.regime != "gemv" else ""

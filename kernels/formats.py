@@ -33,11 +33,7 @@ class Format(Enum):
 
 
 def parse_pair(pair: str) -> tuple[Format, ...]:
-    """The formats in a label such as "FP8 128x128, BF16".
-
-    Raises:
-        ValueError: an unknown format.
-    """
+    """The formats in a label such as "FP8 128x128, BF16". Raises ValueError for an unknown one."""
     return tuple(Format(label) for label in pair.split(", "))
 
 

@@ -1,7 +1,5 @@
 """Weight matrices in kernel-ready layouts."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -56,7 +54,7 @@ class Matrix(ABC):
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
 
-    def rows(self, start: int, stop: int) -> Matrix:
+    def rows(self, start: int, stop: int) -> "Matrix":
         """Rows from start to stop, as views.
 
         Raises:
@@ -70,11 +68,11 @@ class Matrix(ABC):
         parts = [first[start:stop], *(scale[start // height : -(-stop // height)] for scale in scales)]
         return type(self)(*parts)
 
-    def map(self, fn: Callable[[Tensor], Tensor]) -> Matrix:
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "Matrix":
         """The same matrix with fn applied to its tensors."""
         return type(self)(*map(fn, self.tensors))
 
-    def matches(self, other: Matrix) -> bool:
+    def matches(self, other: "Matrix") -> bool:
         """True if the two have the same class, shapes, dtypes and device."""
         return type(self) is type(other) and [(t.shape, t.dtype, t.device) for t in self.tensors] == [
             (t.shape, t.dtype, t.device) for t in other.tensors
@@ -153,7 +151,7 @@ class Fp8Matrix(Matrix):
         self._check(codes=(torch.float8_e4m3fn,), scale=(torch.float32, torch.float8_e8m0fnu))
 
     @classmethod
-    def from_e4m3fnuz(cls, codes: Tensor, scale: Tensor) -> Fp8Matrix:
+    def from_e4m3fnuz(cls, codes: Tensor, scale: Tensor) -> "Fp8Matrix":
         """From float8_e4m3fnuz codes other than NaN (0x80): keeps their bits and halves the scale, exactly.
 
         Read as e4m3fn, with 0x7F as 480, the same bits mean twice as much. An e8m0 scale of 2**-127 stays.

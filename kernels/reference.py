@@ -9,12 +9,7 @@ from .weights import ProjectionWeights
 
 
 def reference(x: Tensor, weights: ProjectionWeights, activation: Activation | None = None) -> tuple[Tensor, Tensor]:
-    """k [..., D] and gate [..., H] in fp64, from exactly decoded weights.
-
-    Args:
-        x: [..., K], any floating dtype, on the device of the weights.
-        activation: as for `project`.
-    """
+    """k [..., D] and gate [..., H] in fp64, from exactly decoded weights and x [..., K] in any floating dtype."""
     wide = x.double()
     rounded = wide if activation is None else quantize(x, activation == "fp8_ue8m0")
     return rounded @ weights.wk.dequantize(torch.float64).T, wide @ weights.gate.dequantize(torch.float64).T

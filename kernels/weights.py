@@ -1,7 +1,5 @@
 """The two weight matrices of one projection."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,7 +35,7 @@ class ProjectionWeights:
             raise ValueError(f"ProjectionWeights: wk is on {self.wk.device}, gate is on {self.gate.device}")
 
     @classmethod
-    def pack(cls, wk: Matrix, gate: Matrix) -> ProjectionWeights:
+    def pack(cls, wk: Matrix, gate: Matrix) -> "ProjectionWeights":
         """Pairs two matrices. Copies two dense ones into one [D + H, K] buffer unless they share one already."""
         pair = cls(wk, gate)
         if isinstance(wk, DenseMatrix) and isinstance(gate, DenseMatrix) and pair.fused_weight is None:
@@ -45,7 +43,7 @@ class ProjectionWeights:
         return pair
 
     @classmethod
-    def _split(cls, fused: Tensor, d: int) -> ProjectionWeights:
+    def _split(cls, fused: Tensor, d: int) -> "ProjectionWeights":
         return cls(DenseMatrix(fused[:d]), DenseMatrix(fused[d:]))
 
     @property
@@ -73,22 +71,22 @@ class ProjectionWeights:
             return None
         return joined((self.wk.weight, self.gate.weight), 0)
 
-    def map(self, fn: Callable[[Tensor], Tensor]) -> ProjectionWeights:
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "ProjectionWeights":
         """The same weights with fn applied to every tensor, once to a shared buffer."""
         fused = self.fused_weight
         if fused is not None:
             return self._split(fn(fused), self.shape[0])
         return dataclasses.replace(self, wk=self.wk.map(fn), gate=self.gate.map(fn))
 
-    def to_bf16(self) -> ProjectionWeights:
+    def to_bf16(self) -> "ProjectionWeights":
         """Both matrices decoded and rounded to bf16, in one buffer. Returns dense weights unchanged, without a copy."""
         return self.pack(*(DenseMatrix(matrix.dequantize(torch.bfloat16)) for matrix in (self.wk, self.gate)))
 
-    def matches(self, other: ProjectionWeights) -> bool:
+    def matches(self, other: "ProjectionWeights") -> bool:
         """True if the two have the same formats, shapes, dtypes and device."""
         return self.wk.matches(other.wk) and self.gate.matches(other.gate)
 
-    def copy_(self, other: ProjectionWeights) -> None:
+    def copy_(self, other: "ProjectionWeights") -> None:
         """Copies values in place, so that pointers to these weights (CUDA graphs) stay valid.
 
         Raises:

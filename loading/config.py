@@ -146,9 +146,8 @@ def _vetoes(values: Mapping[str, Any]) -> Iterator[Veto]:
 
 def _transformed(value: Any) -> list[Scope]:
     """What a rotation or transform concerns: nothing if it is off, all modules if its form is unknown."""
-    if value in (None, False, "", "none") or value == {} or value == []:
-        return []
-    if isinstance(value, dict) and False in (value.get("enable"), value.get("enabled")):
+    is_off = isinstance(value, dict) and False in (value.get("enable"), value.get("enabled"))
+    if is_off or value in (None, False, "", "none", {}, []):
         return []
     parts = [value]
     if isinstance(value, dict) and value.keys() == {"config_groups"}:  # compressed-tensors

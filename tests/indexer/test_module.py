@@ -18,7 +18,7 @@ def test_from_checkpoint_loads_one_layer(tmp_path):
     module = IndexerProjection.from_checkpoint(path, layer=5)
     wk = INDEXER.format(5) + "wk.weight"
     assert same(module.weights.wk, Fp8Matrix(tensors[wk], tensors[f"{wk}_scale_inv"]))
-    assert repr(module) == "IndexerProjection(K=256, D=128, H=16, wk=Fp8Matrix, gate=DenseMatrix, device=cpu)"
+    assert repr(module) == "IndexerProjection(K=256, D=128, H=16, FP8 128x128 and BF16 on cpu)"
     with pytest.raises(CheckpointError, match="layer 6: expected one of the layers with an indexer, 4-5"):
         IndexerProjection.from_checkpoint(path, layer=6)
 
