@@ -4,10 +4,10 @@ from pathlib import Path
 
 # Number -> where it happened and what went wrong, and the test.
 FIELD = {
-    1: ("vLLM #38684: KeyError weight_scale_inv, as names are rewritten by substring", "names::parse_projection"),
+    1: ("vLLM #38684: KeyError weight_scale_inv, as names are rewritten by substring", "headers::parse_projection"),
     2: ("vLLM #38684: wk_weights_proj_weights_proj for a fused checkpoint", "encodings::load_fused_matrix"),
     3: ("vLLM #42944: KeyError on a layer of another pipeline rank", "assembly::layers_that_were_not_asked_for"),
-    4: ("vLLM #57639: the same in a copy of the loader for another prefix", "names::parse_projection"),
+    4: ("vLLM #57639: the same in a copy of the loader for another prefix", "headers::parse_projection"),
     5: ("vLLM #46078: rows stay uninitialized in a streaming load", "assembly::any_encodings_in_any_order"),
     6: ("vLLM 0.33.0: the same in glm5next, hy_v4 and MTP models", "assembly::mtp_layers_need_num_hidden_layers"),
     7: ("vLLM 0.33.0: a scale never comes", "recognition::no_tensor_of_an_encoding_is_optional"),
