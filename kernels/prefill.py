@@ -1,7 +1,7 @@
 """Prefill: many rows. Reading x takes the time, and so do instructions, so weights are decoded once per many rows.
 
 A program owns BLOCK_M rows of x and either all columns of all outputs, which reads x once, or BLOCK_N columns of one
-output, of which there are more. If these tiles do not fill the GPU, K is divided over SPLIT_K programs, and the last
+output, which gives more programs. If these tiles do not fill the GPU, K is divided over SPLIT_K programs, and the last
 one to arrive sums the splits.
 
 Tiles are [rows of x, columns of the output]: x is the first operand of the dot, and the decoded weights go to shared

@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from indexproj.kernels import Format, Fp4Matrix, Fp8Matrix, ProjectionWeights, choose
-from indexproj.kernels.target import target_of
-from numerics import run
-from support import DEEPSEEK, random_matrix, weights
+from indexproj.kernels import Format, Fp4Matrix, Fp8Matrix, ProjectionWeights, choose, launch, project, reference, tile
+from indexproj.kernels.target import INTERPRETED, target_of
+from numerics import relative_error, run
+from support import DEEPSEEK, dense, random_matrix, weights
 
 REGIMES = {"gemv": 4, "split_k": 64, "prefill": 300}
 
@@ -74,3 +74,29 @@ def test_identity_at_full_k(regime, step):
     k, gate = run(eye, w, config_of(regime, w))
     assert torch.equal(k.T, w.wk.dequantize()[:, picked])
     assert torch.equal(gate.T, w.gate.dequantize()[:, picked])
+
+
+def both_halves(codes):
+    return tile.decode_e2m1(codes & 0xF), tile.decode_e2m1(codes >> 4)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="replaces PTX, which the interpreter does not run")
+@pytest.mark.parametrize("pair", ["FP8 128x128, BF16", "MXFP8, MXFP8", "NVFP4, NVFP4"])
+def test_prefill_with_packed_decoding(pair, monkeypatch):
+    """The branch for NVIDIA GPUs, with the plain decoders in place of those in PTX."""
+    monkeypatch.setattr(tile, "decode_e4m3_packed", tile.decode_e4m3)
+    monkeypatch.setattr(tile, "decode_e2m1_packed", both_halves)
+    constants = launch.constants
+    monkeypatch.setattr(launch, "constants", lambda *a: {k: k == "PACKED" or v for k, v in constants(*a).items()})
+    launch.plan_of.cache_clear()
+    w, x = weights(pair, (40, 9, 344)), torch.randn(100, 344, dtype=torch.bfloat16)
+    assert relative_error(project(x, w, k_dtype=torch.float32), reference(x, w)) <= 2e-6
+    launch.plan_of.cache_clear()
+
+
+def test_sums_of_gemv_over_all_of_k():
+    """`verify` allows 2e-6 for thousands of outputs, so a few must stay well below."""
+    w = weights("FP8 128x128, BF16", (8, 8, 7168))
+    x = 1 + torch.rand(4, 7168)  # sums grow: a running sum loses digits
+    w = ProjectionWeights(w.wk, dense(8, 7168).map(torch.abs))
+    assert relative_error(project(x.bfloat16(), w)[1:], reference(x.bfloat16(), w)[1:]) <= 3e-7

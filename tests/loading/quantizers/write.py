@@ -47,7 +47,7 @@ def quark():
     write("quark_amdfp4", {"weight": codes, "weight_scale": reference_convert_fp32_to_e5m3_bits(scale).to(torch.uint8)})
 
 
-def llm_compressor(directory="/tmp/llm-compressor"):
+def llm_compressor(directory="llm-compressor"):
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform import QuIPModifier
