@@ -116,10 +116,10 @@ def _print_compiled(found: list[dict[str, Any]]) -> None:
         ]
         _print_table(title, rows)
     console.print(
-        "M: the largest with this kernel. grid: programs of a launch with M rows. per SM: programs that fit\n"
-        "on one SM. regs: per thread. shared: bytes of shared memory. step: instructions of a step of K, 0\n"
-        "without a loop. trips: groups of loads (NVIDIA). MB: weights and x that all programs read. KB: partial\n"
-        "sums that the last program of a tile reads. ~us: an estimate, nothing measured.",
+        "M: the largest with this kernel. grid: programs of a launch with M rows. per SM: programs that\n"
+        "fit on one SM. regs: per thread. shared: bytes of shared memory. step: instructions of a step of\n"
+        "K, 0 without a loop. trips: groups of loads (NVIDIA). MB: weights and x that all programs read.\n"
+        "KB: partial sums that the last program of a tile reads. ~us: an estimate, nothing measured.",
         soft_wrap=True,
     )
 
