@@ -54,9 +54,10 @@ gpu-kit: .venv/.installed-dev
 	@tar czf build/gpu-kit.tar.gz -C build/gpu-kit .
 	@echo "== build/gpu-kit.tar.gz, $$(du -h build/gpu-kit.tar.gz | cut -f1): unpack it in an empty folder, then bash run.sh [MINUTES]"
 
+# test_kit builds the kit, for which the setuptools that torch 2.11 asks for is too old.
 test-oldest: .venv-oldest/.installed
 	@echo "== Host logic with torch 2.11.0 and Triton 3.6.0"
-	@.venv-oldest/bin/pytest -q -m "not full" tests/kernels tests/loading tests/benchmarks --ignore tests/loading/test_producers.py
+	@.venv-oldest/bin/pytest -q -m "not full" tests/kernels tests/loading tests/benchmarks --ignore tests/loading/test_producers.py --ignore tests/benchmarks/test_kit.py
 
 test-compile: .venv/.installed-dev
 	@echo "== Kernels compiled for sm_80, sm_90, sm_100, sm_120, gfx942 and gfx950"
