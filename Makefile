@@ -37,7 +37,7 @@ test-interpreter: .venv/.installed-dev
 
 # Without a GPU every test is skipped, with the reason.
 test-gpu: .venv/.installed-dev
-	@echo "== Kernels on the GPU at hand, against fp64"
+	@echo "== Kernels on the current GPU, against fp64"
 	@$(BIN)/pytest -q -m "not full" tests/gpu tests/interpreter
 
 sanitize: .venv/.installed-dev

@@ -91,7 +91,7 @@ def _dot_split(
 ):  # fmt: skip
     """w @ x.T of one tile over one split of K: [BLOCK_N, BLOCK_M] fp32."""
     STEPS: tl.constexpr = (K + SPLIT_K * SLICES * BLOCK_K - 1) // (SPLIT_K * SLICES * BLOCK_K)
-    # A wait inside a loop would not do: pipelining moves loads above it. A loop of one step is none.
+    # Pipelining moves loads above a wait inside a loop. With one step there is no loop.
     if PDL and STEPS > 1:
         tl.extra.cuda.gdc_wait()
     acc = tl.zeros((SLICES, BLOCK_N, BLOCK_M), tl.float32)

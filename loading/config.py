@@ -54,7 +54,9 @@ class Scope(NamedTuple):
 def _may_mean(target: Any, name: str) -> bool:
     if type(target) is int:
         return f"layers.{target}." in name or "mtp" in name
-    if not isinstance(target, str) or target[:1].isupper() or "{" in target:  # unknown, or a class
+    if not isinstance(target, str) or target[:1].isupper():  # unknown, or a class
+        return True
+    if "{" in target and not target.startswith("re:"):  # a glob with alternatives, or a regular expression
         return True
     if "mtp" in name and "layers" in target:  # by another number
         return True

@@ -100,7 +100,7 @@ def test_gemv_issues_weights_and_scales_in_one_group(name):
 
 
 def test_l2_bytes_of_prefill():
-    """Bytes that all programs of a launch read, of which x is 117 MB."""
+    """Bytes that all programs of a launch read, including 117 MB of x."""
     for formats, limit in ((FP8, 240e6), (DENSE, 300e6)):
         assert l2_bytes(8192, DEEPSEEK, formats, choose(8192, DEEPSEEK, formats, TARGETS["sm_90"])) < limit
 

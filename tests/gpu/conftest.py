@@ -6,7 +6,7 @@ from indexproj.kernels.target import INTERPRETED, target_of
 
 @pytest.fixture(autouse=True)
 def target():
-    """The GPU at hand, on which tensors are made."""
+    """The current GPU; tensors are made on it."""
     if INTERPRETED or not torch.cuda.is_available():
         pytest.skip("needs a GPU" if not INTERPRETED else "needs a GPU, but TRITON_INTERPRET=1 is set")
     device = torch.device("cuda", torch.cuda.current_device())

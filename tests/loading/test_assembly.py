@@ -255,7 +255,7 @@ def test_meta_device():
 
 @pytest.mark.parametrize("export", ["bf16", "f16", "f32", "fp8_block", "mxfp8", "nvfp4", "mxfp4", "int4"])
 def test_scales_of_activations_are_ignored(export):
-    """Quark's NVFP4 has input_scale_2, static FP8 of transformers has activation_scale; whatever they are."""
+    """Quark's NVFP4 has input_scale_2, static FP8 of transformers has activation_scale, in any dtype and shape."""
     things = torch.ones(3), torch.ones(1, device="meta"), torch.ones(1, dtype=torch.complex128)
     leaves = ("input_scale", "input_scale_2", "input_global_scale", "act_scale", "activation_scale", "output_scale")
     scales = [

@@ -120,6 +120,7 @@ ACCEPTED = {
         ("language_model.model.layers.3.self_attn.indexer.wk", True), (r".*\.[0-9]\..*k$", True),
         ("re:.*down_proj$", False), ("*down_proj", False), ("down_proj", False), ("model.layers.3.mlp", False),
         (r"re:.*layers\.(4|13|30)\..*", False), (13, False), (30, False), ("re:.*q_b?_proj", False), ("lm_head", False),
+        (r"re:.*layers\.\d{1,2}\.mlp\..*", False), (r"re:.*layers\.\d{1,2}\.self_attn\..*", True), ("{a,b}", True),
     ],
 )  # fmt: skip
 def test_targets_that_may_mean_an_indexer(target, is_meant):
