@@ -12,6 +12,9 @@ from .launch import Signature, launch
 from .matrix import Matrix
 from .weights import ProjectionWeights
 
+# Of an operand: its dtype, shape, device and whether it is contiguous.
+Found = tuple[torch.dtype, torch.Size, torch.device, bool] | None
+
 
 def project(
     x: Tensor,
@@ -99,7 +102,7 @@ def project_all(
     Raises:
         As `project`.
     """
-    operands = [operand for matrix in matrices for operand in matrix.operands if operand is not None]
+    operands = [operand for matrix in matrices for operand in matrix.operands]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, out, *operands)):
         raise RuntimeError(
             "project: a tensor requires grad, and the projection is not differentiable; use torch.no_grad() or detach()"
@@ -122,10 +125,10 @@ def project_all(
     return tuple(torch.ops.indexproj.project.default(x, operands, formats, fp32, *options))
 
 
-# operands: the operands of all matrices in a row, without the None ones. formats: per matrix, as `Format` spells them.
-# fp32: per output, False for x.dtype. factors: per output, or none. activations: per matrix, "none" for None, or none.
+# operands: three per matrix, see `Matrix.operands`. formats: per matrix, as `Format` spells them. fp32: per output,
+# False for x.dtype. factors: per output, or none. activations: per matrix, "none" for None, or none.
 # "CUDA" is also ROCm's dispatch key. On the CPU the kernels run in Triton's interpreter or not at all.
-_INPUTS = "Tensor x, Tensor[] operands, str[] formats"
+_INPUTS = "Tensor x, Tensor?[] operands, str[] formats"
 _OPTIONS = "float[] factors=[], str[]? activations=None, bool batch_invariant=False"
 torch.library.define("indexproj::project", f"({_INPUTS}, bool[] fp32, {_OPTIONS}) -> Tensor[]")
 torch.library.define("indexproj::project_out", f"({_INPUTS}, Tensor(a!) out, {_OPTIONS}) -> ()")
@@ -138,7 +141,9 @@ for _operation in ("project", "project_out"):
 
 
 @torch.library.impl("indexproj::project", ("CPU", "CUDA"))
-def _project(x: Tensor, operands: list[Tensor], formats: list[str], fp32: list[bool], *options: Any) -> list[Tensor]:
+def _project(
+    x: Tensor, operands: list[Tensor | None], formats: list[str], fp32: list[bool], *options: Any
+) -> list[Tensor]:
     signature, matrices = _resolve(x, operands, formats, fp32, *options)
     outs = _allocate(x, signature)
     launch(_rows(x), matrices, tuple([_rows(out) for out in outs]), signature)
@@ -146,24 +151,24 @@ def _project(x: Tensor, operands: list[Tensor], formats: list[str], fp32: list[b
 
 
 def _fake_project(
-    x: Tensor, operands: list[Tensor], formats: list[str], fp32: list[bool], *options: Any, **named: Any
+    x: Tensor, operands: list[Tensor | None], formats: list[str], fp32: list[bool], *options: Any, **named: Any
 ) -> list[Tensor]:
     signature, _ = _resolve(x, operands, formats, fp32, *options, **named, cached=False)
     return _allocate(x, signature)
 
 
 @torch.library.impl("indexproj::project_out", ("CPU", "CUDA"))
-def _project_out(x: Tensor, operands: list[Tensor], formats: list[str], out: Tensor, *options: Any) -> None:
+def _project_out(x: Tensor, operands: list[Tensor | None], formats: list[str], out: Tensor, *options: Any) -> None:
     signature, matrices = _resolve(x, operands, formats, [out.dtype == torch.float32] * len(formats), *options)
     _check_out(out, x, sum(signature.ns))
     storage = out.untyped_storage().data_ptr()
-    if x.numel() and any(tensor.untyped_storage().data_ptr() == storage for tensor in (x, *operands)):
+    if x.numel() and any(t is not None and t.untyped_storage().data_ptr() == storage for t in (x, *operands)):
         raise ValueError("project: out shares storage with x or the weights; give it memory of its own")
     launch(_rows(x), matrices, torch.split(_rows(out), list(signature.ns), 1), signature)
 
 
 def _fake_project_out(
-    x: Tensor, operands: list[Tensor], formats: list[str], out: Tensor, *options: Any, **named: Any
+    x: Tensor, operands: list[Tensor | None], formats: list[str], out: Tensor, *options: Any, **named: Any
 ) -> None:
     wide = [out.dtype == torch.float32] * len(formats)
     signature, _ = _resolve(x, operands, formats, wide, *options, **named, cached=False)
@@ -185,7 +190,7 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def _resolve(
     x: Tensor,
-    operands: list[Tensor],
+    operands: list[Tensor | None],
     formats: list[str],
     fp32: list[bool],
     factors: Sequence[float] = (),
@@ -207,11 +212,10 @@ def _resolve(
             f"project: x must be contiguous in its last dimension, got strides {x.stride()}; call x.contiguous()"
         )
     options = tuple(fp32), tuple(factors), tuple(activations or ()), batch_invariant
-    found = [(operand.dtype, operand.shape, operand.device, operand.is_contiguous()) for operand in operands]
+    found = [None if each is None else (each.dtype, each.shape, each.device, each.is_contiguous()) for each in operands]
     check = _signature if cached else _signature.__wrapped__
-    signature, places = check(x.dtype, k, x.device, tuple(formats), *options, *found)
-    padded = [*operands, None]
-    return signature, tuple([(padded[a], padded[b], padded[c]) for a, b, c in places])  # type: ignore[misc]
+    signature = check(x.dtype, k, x.device, tuple(formats), *options, *found)
+    return signature, tuple(zip(operands[::3], operands[1::3], operands[2::3], strict=True))  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -224,13 +228,9 @@ def _signature(
     factors: tuple[float, ...],
     activations: tuple[str, ...],
     batch_invariant: bool,
-    *found: tuple[torch.dtype, torch.Size, torch.device, bool],
-) -> tuple[Signature, list[list[int]]]:
-    """Checks everything but addresses; cached, so once per kind of call.
-
-    Args:
-        found: per operand its dtype, shape, device and whether it is contiguous.
-    """
+    *found: Found,
+) -> Signature:
+    """Checks everything but addresses; cached, so once per kind of call."""
     if x_dtype not in (torch.bfloat16, torch.float16):
         raise TypeError(f"project: x must be torch.bfloat16 or torch.float16, got {x_dtype}")
     count = len(labels)
@@ -243,9 +243,10 @@ def _signature(
     # -0.0 becomes 0.0: they are equal as keys and would share a compiled kernel.
     factors = tuple([factor + 0.0 for factor in factors or (1.0,) * count])
     takes: tuple[Any, ...] = tuple([None if name == "none" else name for name in activations or ("none",) * count])
-    for name, values in (("dtypes", fp32), ("factors", factors), ("activations", takes)):
-        if len(values) != count:
-            raise ValueError(f"project: expected one of {name} per matrix, {count} in all, got {len(values)}")
+    lengths = {"operands": (len(found), 3 * count), "dtypes": (len(fp32), count), "factors": (len(factors), count)}
+    for name, (length, expected) in (lengths | {"activations": (len(takes), count)}).items():
+        if length != expected:
+            raise ValueError(f"project: expected {expected} {name} for {count} matrices, got {length}")
     if not all(abs(factor) <= torch.finfo(torch.float32).max for factor in factors):
         raise ValueError(f"project: expected factors that are finite in fp32, got {list(factors)}")
     for activation, format in zip(takes, formats, strict=True):
@@ -254,44 +255,29 @@ def _signature(
         if activation and format != Format.FP8_BLOCK:
             got = f"activation={activation!r} and one in {format}"
             raise ValueError(f"project: an activation needs a matrix in {Format.FP8_BLOCK}, got {got}")
-    ns, places = _place_operands(formats, k, device, found)
+    ns = tuple([_check_operands(format, k, device, found[3 * i : 3 * i + 3]) for i, format in enumerate(formats)])
     dtypes = tuple([torch.float32 if wide else x_dtype for wide in fp32])
-    return Signature(device, x_dtype, k, ns, formats, takes, factors, dtypes, batch_invariant), places
+    return Signature(device, x_dtype, k, ns, formats, takes, factors, dtypes, batch_invariant)
 
 
-def _place_operands(
-    formats: tuple[Format, ...], k: int, device: torch.device, found: tuple[Any, ...]
-) -> tuple[tuple[int, ...], list[list[int]]]:
-    """Per matrix its rows, and where in found its values, group or block scales and row scales are; -1 for none."""
-    ns, places, place = [], [], 0
-    for format in formats:
-        shape = tuple(found[place][1]) if place < len(found) else ()
-        if len(shape) != 2 or shape[1] == 0:
-            raise ValueError(f"project: expected 2-D values or codes of a matrix in {format}, got {list(shape)}")
-        n, own_k = shape[0], shape[1] * (2 if format in (Format.NVFP4, Format.MXFP4) else 1)
-        if k != own_k:
-            raise ValueError(f"project: x must be [..., K={own_k}] to fit the weights, got [..., {k}]")
-        if n * own_k >= 2**31:  # the kernels' offsets into a matrix are int32
-            raise ValueError(f"project: expected a matrix of fewer than 2**31 values, got one of {n} x {own_k}")
-        own = [-1, -1, -1]
-        for role, layout in enumerate(operand_layout(format, n, k)):
-            if layout is None:
-                continue
-            dtype, shape, where, is_contiguous = found[place] if place < len(found) else (None, (), device, True)
-            if (dtype, tuple(shape)) != layout or not is_contiguous:
-                raise ValueError(
-                    f"project: operand {place}, of a matrix in {format}, must be {layout[0]} {list(layout[1])}, "
-                    f"contiguous, got {dtype} {list(shape)}"
-                )
-            if where != device:
-                raise ValueError(f"project: x is on {device}, the weights are on {where}")
-            own[role] = place
-            place += 1
-        ns.append(n)
-        places.append(own)
-    if place != len(found):
-        raise ValueError(f"project: expected {place} operands for {', '.join(map(str, formats))}, got {len(found)}")
-    return tuple(ns), places
+def _check_operands(format: Format, k: int, device: torch.device, found: Sequence[Found]) -> int:
+    """The rows of a matrix, from what was found of its three operands."""
+    shape = tuple(found[0][1]) if found[0] else ()
+    if len(shape) != 2 or shape[1] == 0:
+        raise ValueError(f"project: expected 2-D values or codes of a matrix in {format}, got {list(shape)}")
+    n, own_k = shape[0], shape[1] * (2 if format in (Format.NVFP4, Format.MXFP4) else 1)
+    if k != own_k:
+        raise ValueError(f"project: x must be [..., K={own_k}] to fit the weights, got [..., {k}]")
+    if n * own_k >= 2**31:  # the kernels' offsets into a matrix are int32
+        raise ValueError(f"project: expected a matrix of fewer than 2**31 values, got one of {n} x {own_k}")
+    for operand, layout in zip(found, operand_layout(format, n, k), strict=True):
+        if operand and operand[2] != device:
+            raise ValueError(f"project: x is on {device}, the weights are on {operand[2]}")
+        expected = layout and (*layout, device, True)
+        if operand != expected:
+            what = f"an operand (dtype, shape, device, is contiguous) of a matrix in {format}"
+            raise ValueError(f"project: {what}: expected {expected}, got {operand}")
+    return n
 
 
 def _check_dtype(name: str, dtype: torch.dtype, x_dtype: torch.dtype) -> None:

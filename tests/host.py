@@ -65,7 +65,7 @@ def launchers(m):
     x = torch.zeros(m, k, dtype=torch.bfloat16)
     outs = tuple(torch.empty(m, n, dtype=dtype) for n, dtype in zip(ns, OUTS["fp32"], strict=True))
     matrices = w.wk.operands, w.gate.operands
-    operands = [operand for matrix in matrices for operand in matrix if operand is not None]
+    operands = [operand for matrix in matrices for operand in matrix]
     signature, config = launch.signature_of(w, *OUTS["fp32"]), choose(m, DEEPSEEK, w.formats, target)
     kernel, grid = launch.KERNELS[config.regime], config.grid(m, *ns)
     buffers = workspace(x.device, *config.workspace_size(m, *ns)) if config.has_workspace else ()

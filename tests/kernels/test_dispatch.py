@@ -299,7 +299,7 @@ def test_torch_mm_needs_weights_and_outputs_in_one_tensor(driver, products):
 def test_torch_mm_takes_tensors_that_require_grad(driver):
     w, x = weights("BF16, BF16", GLM), torch.zeros(13, GLM[2], dtype=BF16, requires_grad=True)
     out = torch.empty(13, 160, dtype=BF16)
-    torch.ops.indexproj.project_out(x, [w.wk.weight, w.gate.weight], ["BF16", "BF16"], out)
+    torch.ops.indexproj.project_out(x, [*w.wk.operands, *w.gate.operands], ["BF16", "BF16"], out)
     assert torch.equal(out, torch.zeros(13, 160, dtype=BF16))
 
 

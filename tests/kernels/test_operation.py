@@ -63,8 +63,12 @@ def test_project_refuses_bad_input(x, options, error, message):
         (1, torch.ones(1, 3)),
         (1, torch.ones(1, 2).double()),
         (1, torch.ones(1, 2, device="meta")),
-        (2, torch.zeros(16, 256)),
-        (2, torch.zeros(16, 128, dtype=torch.bfloat16)),
+        (0, None),
+        (1, None),
+        (2, torch.ones(128, 1)),
+        (3, torch.zeros(16, 256)),
+        (3, torch.zeros(16, 128, dtype=torch.bfloat16)),
+        (4, torch.ones(1, 2)),
     ],
 )
 def test_operation_refuses_wrong_operands(place, tensor):
@@ -73,10 +77,13 @@ def test_operation_refuses_wrong_operands(place, tensor):
     refused("project: ", operands)
 
 
-@pytest.mark.parametrize(("count", "message"), [(2, "2-D values or codes"), (4, "expected 3 operands")])
+@pytest.mark.parametrize(
+    ("count", "message"),
+    [(5, "expected 6 operands for 2 matrices, got 5"), (7, "expected 6 operands for 2 matrices, got 7")],
+)
 def test_operation_refuses_too_few_and_too_many_operands(count, message):
     operands = operands_of(weights("FP8 128x128, BF16", SHAPE))
-    refused(message, [*operands, operands[-1]][:count])
+    refused(message, [*operands, None][:count])
 
 
 @pytest.mark.parametrize(
@@ -85,12 +92,12 @@ def test_operation_refuses_too_few_and_too_many_operands(count, message):
         (["FP9", "BF16"], {}, "expected formats among BF16, FP8 128x128, .*, got FP9"),
         (["FP8_BLOCK", "BF16"], {}, "got FP8_BLOCK"),
         ([], {}, "at least one matrix"),
-        (None, {"factors": [1.0]}, "one of factors per matrix, 2 in all, got 1"),
-        (None, {"factors": [1.0] * 3}, "one of factors per matrix"),
+        (None, {"factors": [1.0]}, "expected 2 factors for 2 matrices, got 1"),
+        (None, {"factors": [1.0] * 3}, "expected 2 factors"),
         (None, {"factors": [1.0, float("nan")]}, "finite in fp32"),
         (None, {"factors": [float("inf"), 1.0]}, "finite in fp32"),
         (None, {"factors": [1.0, -1e39]}, "finite in fp32"),
-        (None, {"activations": ["fp8"]}, "one of activations per matrix, 2 in all, got 1"),
+        (None, {"activations": ["fp8"]}, "2 activations for 2 matrices, got 1"),
         (None, {"activations": ["none", "fp8"]}, "needs a matrix in FP8 128x128, got .* and one in BF16"),
     ],
 )
@@ -100,7 +107,7 @@ def test_operation_refuses_wrong_formats_and_options(formats, options, message):
 
 def operands_of(w):
     """What `project` passes to the operation."""
-    return [operand for matrix in (w.wk, w.gate) for operand in matrix.operands if operand is not None]
+    return [operand for matrix in (w.wk, w.gate) for operand in matrix.operands]
 
 
 def refused(message, operands, formats=None, **options):
@@ -136,7 +143,7 @@ def test_out_in_the_storage_of_the_weights_is_refused():
 
 def test_too_few_dtypes_are_refused():
     w = weights("FP8 128x128, BF16", SHAPE)
-    with pytest.raises(ValueError, match="one of dtypes per matrix, 2 in all, got 1"):
+    with pytest.raises(ValueError, match="expected 2 dtypes for 2 matrices, got 1"):
         project_all(x_of(4, 256), (w.wk, w.gate), dtypes=[torch.float32])
 
 
