@@ -2,7 +2,7 @@
 
 A result is a dict, and a line of JSON in a results file. Its keys:
     suite: "projection", "A/B", "ceilings", "counters", "host" or "loading".
-    shape, pair, m: the case, in suites that have some.
+    shape, pair, m: the case; the "pair" of a shape of three matrices has three formats, in suites that have some.
     contender, how: what was measured, and where: "device", "eager" (launches from Python included) or "cpu".
     us: microseconds per call, one value per round. Contenders of a case take turns.
     bytes: what a call reads and writes at least, if known.
@@ -29,12 +29,12 @@ from torch.nn.functional import linear
 from triton.errors import TritonError
 
 from ..indexer.models import SHAPES
-from ..kernels import KernelConfig, ProjectionWeights, project
-from ..kernels.dispatch import versions
+from ..kernels import KernelConfig, project_all
+from ..kernels.dispatch import out_dtypes, versions
 from ..kernels.formats import parse_pair
 from . import gpu
 from .estimate import nbytes
-from .gpu import TOLERANCES, TORCH_TOLERANCES, Call, Contender, Sampler, Timer, Tolerances, WrongError
+from .gpu import TOLERANCES, TORCH_TOLERANCES, Call, Contender, Matrices, Sampler, Timer, Tolerances, WrongError
 
 Result = dict[str, Any]
 MS = (1, 16, 64, 8192, 4, 256, 1024, 2, 8, 32, 128, 4096, 16384)  # most telling first
@@ -47,41 +47,45 @@ NCU += " --metrics dram__bytes.sum,lts__t_bytes.sum"
 
 
 class Case(NamedTuple):
-    """A key of SHAPES, a pair of PAIRS, and rows of x."""
+    """A key of SHAPES, a pair of PAIRS that fits it, and rows of x."""
 
     shape: str
     pair: str
     m: int
 
 
-def into_one(x: Tensor, weights: ProjectionWeights) -> Call:
-    out = x.new_empty(len(x), sum(weights.shape[:2]))
-    return lambda: project(x, weights, out=out)
+def ours(x: Tensor, matrices: Matrices) -> Call:
+    dtypes = out_dtypes("fp32", len(matrices))
+    return lambda: project_all(x, matrices, dtypes=dtypes)
 
 
-def by_torch(multiply: Callable[..., Tensor], x: Tensor, weights: ProjectionWeights) -> Call:
+def into_one(x: Tensor, matrices: Matrices) -> Call:
+    out = x.new_empty(len(x), sum(matrix.shape[0] for matrix in matrices))
+    return lambda: project_all(x, matrices, out=out)
+
+
+def by_torch(multiply: Callable[..., Tensor], x: Tensor, matrices: Matrices) -> Call:
     """One GEMM of weights that were upcast to bf16 and fused at load, as in vLLM."""
-    fused, ns = weights.to_bf16().fused_weight, list(weights.shape[:2])
-    assert fused is not None
+    fused, ns = torch.cat([m.dequantize(torch.bfloat16) for m in matrices]), [m.shape[0] for m in matrices]
     return lambda: torch.split(multiply(x, fused), ns, 1)
 
 
-def scaled_mm(x: Tensor, weights: ProjectionWeights) -> Call:
+def scaled_mm(x: Tensor, matrices: Matrices) -> Call:
     """One GEMM in e4m3 with a scale per row. Quantizing x is not timed."""
     factors = []
-    for matrix in (x.float(), torch.cat([weights.wk.dequantize(), weights.gate.dequantize()])):
+    for matrix in (x.float(), torch.cat([matrix.dequantize() for matrix in matrices])):
         scale = matrix.abs().amax(1, keepdim=True).clamp(min=1e-12) / 448
         factors.append(((matrix / scale).to(torch.float8_e4m3fn), scale))
     (a, scale_a), (b, scale_b) = factors
     multiply = partial(torch._scaled_mm, a, b.T, scale_a, scale_b.T, out_dtype=torch.bfloat16)
-    return lambda: torch.split(multiply(), list(weights.shape[:2]), 1)
+    return lambda: torch.split(multiply(), [matrix.shape[0] for matrix in matrices], 1)
 
 
 OURS = TOLERANCES | {torch.float32: TORCH_TOLERANCES[torch.float32]}  # a table may choose torch.mm
 # Against fp64 with the values on disk: these round weights at load, and scaled_mm also rounds x.
 UPCAST = {torch.float32: 2**-6, torch.bfloat16: 2**-6}
 CONTENDERS: dict[str, tuple[Contender, Tolerances]] = {
-    "indexproj": (lambda x, weights: lambda: project(x, weights), OURS),
+    "indexproj": (ours, OURS),
     "indexproj, bf16": (into_one, OURS),
     "torch linear": (partial(by_torch, linear), UPCAST),
     "torch mm, fp32": (partial(by_torch, lambda x, fused: torch.mm(x, fused.T, out_dtype=torch.float32)), UPCAST),
@@ -150,8 +154,8 @@ def in_turn(timers: Mapping[str, Timer]) -> dict[str, list[float]]:
 
 def measure(suite: str, case: Case, makers: Mapping[str, Callable[[Case, str], Timer]]) -> Iterator[Result]:
     """Times on the GPU and from Python of what can run, and errors of what cannot."""
-    d, h, k = SHAPES[case.shape]
-    weights = sum(nbytes(format, n, k) for format, n in zip(parse_pair(case.pair), (d, h), strict=True))
+    (*ns, k), formats = SHAPES[case.shape], parse_pair(case.pair)
+    read = sum(nbytes(format, n, k) for format, n in zip(formats, ns, strict=True)) + 2 * case.m * k
     for how in ("device", "eager"):
         ready, head = {}, {"suite": suite, **case._asdict(), "how": how}
         for name, make in makers.items():
@@ -161,8 +165,9 @@ def measure(suite: str, case: Case, makers: Mapping[str, Callable[[Case, str], T
                 text, wrong = str(error).strip().partition("\n")[0], isinstance(error, WrongError)
                 yield head | {"contender": name, "error": text, "wrong": wrong}
         for name, us in in_turn(ready).items():
-            moved = weights + case.m * (2 * k + 2 * d + (2 if "bf16" in name else 4) * h)
-            yield head | {"contender": name, "us": us} | ({} if name.startswith("torch") else {"bytes": moved})
+            dtypes = out_dtypes("bf16" if "bf16" in name else "fp32", len(ns))
+            written = case.m * sum(n * dtype.itemsize for n, dtype in zip(ns, dtypes, strict=True))
+            yield head | {"contender": name, "us": us} | ({} if name.startswith("torch") else {"bytes": read + written})
 
 
 def counters(case: Case) -> Result:

@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ..indexer.cli.commands import app, complain, console, fail
-from ..indexer.models import PAIRS, SHAPES
+from ..indexer.models import PAIRS, SHAPES, fits
 
 W8A8_WK = "FP8 128x128"  # the format of wk that `activation` is defined for
-_SHAPES = "; ".join(f"{name} (D={d}, H={h}, K={k})" for name, (d, h, k) in SHAPES.items())
+_SHAPES = "; ".join(f"{name} (N={'+'.join(map(str, ns))}, K={k})" for name, (*ns, k) in SHAPES.items())
 _SHAPE_HELP = f"Shape of a published model; repeatable. Default: all. {_SHAPES}."
-_PAIR_HELP = f"Formats of wk and weights_proj, quoted; repeatable. Default: all. {'; '.join(PAIRS)}."
+_PAIR_HELP = f"Formats of the matrices, quoted; repeatable. Default: all. {'; '.join(PAIRS)}."
 _GPU_HELP = "sm_80, sm_90, sm_100, sm_120, gfx942 or gfx950; repeatable."
 _SM_HELP = "SMs or compute units. Default: those of the largest such GPU."
 _AB_HELP = (
@@ -68,14 +68,12 @@ def compile_(
     if sm_count and len(names) > 1:
         fail(f"compile: --sm-count needs exactly one --target, got {', '.join(names)}")
     targets = [replace(TARGETS[name], sm_count=sm_count or TARGETS[name].sm_count) for name in names]
-    _check_names("compile", "--shape", shape, SHAPES)
-    _check_names("compile", "--pair", pair, PAIRS)
+    published = _published("compile", shape, pair)
     cases = CASES
     if shape or pair or activation:
-        pairs = pair or [name for name in PAIRS if not activation or name.startswith(W8A8_WK)]
-        if activation and not all(name.startswith(W8A8_WK) for name in pairs):
-            fail(f"compile: --activation needs wk in {W8A8_WK}, got --pair {'; '.join(pairs)}")
-        cases = [Case(*case, activation) for case in product(shape or SHAPES, pairs)]
+        cases = [Case(*case, activation) for case in published if not activation or case[1].startswith(W8A8_WK)]
+        if not cases or (pair and len(cases) < len(published)):
+            fail(f"compile: --activation needs wk in {W8A8_WK}, got --pair {'; '.join(pair or PAIRS)}")
     if cache:
         with _failures("compile"):
             cache.mkdir(parents=True, exist_ok=True)
@@ -145,8 +143,7 @@ def tune(
     from . import tune as module
     from .gpu import current_gpu
 
-    _check_names("tune", "--shape", shape, SHAPES)
-    _check_names("tune", "--pair", pair, PAIRS)
+    published = _published("tune", shape, pair)
     with _failures("tune"):
         device = current_gpu()
         gpu = torch.cuda.get_device_name(device)
@@ -159,8 +156,8 @@ def tune(
             entries, known = [], {}
         if known:
             complain(f"tune: {path} was measured with other versions; its configs are tried first", style="yellow")
-        for name in dict.fromkeys(shape or SHAPES):
-            formats = [parse_pair(text) for text in dict.fromkeys(pair or PAIRS)]
+        for name, group in groupby(published, lambda case: case[0]):
+            formats = [parse_pair(text) for _, text in group]
             cases = [module.Case(m, SHAPES[name], each) for each, m in product(formats, module.MS)]
             measured = []
             with Console(stderr=True).status(name) as status:
@@ -209,13 +206,15 @@ def bench(
     from .gpu import current_gpu
     from .report import markdown
 
-    _check_names("bench", "--shape", shape, SHAPES)
-    _check_names("bench", "--pair", pair, PAIRS)
+    published = _published("bench", shape, pair)
     _check_names("bench", "--contender", contender, module.CONTENDERS)
     if len(ab or ()) not in (0, 2):
         fail("bench: --ab needs two sides")
-    pairs = pair or sorted(PAIRS, key=lambda name: not name.startswith(W8A8_WK))
-    cases = [module.Case(c, a, b) for a, b, c in product(pairs, m or module.MS, shape or SHAPES)]
+    cases = [
+        module.Case(name, text, rows)
+        for text, rows, name in product(pair or PAIRS, m or module.MS, shape or SHAPES)
+        if (name, text) in published
+    ]
     found = []
     with _failures("bench"):
         current_gpu()
@@ -272,6 +271,16 @@ def _print_table(title: str, rows: list[dict[str, str]]) -> None:
     for row in rows:
         table.add_row(*row.values())
     console.print(table)
+
+
+def _published(command: str, shapes: list[str] | None, pairs: list[str] | None) -> list[tuple[str, str]]:
+    """Shapes and pairs that were asked for, all by default, and that fit each other."""
+    _check_names(command, "--shape", shapes, SHAPES)
+    _check_names(command, "--pair", pairs, PAIRS)
+    found = [case for case in dict.fromkeys(product(shapes or SHAPES, pairs or PAIRS)) if fits(*case)]
+    if not found:
+        fail(f"{command}: no --pair has as many formats as a --shape has matrices")
+    return found
 
 
 def _check_names(command: str, option: str, chosen: list[str] | None, known: Iterable[str]) -> None:

@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
-from ..kernels.dispatch import OUTS, KernelConfig, cdiv
+from ..kernels.dispatch import KernelConfig, cdiv, out_dtypes
 from ..kernels.formats import Activation, Format, operand_layout
 from ..kernels.launch import KERNELS, Signature, constants, options
 from ..kernels.target import INTERPRETED, Target
@@ -172,13 +172,20 @@ def signature(
     shape: tuple[int, ...],
     formats: tuple[Format, ...],
     activation: Activation | None = None,
-    dtypes: tuple[torch.dtype, ...] = OUTS["fp32"],
+    dtypes: tuple[torch.dtype, ...] | None = None,
     batch_invariant: bool = False,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
 ) -> Signature:
-    """A projection of bf16 x, the same object every time. shape is (D, H, K), and only wk takes the activation."""
+    """A projection of bf16 x, the same object every time.
+
+    Args:
+        shape: rows of each matrix, then K.
+        activation: for the first matrix.
+        dtypes: of the outputs; by default `out_dtypes` with "fp32".
+    """
     *ns, k = shape
     activations, factors = (activation, *[None] * (len(ns) - 1)), (1.0,) * len(ns)
-    device = torch.device("cpu")
+    dtypes = dtypes or out_dtypes("fp32", len(ns))
     return Signature(device, torch.bfloat16, k, (*ns,), formats, activations, factors, dtypes, batch_invariant)
 
 

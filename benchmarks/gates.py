@@ -8,8 +8,8 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
-from ..indexer.models import PAIRS, SHAPES
-from ..kernels.dispatch import OUTS, REDUCED_BYTES, KernelConfig, choose
+from ..indexer.models import PAIRS, SHAPES, fits
+from ..kernels.dispatch import REDUCED_BYTES, KernelConfig, choose, out_dtypes
 from ..kernels.formats import Activation, parse_pair
 from ..kernels.launch import Signature
 from ..kernels.target import TARGETS, Target
@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 
 class Case(NamedTuple):
-    """A key of SHAPES, a pair of PAIRS, and the activation for wk."""
+    """A key of SHAPES, a pair of PAIRS that fits it, and the activation for wk."""
 
     shape: str
     pair: str
@@ -33,16 +33,19 @@ class Case(NamedTuple):
 
     def signature(self, gate: str = "fp32", batch_invariant: bool = False) -> Signature:
         """What is compiled; gate is a key of OUTS."""
-        return signature(SHAPES[self.shape], parse_pair(self.pair), self.activation, OUTS[gate], batch_invariant)
+        formats = parse_pair(self.pair)
+        dtypes = out_dtypes(gate, len(formats))
+        return signature(SHAPES[self.shape], formats, self.activation, dtypes, batch_invariant)
 
 
 # Formats determine registers and instructions; K and H hardly do. So one shape covers all formats, the other two.
 CASES = [
-    *(Case("deepseek-v3.2", pair) for pair in PAIRS),
+    *(Case("deepseek-v3.2", pair) for pair in PAIRS if fits("deepseek-v3.2", pair)),
     Case("deepseek-v3.2", "FP8 128x128, BF16", "fp8"),
     Case("deepseek-v3.2", "FP8 128x128, BF16", "fp8_ue8m0"),
     Case("glm-5", "BF16, BF16"),
     Case("glm-5", "FP8 128x128, BF16"),
+    Case("deepseek-v4-pro", "BF16, BF16, BF16"),
 ]
 
 

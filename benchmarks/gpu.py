@@ -12,18 +12,20 @@ import triton.language as tl
 from torch import Tensor
 
 from ..indexer.cli.synthetic import random_matrix
-from ..kernels import KernelConfig, ProjectionWeights, reference
-from ..kernels.dispatch import OUTS
+from ..kernels import DenseMatrix, KernelConfig, Matrix
+from ..kernels.dispatch import out_dtypes
 from ..kernels.formats import Format, Operands
-from ..kernels.launch import launch, signature_of
+from ..kernels.launch import launch
 from ..kernels.target import INTERPRETED, target_of
 from ..kernels.workspace import recycled_counters
+from .compiled import signature
 
+Matrices = tuple[Matrix, ...]
 Outputs = Sequence[Tensor]
 Call = Callable[[], Outputs]
 Timer = Callable[[], float]  # measures once, in microseconds
-# Takes x [M, K] bf16 and weights, and returns a call that computes k and gate. Preparing the weights is not timed.
-Contender = Callable[[Tensor, ProjectionWeights], Call]
+# Takes x [M, K] bf16 and matrices, and returns a call that computes the outputs. Preparing the weights is not timed.
+Contender = Callable[[Tensor, Matrices], Call]
 Tolerances = dict[torch.dtype, float]
 # Calls per measurement, at least: enough to hide the microseconds that starting one takes.
 CALLS = 64
@@ -47,14 +49,20 @@ def current_gpu() -> torch.device:
 
 
 @functools.lru_cache(maxsize=2)
-def weight_copies(shape: tuple[int, ...], formats: tuple[Format, ...], device: torch.device) -> list[ProjectionWeights]:
-    """Random weights, and copies of them that take more than twice the L2 cache, for calls that cycle through them."""
+def weight_copies(shape: tuple[int, ...], formats: tuple[Format, ...], device: torch.device) -> list[Matrices]:
+    """Random weights, and copies of them that take more than twice the L2 cache, for calls that cycle through them.
+
+    If all are BF16, they are slices of one tensor, as in vLLM.
+    """
     *ns, k = shape
     torch.manual_seed(0)
-    weights = ProjectionWeights.pack(*(random_matrix(format, n, k) for format, n in zip(formats, ns, strict=True)))
+    weights = tuple(random_matrix(format, n, k) for format, n in zip(formats, ns, strict=True))
     l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-    count = 1 + -(-2 * l2_bytes // weights.nbytes)
-    return [weights.map(lambda tensor: tensor.to(device, copy=True)) for _ in range(count)]
+    count = 1 + -(-2 * l2_bytes // sum(matrix.nbytes for matrix in weights))
+    if set(formats) != {Format.BF16}:
+        return [tuple(m.map(lambda tensor: tensor.to(device, copy=True)) for m in weights) for _ in range(count)]
+    fused = torch.cat([matrix.dequantize(torch.bfloat16) for matrix in weights])
+    return [tuple(map(DenseMatrix, torch.split(fused.to(device, copy=True), ns))) for _ in range(count)]
 
 
 def replay(calls: Sequence[Callable[[], object]]) -> Timer:
@@ -99,9 +107,9 @@ class Sampler:
 
     def __init__(self, m: int, shape: tuple[int, ...], formats: tuple[Format, ...], device: torch.device) -> None:
         self._weights = weight_copies(shape, formats, device)
-        self._signature = signature_of(self._weights[0], *OUTS["fp32"])
+        self._signature = signature(shape, formats, device=device)
         self._x = torch.randn(m, shape[-1], device=device).bfloat16()
-        self._exact = reference(self._x, self._weights[0])
+        self._exact = [self._x.double() @ matrix.dequantize(torch.float64).T for matrix in self._weights[0]]
 
     def timer(self, contender: Contender, tolerances: Tolerances = TOLERANCES, how: str = "device") -> Timer:
         """how is "device" or "eager".
@@ -119,14 +127,15 @@ class Sampler:
             return {"device": replay, "eager": eager}[how](calls)
 
     def into(self, outs: str, run: Callable[[Tensor, Sequence[Operands], Outputs], object]) -> Contender:
-        """Runs over outputs of NaN in the dtypes of a key of OUTS, in one tensor if these are equal."""
-        ns, dtypes, m = self._signature.ns, OUTS[outs], len(self._x)
+        """Runs over outputs of NaN, in one tensor if their dtypes are equal; outs is a key of OUTS."""
+        ns, m = self._signature.ns, len(self._x)
+        dtypes = out_dtypes(outs, len(ns))
         buffers = [self._x.new_full((m, n), torch.nan, dtype=dtype) for n, dtype in zip(ns, dtypes, strict=True)]
         if len(set(dtypes)) == 1:
             buffers = [*torch.split(torch.cat(buffers, 1), list(ns), 1)]
 
-        def contender(x: Tensor, weights: ProjectionWeights) -> Call:
-            operands = weights.wk.operands, weights.gate.operands
+        def contender(x: Tensor, matrices: Matrices) -> Call:
+            operands = tuple(matrix.operands for matrix in matrices)
             return lambda: (run(x, operands, buffers), buffers)[1]
 
         return contender

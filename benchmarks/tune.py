@@ -20,7 +20,7 @@ import torch
 from triton.errors import TritonError
 
 from ..kernels import KernelConfig, Target, choose
-from ..kernels.dispatch import ACCUMULATORS, MAX_SPLIT_K, OUTS, TABLE_SCHEMA, cdiv, next_power_of_2, versions
+from ..kernels.dispatch import MAX_SPLIT_K, OUTS, TABLE_SCHEMA, cdiv, next_power_of_2, prefill_tiles, versions
 from ..kernels.formats import Format
 from ..kernels.launch import KERNELS, torch_mm
 from ..kernels.target import target_of
@@ -34,7 +34,6 @@ FINALISTS, FIRST_ROUNDS, LAST_ROUNDS = 3, 3, 9
 TORCH_MARGIN = 0.98
 
 PER_REGIME = 7  # candidates
-PREFILL_TILES = ((16, 64), (32, 64), (64, 64), (64, 0), (128, 64), (128, 0))  # (block_m, block_n), 0 for all columns
 
 # A kernel, or torch's GEMM with the output dtypes of that key of OUTS. Kernels are measured with an fp32 gate.
 Choice = KernelConfig | str
@@ -46,8 +45,8 @@ class Case(NamedTuple):
     """What one entry is for."""
 
     m: int  # a power of two, for all M that round up to it
-    shape: tuple[int, ...]  # (D, H, K)
-    formats: tuple[Format, ...]  # of wk and weights_proj
+    shape: tuple[int, ...]  # rows of each matrix, then K
+    formats: tuple[Format, ...]  # of the matrices
 
 
 def candidates(m: int, shape: tuple[int, ...], formats: tuple[Format, ...], target: Target) -> list[KernelConfig]:
@@ -56,7 +55,7 @@ def candidates(m: int, shape: tuple[int, ...], formats: tuple[Format, ...], targ
     Regimes take turns, so that a search that runs out of time has tried all of them.
     """
     m, (*ns, k) = next_power_of_2(m), shape
-    configs = []
+    default, configs = choose(m, shape, formats, target), []
     if m <= 16:
         for block_m, num_warps, slices in product((min(m, 4), min(m, 8)), (2, 4, 8), (8, 16)):
             configs.append(KernelConfig("gemv", block_m, block_k=128, num_warps=num_warps, slices=slices))
@@ -65,12 +64,11 @@ def candidates(m: int, shape: tuple[int, ...], formats: tuple[Format, ...], targ
             split_k = cdiv(k, slices * 64 * steps)
             if (8 if target.is_cuda() else 16) <= block_m < 2 * max(m, 16):
                 configs.append(KernelConfig("split_k", block_m, 64, split_k, 2, slices, block_n, slices))
-    if m >= 32:
-        columns = KernelConfig("prefill", 1, 64, block_n=0).acc_size(*ns)
+    if m >= 32 or default.regime == "prefill":
+        tiles = prefill_tiles(ns, target, is_fp16=False, quantize_x=False)
         depths = product(((64, 3), (128, 2), (64, 4)), (1, 2, 3, 4, 5, 6, 8, 11, 14))
-        for (block_m, block_n), ((block_k, num_stages), split_k), num_warps in product(PREFILL_TILES, depths, (4, 8)):
-            fits = block_m <= m and (block_n or block_m * columns <= ACCUMULATORS)
-            if fits and (num_warps == 8 or (block_m <= 64 and block_n)):
+        for (block_m, block_n), ((block_k, num_stages), split_k), num_warps in product(tiles, depths, (4, 8)):
+            if block_m <= max(m, 32) and (num_warps == 8 or (block_m <= 64 and block_n)):
                 configs.append(KernelConfig("prefill", block_m, block_k, split_k, num_stages, num_warps, block_n))
 
     def is_useful(config: KernelConfig) -> bool:
@@ -83,7 +81,6 @@ def candidates(m: int, shape: tuple[int, ...], formats: tuple[Format, ...], targ
 
     useful = sorted(filter(is_useful, configs), key=lambda config: estimate(m, shape, formats, config, target))
     ranked = [[config for config in useful if config.regime == regime][:PER_REGIME] for regime in KERNELS]
-    default = choose(m, shape, formats, target)
     with_pdl = [replace(default, pdl=True)] if target.is_cuda(90) and default.regime != "prefill" else []
     in_turn = chain.from_iterable(zip_longest(*ranked))
     return list(dict.fromkeys([default, *with_pdl, *filter(None, in_turn)]))

@@ -6,7 +6,6 @@ As a script, a process of `indexproj bench --ab` on that GPU.
 import torch
 
 from indexproj.benchmarks import bench, gpu
-from indexproj.kernels import reference
 
 CPU = torch.device("cpu")
 
@@ -18,16 +17,20 @@ def timer(calls):
     return lambda: float(len(calls))
 
 
-def project(x, weights, out=None):
-    k, gate = reference(x, weights)
+def exact_outputs(x, matrices):
+    return [x.double() @ matrix.dequantize(torch.float64).T for matrix in matrices]
+
+
+def project_all(x, matrices, dtypes=None, out=None):
+    exact = exact_outputs(x, matrices)
     if out is None:
-        return k.bfloat16(), gate.float()
-    return torch.split(out.copy_(torch.cat((k, gate), 1)), weights.shape[:2], 1)
+        return [output.to(dtype) for output, dtype in zip(exact, dtypes, strict=True)]
+    return torch.split(out.copy_(torch.cat(exact, 1)), [matrix.shape[0] for matrix in matrices], 1)
 
 
 def launch(x, operands, outs, signature, config):
-    weights = gpu.weight_copies(signature.shape, signature.formats, CPU)[0]
-    for out, exact in zip(outs, reference(x, weights), strict=True):
+    matrices = gpu.weight_copies(signature.shape, signature.formats, CPU)[0]
+    for out, exact in zip(outs, exact_outputs(x, matrices), strict=True):
         out.copy_(exact)
 
 
@@ -40,9 +43,10 @@ def install(patch):
     patch(gpu, "eager", timer)
     patch(gpu, "ceilings", lambda _: iter([("empty kernel", 0, lambda: 2.0), ("copy", 6000, lambda: 3.0)]))
     patch(gpu, "description", lambda: {"GPU": "made-up GPU"})
-    patch(bench, "SHAPES", {"deepseek-v3.2": (128, 64, 512), "glm-5": (128, 32, 256)})
+    v4 = {"deepseek-v4-pro": (192, 64, 32, 256), "deepseek-v4-flash": (192, 64, 32, 512)}
+    patch(bench, "SHAPES", {"deepseek-v3.2": (128, 64, 512), "glm-5": (128, 32, 256), **v4})
     patch(gpu, "launch", launch)
-    patch(bench, "project", project)
+    patch(bench, "project_all", project_all)
     gpu.weight_copies.cache_clear()
     bench.sampler_of.cache_clear()
 

@@ -18,7 +18,7 @@ from indexproj.benchmarks.bench import in_turn, machine
 from indexproj.benchmarks.report import markdown
 from indexproj.indexer.cli.fixture import write_fixture
 from indexproj.kernels import TARGETS, choose, launch, project
-from indexproj.kernels.dispatch import OUTS
+from indexproj.kernels.dispatch import out_dtypes
 from indexproj.kernels.formats import spread
 from indexproj.kernels.workspace import workspace
 from indexproj.loading import Checkpoint, Plan, load
@@ -63,10 +63,11 @@ def launchers(m):
     """Ways to launch m rows, from Triton's launcher to `project`."""
     (*ns, k), w, target = DEEPSEEK, weights("FP8 128x128, BF16", DEEPSEEK), TARGETS["sm_90"]
     x = torch.zeros(m, k, dtype=torch.bfloat16)
-    outs = tuple(torch.empty(m, n, dtype=dtype) for n, dtype in zip(ns, OUTS["fp32"], strict=True))
+    dtypes = out_dtypes("fp32", len(ns))
+    outs = tuple(torch.empty(m, n, dtype=dtype) for n, dtype in zip(ns, dtypes, strict=True))
     matrices = w.wk.operands, w.gate.operands
     operands = [operand for matrix in matrices for operand in matrix if operand is not None]
-    signature, config = launch.signature_of(w, *OUTS["fp32"]), choose(m, DEEPSEEK, w.formats, target)
+    signature, config = launch.signature_of(w, *dtypes), choose(m, DEEPSEEK, w.formats, target)
     kernel, grid = launch.KERNELS[config.regime], config.grid(m, *ns)
     buffers = workspace(x.device, *config.workspace_size(m, *ns)) if config.has_workspace else ()
     constants = launch.constants(config, signature, target).values()

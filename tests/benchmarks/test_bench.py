@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,10 @@ from matplotlib.figure import Figure
 
 import fake_gpu
 from indexproj.benchmarks import bench, gpu, report
-from indexproj.indexer.models import PAIRS, SHAPES
-from indexproj.kernels import KernelConfig, reference
-from support import ALL_PAIRS, invoke, weights
+from indexproj.indexer.models import PAIRS, SHAPES, fits
+from indexproj.kernels import KernelConfig
+from indexproj.kernels.formats import parse_pair
+from support import ALL_PAIRS, invoke, random_matrix
 
 FP8 = "FP8 128x128, BF16"
 SIDE = f"{sys.executable} {fake_gpu.__file__}"
@@ -60,6 +62,17 @@ def test_every_contender_in_turn(folder):
     assert len(lines(folder)) == 14 + 4  # appended; no time for more than ceilings
 
 
+def test_three_matrices(folder):
+    run("--shape", "deepseek-v4-pro", "--m", 3)
+    _, _, _, *results, _ = lines(folder)
+    assert [(r["pair"], r["contender"]) for r in results[:5]] == [
+        ("BF16, BF16, BF16", name) for name in bench.CONTENDERS
+    ]
+    rows, k = 192 + 64 + 32, 256
+    moved = 2 * (rows + 3) * k + 3 * 4 * rows
+    assert [r.get("bytes") for r in results[:3]] == [moved, moved - 3 * 2 * rows, None]
+
+
 def test_contenders_take_turns():
     order, times = [], iter(range(100))
     timers = {name: lambda name=name: order.append(name) or next(times) for name in "abc"}
@@ -71,7 +84,7 @@ def test_most_telling_cases_first_and_filters(folder, monkeypatch):
     asked = []
     monkeypatch.setattr(bench, "measure", lambda suite, case, makers: asked.append((case, *makers)) or ())
     run()
-    assert len(asked) == len(set(asked)) == len(PAIRS) * len(SHAPES) * len(bench.MS)
+    assert len(asked) == len(set(asked)) == len(bench.MS) * sum(fits(*each) for each in product(SHAPES, PAIRS))
     assert asked[0] == (("deepseek-v3.2", FP8, 1), *bench.CONTENDERS)
     assert [case[2] for case, *_ in asked[:8:2]] == [1, 16, 64, 8192]
     asked.clear()
@@ -79,7 +92,7 @@ def test_most_telling_cases_first_and_filters(folder, monkeypatch):
     assert asked == [(("glm-5", "MXFP8, MXFP8", m), "torch linear") for m in (5, 6)]
 
 
-@pytest.mark.parametrize(("name", "off", "code"), [("project", 1.01, 1), ("linear", 1.1, 0)])
+@pytest.mark.parametrize(("name", "off", "code"), [("project_all", 1.01, 1), ("linear", 1.1, 0)])
 def test_wrong_results_are_not_timed(folder, monkeypatch, name, off, code):
     """Ours fail the run; others are left out of it."""
     right = getattr(bench, name)
@@ -134,7 +147,10 @@ def test_killed_run_keeps_results(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--shape", "glm"), "--shape must be one of deepseek-v3.2; glm-5; got glm"),
+        (
+            ("--shape", "glm"),
+            "--shape must be one of deepseek-v3.2; glm-5; deepseek-v4-pro; deepseek-v4-flash; got",
+        ),
         (("--pair", "FP8"), "--pair must be one of"),
         (("--contender", "cublas"), "--contender must be one of indexproj;"),
         (("--ab", "python3"), "--ab needs two sides"),
@@ -172,11 +188,12 @@ def test_unsupported_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("name", [name for name in bench.CONTENDERS if name.startswith("torch")])
-@pytest.mark.parametrize("pair", ALL_PAIRS)
+@pytest.mark.parametrize("pair", [*ALL_PAIRS, "BF16, BF16, BF16"])
 def test_torch_contenders(name, pair, mm_to_fp32):
-    w, x = weights(pair, (128, 32, 512)), torch.randn(5, 512).bfloat16()
+    matrices = tuple(random_matrix(format, n, 512) for format, n in zip(parse_pair(pair), (128, 32, 64), strict=False))
+    x = torch.randn(5, 512).bfloat16()
     contender, tolerances = bench.CONTENDERS[name]
-    for output, exact in zip(contender(x, w)(), reference(x, w), strict=True):
+    for output, exact in zip(contender(x, matrices)(), fake_gpu.exact_outputs(x, matrices), strict=True):
         assert output.shape == exact.shape
         assert (output.double() - exact).abs().max() <= tolerances[output.dtype] * exact.abs().max()
 

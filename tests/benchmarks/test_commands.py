@@ -20,9 +20,14 @@ SM_90 = ("--target", "sm_90")
         ((), "--target must be one of sm_80, sm_90"),
         (("--target", "sm_70"), "got sm_70"),
         (("--all", *SM_90), "--all and --target exclude each other"),
-        ((*SM_90, "--shape", "glm"), "--shape must be one of deepseek-v3.2; glm-5; got glm"),
+        (
+            (*SM_90, "--shape", "glm"),
+            "--shape must be one of deepseek-v3.2; glm-5; deepseek-v4-pro; deepseek-v4-flash; got",
+        ),
         ((*SM_90, "--pair", "INT4, BF16"), "got INT4, BF16"),
         ((*SM_90, "--activation", "fp8", "--pair", "BF16, BF16"), "--activation needs wk in FP8 128x128"),
+        ((*SM_90, "--activation", "fp8", "--shape", "deepseek-v4-pro"), "--activation needs wk in FP8 128x128"),
+        ((*SM_90, "--pair", "BF16, BF16", "--shape", "deepseek-v4-pro"), "no --pair has as many formats as a --shape"),
         ((*SM_90, "--cache", __file__), "compile: [Errno 17] File exists"),
         ((*SM_90, "--target", "sm_100", "--sm-count", "78"), "one --target, got sm_90, sm_100"),
         (("--all", "--sm-count", "78"), "--sm-count needs exactly one --target"),
@@ -51,8 +56,7 @@ def test_commands_in_docs_parse(line):
 def test_help_lists_shapes_and_pairs(command):
     text = " ".join(invoke(command, "--help").stdout.split())
     assert "; ".join(PAIRS) in text
-    for name, (d, h, k) in SHAPES.items():
-        assert f"{name} (D={d}, H={h}, K={k})" in text
+    assert "deepseek-v3.2 (N=128+64, K=7168); glm-5 (N=128+32, K=6144); deepseek-v4-pro (N=2048+64+512, K=" in text
 
 
 def test_interpreter_is_refused(monkeypatch):

@@ -17,6 +17,7 @@ from indexproj.kernels.dispatch import OUTS
 from indexproj.kernels.formats import parse_pair
 
 DENSE, FP8, SM_90 = parse_pair("BF16, BF16"), parse_pair("FP8 128x128, BF16"), TARGETS["sm_90"]
+THREE = parse_pair("BF16, BF16, BF16")
 SPLIT, GEMV = KernelConfig("split_k", 16, 64, 6, slices=4), KernelConfig("gemv", 8, 128, slices=8)
 
 
@@ -53,7 +54,7 @@ def test_compile_all_ends_in_time_or_when_killed(kernel):
 def measurer(monkeypatch, mm_to_fp32):
     """Makes a function that measures choices on a made-up GPU."""
     fake_gpu.install(monkeypatch.setattr)
-    return lambda formats: tune._measurer(Case(5, (128, 32, 1024), formats), fake_gpu.CPU)
+    return lambda formats: tune._measurer(Case(5, (*(128, 32, 64)[: len(formats)], 1024), formats), fake_gpu.CPU)
 
 
 def off_by(error):
@@ -67,7 +68,7 @@ def off_by(error):
     return launch
 
 
-@pytest.mark.parametrize("formats", [DENSE, FP8])
+@pytest.mark.parametrize("formats", [DENSE, FP8, THREE])
 def test_choices_run_on_every_copy_after_a_check(measurer, monkeypatch, formats):
     seen = []
 

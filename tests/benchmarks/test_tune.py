@@ -7,9 +7,9 @@ import pytest
 
 from indexproj.benchmarks import tune
 from indexproj.benchmarks.tune import FINALISTS, FIRST_ROUNDS, LAST_ROUNDS, MS, Case, WrongError, candidates, search
-from indexproj.indexer.models import PAIRS, SHAPES
+from indexproj.indexer.models import PAIRS, SHAPES, fits
 from indexproj.kernels import TARGETS, KernelConfig, Target, choose
-from indexproj.kernels.formats import parse_pair
+from indexproj.kernels.formats import Format, parse_pair
 from support import DEEPSEEK, GLM
 
 DENSE, FP8, SM_90 = parse_pair("BF16, BF16"), parse_pair("FP8 128x128, BF16"), TARGETS["sm_90"]
@@ -18,10 +18,16 @@ SPLIT, GEMV = KernelConfig("split_k", 16, 64, 6, slices=4), KernelConfig("gemv",
 
 
 @pytest.mark.parametrize("name", TARGETS)
-@pytest.mark.parametrize("pair", ["BF16, BF16", *(pytest.param(pair, marks=pytest.mark.full) for pair in PAIRS[1:])])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "pair"),
+    [
+        pytest.param(shape, pair, marks=[] if set(parse_pair(pair)) == {Format.BF16} else pytest.mark.full)
+        for shape, pair in itertools.product(SHAPES, PAIRS)
+        if fits(shape, pair)
+    ],
+)
 def test_candidates_start_with_default(name, shape, pair):
-    *ns, k = shape
+    *ns, k = shape = SHAPES[shape]
     everything = set()
     for m in MS:
         found = candidates(m, shape, parse_pair(pair), TARGETS[name])
@@ -32,7 +38,8 @@ def test_candidates_start_with_default(name, shape, pair):
             assert (config.split_k - 1) * steps * config.block_k * config.slices < k  # no split without work
             assert math.prod(config.grid(m, *ns)) <= 4 * max(TARGETS[name].sm_count, m)
         everything |= set(found)
-    assert {config.regime for config in everything} == {"gemv", "split_k", "prefill"}
+    assert {config.regime for config in everything} >= {"split_k", "prefill"}
+    assert len(ns) == 3 or "gemv" in {config.regime for config in everything}
     assert len(everything) <= 120  # 16 cores compile all pairs in less than a minute
 
 

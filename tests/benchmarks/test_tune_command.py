@@ -10,13 +10,15 @@ from typer.testing import CliRunner
 import fake_gpu
 from indexproj.__main__ import app
 from indexproj.benchmarks import commands, gpu, tune
+from indexproj.benchmarks.compiled import signature
 from indexproj.benchmarks.tune import Case, WrongError
-from indexproj.kernels import TARGETS, choose, dispatch
-from indexproj.kernels.dispatch import OUTS, read_table
+from indexproj.kernels import TARGETS, KernelConfig, choose, dispatch, launch
+from indexproj.kernels.dispatch import out_dtypes, read_table
 from indexproj.kernels.formats import parse_pair
 from support import DEEPSEEK, GLM
 
 DENSE, FP8, SM_90 = parse_pair("BF16, BF16"), parse_pair("FP8 128x128, BF16"), TARGETS["sm_90"]
+THREE, SPLIT = parse_pair("BF16, BF16, BF16"), KernelConfig("split_k", 16, 64, 5)
 GPU = "NVIDIA H100 80GB HBM3"
 
 
@@ -65,7 +67,7 @@ def test_tune_writes_what_dispatch_reads(h100, tmp_path):
         assert text in result.stdout
     assert max(map(len, result.stdout.splitlines()[:-1])) <= 100
     assert read_table(path, GPU) == {
-        case: (choose(*case, SM_90), (OUTS["bf16"],) if case.formats == DENSE else ()) for case in cases
+        case: (choose(*case, SM_90), (out_dtypes("bf16", 2),) if case.formats == DENSE else ()) for case in cases
     }
     assert len(path.read_text().splitlines()) == 6  # one entry per line
 
@@ -74,17 +76,24 @@ def test_tune_end_to_end_on_a_made_up_gpu(monkeypatch, tmp_path, mm_to_fp32):
     """Everything but the compiler, the graphs and the clock."""
     fake_gpu.install(monkeypatch.setattr)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: GPU)
-    monkeypatch.setattr(commands, "SHAPES", {"glm-5": (128, 32, 256)})
+    shapes = {"glm-5": (128, 32, 256), "deepseek-v4-pro": (256, 64, 128, 512)}
+    monkeypatch.setattr(commands, "SHAPES", shapes)
     monkeypatch.setattr(tune, "MS", (1, 16))
     monkeypatch.setattr(tune, "target_of", lambda _: SM_90)
     monkeypatch.setattr(tune, "compile_all", lambda target, kernels, seconds: kernels)
-    run(*PAIR, "--pair", "FP8 128x128, BF16", "--output", tmp_path / "table.json")
-    assert list(read_table(tmp_path / "table.json", GPU)) == [
-        (m, (128, 32, 256), formats) for formats in (DENSE, FP8) for m in (1, 16)
-    ]
-    for entry in entries_of(tmp_path / "table.json"):
+    path, v4 = tmp_path / "table.json", ("--shape", "deepseek-v4-pro", "--pair", "BF16, BF16, BF16")
+    run(*PAIR, *v4, "--pair", "FP8 128x128, BF16", "--output", path)
+    table = read_table(path, GPU)
+    problems = [("glm-5", DENSE), ("glm-5", FP8), ("deepseek-v4-pro", THREE)]
+    assert list(table) == [(m, shapes[name], formats) for name, formats in problems for m in (1, 16)]
+    for entry in entries_of(path):
         assert entry["tried"] == entry["candidates"] > 1
-        assert len(entry["torch_us"]) == (2 if entry["formats"] == ["BF16", "BF16"] else 0)
+        assert len(entry["torch_us"]) == (2 if set(entry["formats"]) == {"BF16"} else 0)
+    # What a launch looks up.
+    monkeypatch.setattr(launch, "table_of", lambda device: dict.fromkeys(table, (SPLIT, [out_dtypes("fp32", 3)])))
+    monkeypatch.setattr(launch, "target_of", lambda device: SM_90)
+    plan = launch.plan_of(signature(shapes["deepseek-v4-pro"], THREE), 16)
+    assert (plan.config, plan.prefers_torch) == (SPLIT, True)
 
 
 def test_tune_keeps_other_entries(h100, tmp_path):

@@ -82,15 +82,6 @@ def test_resources_of_more_matrices_and_rows(name, ns, activation):
         assert faults(TARGETS[name], ns, at_once, config, binary_of(name, config, problem)) == [], config
 
 
-@pytest.mark.parametrize("name", TARGETS)
-def test_resources_of_deepseek_v4(name):
-    """Two compressors with fp32 outputs, and weights_proj."""
-    ns, fp32 = (2048, 64, 512), torch.float32
-    problem = signature((*ns, 7168), (DENSE[0],) * 3, None, (fp32, torch.bfloat16, fp32))
-    for config, m in configs(TARGETS[name], problem).items():
-        assert faults(TARGETS[name], ns, m, config, binary_of(name, config, problem)) == [], config
-
-
 @pytest.mark.parametrize("name", NVIDIA)
 def test_gemv_issues_weights_and_scales_in_one_group(name):
     for formats in (DENSE, FP8):
