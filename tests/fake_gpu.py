@@ -8,9 +8,13 @@ import torch
 from indexproj.benchmarks import bench, gpu
 
 CPU = torch.device("cpu")
+SHAPES = {
+    "deepseek-v3.2": (128, 64, 512), "glm-5": (128, 32, 256),
+    "deepseek-v4-pro": (192, 64, 32, 256), "deepseek-v4-flash": (192, 64, 32, 512),
+}  # fmt: skip
 
 
-def timer(calls):
+def timer(calls, how="device"):
     """Runs the calls; each takes as many microseconds as there are calls."""
     for call in calls:
         call()
@@ -25,7 +29,7 @@ def project_all(x, matrices, dtypes=None, out=None):
     exact = exact_outputs(x, matrices)
     if out is None:
         return [output.to(dtype) for output, dtype in zip(exact, dtypes, strict=True)]
-    return torch.split(out.copy_(torch.cat(exact, 1)), [matrix.shape[0] for matrix in matrices], 1)
+    return torch.split(out.copy_(torch.cat(exact, 1)), bench.rows(matrices), 1)
 
 
 def launch(x, operands, outs, signature, config):
@@ -39,13 +43,11 @@ def install(patch):
     properties = type("Properties", (), {"L2_cache_size": 10**5, "multi_processor_count": 2})
     patch(torch.cuda, "get_device_properties", lambda _: properties)
     patch(gpu, "current_gpu", lambda: CPU)
-    patch(gpu, "replay", timer)
-    patch(gpu, "eager", timer)
+    patch(gpu, "timer", timer)
     patch(gpu, "ceilings", lambda _: iter([("empty kernel", 0, lambda: 2.0), ("copy", 6000, lambda: 3.0)]))
     patch(gpu, "description", lambda: {"GPU": "made-up GPU"})
-    v4 = {"deepseek-v4-pro": (192, 64, 32, 256), "deepseek-v4-flash": (192, 64, 32, 512)}
-    patch(bench, "SHAPES", {"deepseek-v3.2": (128, 64, 512), "glm-5": (128, 32, 256), **v4})
     patch(gpu, "launch", launch)
+    patch(bench, "SHAPES", SHAPES)
     patch(bench, "project_all", project_all)
     gpu.weight_copies.cache_clear()
     bench.sampler_of.cache_clear()

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from indexproj.benchmarks.bench import in_turn, machine
+from indexproj.benchmarks.bench import machine
+from indexproj.benchmarks.gpu import in_turn
 from indexproj.benchmarks.report import markdown
 from indexproj.indexer.cli.fixture import write_fixture
 from indexproj.kernels import TARGETS, choose, launch, project
