@@ -74,7 +74,7 @@ def timer(calls: Sequence[Callable[[], object]], how: str = "device") -> Timer:
 
     run()
     graph = None if how == "eager" else torch.cuda.CUDAGraph()
-    if graph:
+    if graph is not None:
         torch.cuda.synchronize()
         with torch.cuda.graph(graph):
             run()
@@ -83,7 +83,7 @@ def timer(calls: Sequence[Callable[[], object]], how: str = "device") -> Timer:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
         start.record()
-        graph.replay() if graph else run()
+        run() if graph is None else graph.replay()
         end.record()
         end.synchronize()
         return 1e3 * float(start.elapsed_time(end)) / len(repeated)

@@ -6,8 +6,6 @@ import re
 import signal
 import sys
 from itertools import product
-from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -15,12 +13,11 @@ import torch
 import fake_gpu
 from indexproj.benchmarks import bench, gpu, report
 from indexproj.indexer.models import PAIRS, SHAPES, fits
-from indexproj.kernels import KernelConfig
 from indexproj.kernels.formats import parse_pair
 from support import ALL_PAIRS, invoke, random_matrix
 
 FP8, THREE = "FP8 128x128, BF16", "BF16, BF16, BF16"
-SIDE = f"{sys.executable} {fake_gpu.__file__}"
+SIDE = sys.executable
 SMALL = ("--shape", "glm-5", "--pair", FP8, "--m", 3)
 
 
@@ -28,6 +25,7 @@ SMALL = ("--shape", "glm-5", "--pair", FP8, "--m", 3)
 def folder(monkeypatch, tmp_path, mm_to_fp32):
     """Where `bench` of the made-up GPU writes."""
     fake_gpu.install(monkeypatch.setattr)
+    monkeypatch.setattr(bench, "SERVER", (fake_gpu.__file__,))
     monkeypatch.chdir(tmp_path)
     return tmp_path / "results"
 
@@ -63,13 +61,6 @@ def test_every_contender_in_turn(folder, shape, pair, weights_bytes, out_bytes):
     assert f"## projection, {shape}, {pair}" in out
     run("--minutes", 0)
     assert len(lines(folder)) == 14 + 4  # appended; no time for more than ceilings
-
-
-def test_contenders_take_turns():
-    order, times = [], iter(range(100))
-    timers = {name: lambda name=name: order.append(name) or next(times) for name in "abc"}
-    assert gpu.in_turn(timers) == {name: list(range(3 + i, 48, 3)) for i, name in enumerate("abc")}
-    assert order == [*"abc"] * (gpu.ROUNDS + 1)
 
 
 def test_most_telling_cases_first_and_filters(folder, monkeypatch):
@@ -182,31 +173,17 @@ def test_torch_contenders(name, mm_to_fp32):
 
 
 def test_ab_of_two_processes(folder):
-    """The second one has another clock."""
-    slower = folder.parent / "slower.py"
-    slower.write_text(Path(fake_gpu.__file__).read_text().replace("float(len(calls))", "3.0 * len(calls)"))
-    run(*SMALL, "--ab", SIDE, "--ab", f"{sys.executable} {slower}")
+    """One has another clock, or measures a config that is wrong: one with one warp."""
+    slower, config = f"env SLOWER=3 {SIDE}", '{"regime": "gemv", "block_m": 4, "block_k": 128, "num_warps": 1}'
+    run(*SMALL, "--ab", SIDE, "--ab", slower)
     start, *_, a, b, c, d, _ = lines(folder)
     assert start[f"versions of A: {SIDE}"] == start["versions"]
-    for one, other in ((a, b), (c, d)):
-        assert (one["suite"], one["contender"][:2], other["contender"][:2]) == ("A/B", "A:", "B:")
-        assert [own / base for own, base in zip(other["us"], one["us"], strict=True)] == [3.0] * gpu.ROUNDS
+    for one, two in ((a, b), (c, d)):
+        assert (one["suite"], one["contender"], two["contender"]) == ("A/B", f"A: {SIDE}", f"B: {slower}")
+        assert [own / base for own, base in zip(two["us"], one["us"], strict=True)] == [3.0] * gpu.ROUNDS
     assert "3 (3-3)" in report.markdown(report.read(folder))
-
-
-def test_ab_side_with_a_config(folder, monkeypatch):
-    """In this process, as the other one would take the real GPU."""
-    printed, case = [], ["glm-5", FP8, 3]
-    monkeypatch.setattr(gpu, "launch", mock.Mock(side_effect=fake_gpu.launch))
-    text = json.dumps({"regime": "gemv", "block_m": 4, "block_k": 128, "slices": 8})
-    requests = [[text, None, None], [text, case, "device"], ["indexproj", case, "eager"], ["{", None, None]]
-    monkeypatch.setattr(sys, "stdin", map(json.dumps, requests))
-    monkeypatch.setattr("builtins.print", lambda text, flush: printed.append(json.loads(text)))
-    bench.serve()
-    assert printed[:3] == [{"answer": bench.software()}, {"answer": 6.0}, {"answer": 6.0}]
-    assert "error" in printed[3]
-    configs = {call.kwargs["config"] for call in gpu.launch.mock_calls}
-    assert configs == {KernelConfig("gemv", block_m=4, block_k=128, slices=8)}
+    result = run(*SMALL, "--ab", SIDE, "--ab", config, code=1)
+    assert result.stderr.count("off by 1.0e+00 of the largest output") == 2
 
 
 def test_counters(folder, monkeypatch):

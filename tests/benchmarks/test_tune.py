@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fake_gpu
-from indexproj.benchmarks import commands, gpu, tune
+from indexproj.benchmarks import commands, tune
 from indexproj.benchmarks.compiled import signature
 from indexproj.benchmarks.tune import FINALISTS, FIRST_ROUNDS, LAST_ROUNDS, MS, WrongError, candidates, search
 from indexproj.indexer.models import PAIRS, SHAPES, fits
@@ -59,11 +59,11 @@ def test_candidates_fill_the_gpu_and_alternate_regimes():
     assert KernelConfig("split_k", 16, 64, 4, 2, 8, 32, 8) not in found  # 6 * 4 programs, a fifth of a wave
 
 
-@pytest.mark.parametrize("arch", [86, 89, 103, 121, "gfx90a"])
-def test_candidates_for_gpus_without_an_estimate_of_their_own(arch):
-    target = Target("hip" if isinstance(arch, str) else "cuda", arch, sm_count=100)
-    for m in (1, 64, 4096):
-        assert choose(m, GLM, DENSE, target) in tune.candidates(m, GLM, DENSE, target)
+def test_candidates_for_gpus_without_an_estimate_of_their_own():
+    for arch in (86, 89, 103, 121, "gfx90a"):
+        target = Target("hip" if isinstance(arch, str) else "cuda", arch, sm_count=100)
+        for m in (1, 64, 4096):
+            assert choose(m, GLM, DENSE, target) in tune.candidates(m, GLM, DENSE, target)
 
 
 class Clock:
@@ -72,35 +72,31 @@ class Clock:
     def __init__(self):
         self.now, self.timed = 1000.0, []
 
-    def __call__(self):
-        return self.now
-
-    def timers(self, microseconds, cost=0.1):
+    def timers(self, microseconds, cost):
         def timer(choice):
             self.now += cost
             found = microseconds(choice)
             if isinstance(found, Exception):
                 raise found
-
-            def sample():
-                self.timed.append(choice)
-                self.now += cost / 10
-                return next(found) if isinstance(found, itertools.cycle) else found
-
-            return sample
+            return lambda: self.sample(choice, found, cost / 10)
 
         return timer
+
+    def sample(self, choice, found, cost):
+        self.timed.append(choice)
+        self.now += cost
+        return found if isinstance(found, float) else next(found)
 
 
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(tune, "monotonic", clock)
+    monkeypatch.setattr(tune, "monotonic", lambda: clock.now)
     return clock
 
 
-def find(clock, choices, times, always=1, seconds=1e9, cost=0.1):
-    return search((1, GLM, DENSE), [*choices], always, clock.timers(times.get, cost), clock.now + seconds)
+def find(clock, choices, times, always=1, seconds=1e9):
+    return search((1, GLM, DENSE), [*choices], always, clock.timers(times.get, 1.0), clock.now + seconds)
 
 
 def test_search_measures_finalists_again_in_turn(clock):
@@ -109,14 +105,13 @@ def test_search_measures_finalists_again_in_turn(clock):
     times = {"a": 9.0, "b": itertools.cycle(b), "c": 3.0, "d": itertools.cycle(d), "e": 8.0}
     found, tried = find(clock, times, times)
     assert list(found.items()) == [("c", 3.0), ("d", 4.0), ("b", 5.0), ("a", 9.0)]
-    assert tried == 5
+    assert (tried, FINALISTS) == (5, 3)
     assert clock.timed == [*"abcde"] * (FIRST_ROUNDS + 1) + [*"abcd"] * (LAST_ROUNDS + 1)
-    assert FINALISTS == 3
 
 
 def test_search_tries_nothing_new_after_the_deadline(clock):
     times = dict.fromkeys("abcdefgh", 1.0)
-    assert find(clock, times, times, seconds=3.9, cost=1.0) == (dict.fromkeys("abcd", 1.0), 4)
+    assert find(clock, times, times, seconds=3.9) == (dict.fromkeys("abcd", 1.0), 4)
     assert find(clock, times, times, seconds=-1) == ({"a": 1.0}, 1)
 
 
@@ -135,80 +130,52 @@ def speed(choice):
     return {"fp32": 7.0, "bf16": 2.0}[choice] if isinstance(choice, str) else 3.0 + abs(choice.split_k - 7) / 100
 
 
-@pytest.fixture
-def tune_both(clock, monkeypatch):
-    """Tunes BF16 and FP8 on an H100 that takes 10 ms to prepare a kernel, with the given compiler."""
+@pytest.mark.parametrize(("seconds", "compiled"), [(110, 9999), (110, 20), (5, 9999)])
+def test_tune_measures_every_case_in_time(clock, monkeypatch, seconds, compiled):
+    """On an H100 that takes 10 ms to prepare a kernel. A known config is tried first."""
+    asked, cases = [], [(m, GLM, formats) for formats in (DENSE, FP8) for m in MS]
 
-    def run(seconds, compiler=lambda target, kernels, limit: kernels, known=None):
-        monkeypatch.setattr(tune, "compile_all", compiler)
-        cases = [(m, GLM, formats) for formats in (DENSE, FP8) for m in MS]
-        return list(tune.tune(cases, "cuda", seconds, known or {}))
-
-    monkeypatch.setattr(tune, "target_of", lambda device: SM_90)
-    sampler = type("Sampler", (), {"timer": staticmethod(clock.timers(speed, cost=0.01))})
-    monkeypatch.setattr(tune, "Sampler", lambda *case_and_device: sampler)
-    return run
-
-
-@pytest.mark.parametrize("seconds", [110, 5])
-def test_tune_measures_every_case_in_time(clock, tune_both, seconds):
-    def compiler(target, kernels, limit):
+    def compile_all(target, kernels, limit):
         assert limit == seconds / 2
         clock.now += limit
-        assert len(set(kernels)) == len(kernels)
-        return kernels
+        asked.extend(kernels)
+        return kernels[:compiled]
 
-    found = tune_both(seconds, compiler)
+    monkeypatch.setattr(tune, "compile_all", compile_all)
+    monkeypatch.setattr(tune, "target_of", lambda device: SM_90)
+    sampler = type("Sampler", (), {"timer": staticmethod(clock.timers(speed, 0.01))})
+    monkeypatch.setattr(tune, "Sampler", lambda *case_and_device: sampler)
+    known = {cases[-3]: SPLIT, (16, DEEPSEEK, FP8): KernelConfig("gemv", 8, 128)}
+    found = list(tune.tune(cases, "cuda", seconds, known))
     entries = [entry for _, entry in found if entry]
     # The last rounds are not cut short.
     timed = len(entries) * 0.001 * ((FIRST_ROUNDS + 1) * 40 + (LAST_ROUNDS + 1) * (3 + FINALISTS))
     assert clock.now - 1000 <= seconds + timed
-    steps = [done for done, _ in found[:-30]]
-    assert steps == [f"compiled {n + 1} of {len(steps)}" for n in range(len(steps))]
-    assert [done for done, _ in found[-30:]] == [f"measured {n + 1} of 30" for n in range(30)]
-    for entry, (formats, m) in zip(entries, itertools.product((DENSE, FP8), MS), strict=True):
-        known = candidates(m, GLM, formats, SM_90)
-        assert tune.case_of(entry) == (m, GLM, formats)
-        assert (entry["default_us"], entry["candidates"]) == (speed(known[0]), len(known))
+    steps = [f"compiled {n + 1} of {len(asked)}" for n in range(min(compiled, len(asked)))]
+    assert [done for done, _ in found] == steps + [f"measured {n + 1} of 30" for n in range(30)]
+    defaults = {(choose(*case, SM_90), *case[1:]) for case in cases}
+    assert set(asked[: len(defaults)]) == defaults
+    assert len(set(asked)) == len(asked)
+    for case, entry in zip(cases, entries, strict=True):
+        default, *others = candidates(*case, SM_90)
+        others = [SPLIT, *others] if case == cases[-3] else others
+        ready = [config for config in others if (config, *case[1:]) in asked[:compiled]]
+        assert tune.case_of(entry) == case
+        assert (entry["default_us"], entry["candidates"]) == (speed(default), 1 + len(others))
         if seconds == 110:
-            assert entry["tried"] == len(known)
-            assert entry["us"] == min(map(speed, known)) == speed(KernelConfig(**entry["config"]))
-            assert entry["torch_us"] == ({"fp32": 7.0, "bf16": 2.0} if formats == DENSE else {})
-            assert entry["torch_for"] == (["bf16"] if formats == DENSE else [])
+            assert entry["tried"] == 1 + len(ready)
+            assert entry["us"] == min(map(speed, [default, *ready])) == speed(KernelConfig(**entry["config"]))
+            assert entry["torch_us"] == ({"fp32": 7.0, "bf16": 2.0} if case[2] == DENSE else {})
+            assert entry["torch_for"] == (["bf16"] if case[2] == DENSE else [])
     tried = [entry["tried"] for entry in entries]
-    assert min(tried) == (6 if seconds == 110 else 1)
-    assert seconds == 110 or max(tried) <= 8  # a share of the time for each case
+    assert max(tried) > 6 if seconds == 110 and compiled > 20 else max(tried) <= 8  # a share of the time for each case
+    assert compiled == 20 or KernelConfig(**entries[-3]["config"]) == SPLIT
+    assert KernelConfig("gemv", 8, 128) not in clock.timed
 
 
 @pytest.mark.parametrize(("us", "expected"), [(3.25, []), (3.2, []), (3.18, ["bf16"])])
 def test_torch_must_be_faster_by_two_percent(us, expected):
     assert tune.entry_of((16, GLM, DENSE), {"bf16": us, SPLIT: 3.25}, SPLIT)["torch_for"] == expected
-
-
-def test_tune_compiles_defaults_first_and_measures_what_compiled(tune_both):
-    asked = []
-
-    def compiler(target, kernels, limit):
-        asked.extend(kernels)
-        return kernels[:20]
-
-    entries = [entry for _, entry in tune_both(110, compiler) if entry]
-    cases = list(itertools.product((DENSE, FP8), MS))
-    defaults = {(choose(m, GLM, formats, SM_90), GLM, formats) for formats, m in cases}
-    assert set(asked[: len(defaults)]) == defaults
-    for entry, (formats, m) in zip(entries, cases, strict=True):
-        _, *others = candidates(m, GLM, formats, SM_90)
-        assert entry["tried"] == 1 + sum((config, GLM, formats) in asked[:20] for config in others)
-
-
-def test_known_configs_are_tried_first(clock, tune_both):
-    """Also in little time, and if `candidates` has them not."""
-    case, other = (16, GLM, FP8), (16, DEEPSEEK, FP8)
-    assert SPLIT not in candidates(*case, SM_90)
-    found = tune_both(20, known={case: SPLIT, other: KernelConfig("gemv", 8, 128)})
-    (entry,) = [entry for _, entry in found if entry and tune.case_of(entry) == case]
-    assert KernelConfig(**entry["config"]) == SPLIT
-    assert KernelConfig("gemv", 8, 128) not in clock.timed
 
 
 @pytest.fixture
@@ -293,11 +260,10 @@ def test_tune_does_not_replace_another_file(h100, tmp_path, change):
     assert path.read_bytes() == before
 
 
-def test_tune_errors_before_measuring(h100, monkeypatch, tmp_path):
+def test_tune_errors_before_measuring(h100, tmp_path):
     (tmp_path / "file").write_text("")
     assert "tune: [Errno" in run("--output", tmp_path / "file/table.json", code=2).stderr
     assert "--pair must be one of" in run("--pair", "FP8", code=2).stderr
-    monkeypatch.setattr(gpu, "current_gpu", lambda: next(iter(())))
     assert h100 == []
 
 
