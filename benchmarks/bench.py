@@ -34,7 +34,7 @@ from ..kernels.dispatch import TABLE_VARIABLE, out_dtypes, table_of, versions
 from ..kernels.formats import parse_pair
 from . import gpu
 from .estimate import nbytes
-from .gpu import TOLERANCES, TORCH_TOLERANCES, Call, Contender, Matrices, Sampler, Timer, Tolerances, WrongError
+from .gpu import TOLERANCES, TORCH_TOLERANCES, Call, Choice, Contender, Matrices, Sampler, Timer, Tolerances, WrongError
 
 Result = dict[str, Any]
 MS = (1, 16, 64, 8192, 4, 256, 1024, 2, 8, 32, 128, 4096, 16384)  # most telling first
@@ -85,7 +85,7 @@ CONTENDERS: dict[str, tuple[Contender, Tolerances]] = {
 sampler_of = lru_cache(maxsize=1)(Sampler)
 
 
-def contender_of(name: str) -> tuple[Contender | KernelConfig, Tolerances]:
+def contender_of(name: str) -> tuple[Choice, Tolerances]:
     """name is a key of CONTENDERS or a KernelConfig in JSON. Raises ValueError or TypeError if it is neither."""
     return CONTENDERS[name] if name in CONTENDERS else (KernelConfig(**json.loads(name)), TOLERANCES)
 
@@ -106,8 +106,8 @@ class Side:
         self.name, self._contender, command = f"{label}: {text}", "indexproj", shlex.split(text)
         if text.startswith("{"):
             self._contender, command = text, [sys.executable]
-        options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
-        self.process = subprocess.Popen([*command, *SERVER], **options)  # type: ignore[call-overload]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+        self.process = subprocess.Popen([*command, *SERVER], **pipes)  # type: ignore[call-overload]
         self.software = self._ask([self._contender, None, None])
 
     def timer(self, case: Case, how: str) -> Timer:
@@ -192,7 +192,7 @@ def run(
 ) -> Iterator[Result]:
     """Results of ceilings, then of case after case until time is up. ab: two sides to compare, in place of contenders.
 
-    Raises OSError, ValueError or RuntimeError: the GPU is not supported, or a side or ncu does not run.
+    Raises OSError, ValueError or RuntimeError if the GPU is not supported, or a side or ncu does not run.
     """
     end, sides = monotonic() + seconds, []
     try:
@@ -202,8 +202,7 @@ def run(
         for name, size, sample in gpu.ceilings(gpu.current_gpu()):
             us = gpu.in_turn({name: sample})[name]
             yield {"suite": "ceilings", "contender": name, "how": "device", "us": us, "bytes": size}
-        makers: dict[str, Callable[[Case, str], Timer]] = {side.name: side.timer for side in sides}
-        makers = makers or {name: partial(timer, name) for name in contenders}
+        makers = {side.name: side.timer for side in sides} or {name: partial(timer, name) for name in contenders}
         for case in cases:
             if monotonic() >= end:
                 break

@@ -54,10 +54,9 @@ def compile_(
     from .compiled import CASES, Case, rows
 
     targets = [TARGETS[name] for name in _chosen("--target", target, TARGETS)]
-    if sm_count:
-        if len(targets) > 1:
-            fail(f"compile: --sm-count needs exactly one --target, got {', '.join(target or TARGETS)}")
-        targets = [replace(targets[0], sm_count=sm_count)]
+    if sm_count and len(targets) > 1:
+        fail(f"compile: --sm-count needs exactly one --target, got {', '.join(target or TARGETS)}")
+    targets = [replace(each, sm_count=sm_count or each.sm_count) for each in targets]
     published = _published(shape, pair)
     if activation and not all(text.startswith(W8A8_WK) for _, text in published):
         fail(f"compile: --activation needs wk in {W8A8_WK}; choose such a --pair")
@@ -122,18 +121,15 @@ def tune(
     cuBLAS's. Entries for other shapes and pairs stay in the table. To use a table written with --output, set
     INDEXPROJ_TUNED=FILE. Exits with 1 if a kernel is wrong.
     """
-    import torch
-
     from ..kernels import KernelConfig
     from ..kernels.dispatch import table_path
     from ..kernels.formats import parse_pair
     from . import tune as module
-    from .gpu import current_gpu
+    from .gpu import current_gpu, description
 
     published = _published(shape, pair)
     with _failures("tune"):
-        device = current_gpu()
-        gpu = torch.cuda.get_device_name(device)
+        device, gpu = current_gpu(), description()["GPU"]
         path = output or table_path(gpu)
         path.parent.mkdir(parents=True, exist_ok=True)
         own, other = module.read_tuned(path, gpu)

@@ -22,7 +22,7 @@ from triton.compiler import CompiledKernel
 
 from ..indexer.models import PAIRS, SHAPES, fits
 from ..kernels.dispatch import REDUCED_BYTES, KernelConfig, cdiv, choose, out_dtypes
-from ..kernels.formats import Activation, Format, operand_layout, parse_pair
+from ..kernels.formats import ACTIVATIONS, Activation, Format, operand_layout, parse_pair
 from ..kernels.launch import KERNELS, Signature, constants, options
 from ..kernels.target import INTERPRETED, TARGETS, Target
 from .estimate import estimate, l2_bytes, reduced_bytes
@@ -242,14 +242,10 @@ class Case(NamedTuple):
 
 
 # Formats determine registers and instructions; K and H hardly do. So one shape covers all formats, the other two.
-CASES = [
-    *(Case("deepseek-v3.2", pair) for pair in PAIRS if fits("deepseek-v3.2", pair)),
-    Case("deepseek-v3.2", "FP8 128x128, BF16", "fp8"),
-    Case("deepseek-v3.2", "FP8 128x128, BF16", "fp8_ue8m0"),
-    Case("glm-5", "BF16, BF16"),
-    Case("glm-5", "FP8 128x128, BF16"),
-    Case("deepseek-v4-pro", "BF16, BF16, BF16"),
-]
+CASES = [Case("deepseek-v3.2", pair) for pair in PAIRS if fits("deepseek-v3.2", pair)]
+CASES += [Case("deepseek-v3.2", "FP8 128x128, BF16", activation) for activation in ACTIVATIONS[1:]]
+CASES += [Case("glm-5", pair) for pair in ("BF16, BF16", "FP8 128x128, BF16")]
+CASES += [Case("deepseek-v4-pro", "BF16, BF16, BF16")]
 
 
 def configs(target: Target, signature: Signature) -> dict[KernelConfig, int]:
@@ -261,29 +257,24 @@ def configs(target: Target, signature: Signature) -> dict[KernelConfig, int]:
 
 def faults(target: Target, ns: tuple[int, ...], m: int, config: KernelConfig, binary: Binary) -> list[str]:
     """The checks that a binary fails. For m rows of x, all programs of a launch must run at the same time."""
-    sm, found = MULTIPROCESSORS[target.name], []
-    if binary.spills or binary.scratch:
-        found.append(f"{binary.spills} spills, {binary.scratch} bytes of local memory")
-    if binary.shared_memory + sm.reserved > sm.shared_memory:
-        limit = sm.shared_memory - sm.reserved
-        found.append(f"{binary.shared_memory} bytes of shared memory, limit {limit}")
-    if bool(binary.mma) != (config.regime != "gemv"):
-        found.append(f"matrix instructions: {dict(binary.mma)}")
-    if config.has_workspace and (size := reduced_bytes(config, ns)) > REDUCED_BYTES:
-        found.append(f"the last program reads {size} bytes of partial sums, limit {REDUCED_BYTES}")
-    if config.regime == "gemv" and target.is_cuda() and binary.load_groups > LOAD_GROUPS * len(ns):
-        found.append(f"{binary.load_groups} groups of loads, limit {LOAD_GROUPS} per matrix")
-    if config.regime == "gemv" and (barriers := binary.assembly.count("BAR.SYNC")) > BARRIERS * len(ns):
-        found.append(f"{barriers} barriers, limit {BARRIERS} per matrix")
-    widest = max(binary.loads, default=0)
-    if widest < (8 if config.regime == "prefill" else 16):  # 32 columns of fp16 are 8 bytes per thread
-        found.append(f"the widest load has {widest} bytes")
+    sm, is_gemv = MULTIPROCESSORS[target.name], config.regime == "gemv"
+    limit, read, widest = sm.shared_memory - sm.reserved, reduced_bytes(config, ns), max(binary.loads, default=0)
+    groups, barriers = binary.load_groups if target.is_cuda() else 0, binary.assembly.count("BAR.SYNC")
+    programs, resident = math.prod(config.grid(m, *ns)), binary.programs(sm) * target.sm_count
     # GPUs with fewer SMs may need a second wave.
-    if config.regime != "prefill" and not config.loop_splits and target in TARGETS.values():
-        programs, resident = math.prod(config.grid(m, *ns)), binary.programs(sm) * target.sm_count
-        if programs > resident:
-            found.append(f"{programs} programs, but the GPU runs {resident} at a time")
-    return found
+    one_wave = config.regime != "prefill" and not config.loop_splits and target in TARGETS.values()
+    found = {
+        f"{binary.spills} spills, {binary.scratch} bytes of local memory": binary.spills or binary.scratch,
+        f"{binary.shared_memory} bytes of shared memory, limit {limit}": binary.shared_memory > limit,
+        f"matrix instructions: {dict(binary.mma)}": bool(binary.mma) == is_gemv,
+        f"the last program reads {read} bytes of partial sums, limit {REDUCED_BYTES}": read > REDUCED_BYTES,
+        f"{groups} groups of loads, limit {LOAD_GROUPS} per matrix": is_gemv and groups > LOAD_GROUPS * len(ns),
+        f"{barriers} barriers, limit {BARRIERS} per matrix": is_gemv and barriers > BARRIERS * len(ns),
+        # 32 columns of fp16 are 8 bytes per thread.
+        f"the widest load has {widest} bytes": widest < (8 if config.regime == "prefill" else 16),
+        f"{programs} programs, but the GPU runs {resident} at a time": one_wave and programs > resident,
+    }
+    return [text for text, is_fault in found.items() if is_fault]
 
 
 def rows(

@@ -32,11 +32,10 @@ def estimate(case: Case, config: KernelConfig, target: Target) -> float:
 
     The launch, trips to memory one after another, reads or instructions, and what the last program of a tile reads.
     """
-    m, shape, formats = case
-    *ns, k = shape
+    m, (*ns, k), formats = case
     memory_rate, cycles = GPUS.get(target.name, GPUS["sm_90" if target.is_cuda() else "gfx942"])
     programs = math.prod(config.grid(m, *ns))
-    moved = nbytes(shape, formats) + 2 * m * (k + sum(ns))
+    moved = nbytes((*ns, k), formats) + 2 * m * (k + sum(ns))
     l2_rate = min(L2_BYTES_PER_US * target.sm_count, SM_BYTES_PER_US * programs)
     reads = max(moved / memory_rate, l2_bytes(case, config) / l2_rate)
     # Programs of one SM run one after another, or share it; it issues four instructions per cycle.
@@ -61,9 +60,8 @@ def _instructions(ns: list[int], k: int, formats: tuple[Format, ...], config: Ke
 
 def l2_bytes(case: Case, config: KernelConfig) -> int:
     """Bytes of weights and x that all programs of a launch read, from caches or memory."""
-    m, shape, formats = case
-    *ns, k = shape
-    return nbytes(shape, formats) * cdiv(m, config.block_m) + 2 * m * k * config.grid(m, *ns)[0]
+    m, (*ns, k), formats = case
+    return nbytes((*ns, k), formats) * cdiv(m, config.block_m) + 2 * m * k * config.grid(m, *ns)[0]
 
 
 def reduced_bytes(config: KernelConfig, ns: list[int] | tuple[int, ...]) -> int:

@@ -25,6 +25,7 @@ Call = Callable[[], Sequence[Tensor]]
 Timer = Callable[[], float]  # measures once, in microseconds
 # Takes x [M, K] bf16 and matrices, and returns a call that computes the outputs. Preparing the weights is not timed.
 Contender = Callable[[Tensor, Matrices], Call]
+Choice = Contender | KernelConfig | str
 Tolerances = dict[torch.dtype, float]  # largest error relative to the largest output
 # Calls per measurement, at least: enough to hide the microseconds that starting one takes.
 CALLS, ROUNDS = 64, 15
@@ -49,10 +50,7 @@ def current_gpu() -> torch.device:
 
 @lru_cache(maxsize=2)
 def weight_copies(shape: tuple[int, ...], formats: tuple[Format, ...], device: torch.device) -> list[Matrices]:
-    """Random weights, and copies of them that take more than twice the L2 cache, for calls that cycle through them.
-
-    If all are BF16, they are slices of one tensor, as in vLLM.
-    """
+    """Random weights and copies that take more than twice the L2 cache; if all are BF16, slices of one tensor each."""
     *ns, k = shape
     torch.manual_seed(0)
     weights = tuple(random_matrix(format, n, k) for format, n in zip(formats, ns, strict=True))
@@ -106,19 +104,17 @@ class Sampler:
         self._x = torch.randn(m, shape[-1], device=device).bfloat16()
         self._exact = [self._x.double() @ matrix.dequantize(torch.float64).T for matrix in self._weights[0]]
 
-    def timer(
-        self, contender: Contender | KernelConfig | str, tolerances: Tolerances = TOLERANCES, how: str = "device"
-    ) -> Timer:
+    def timer(self, choice: Choice, tolerances: Tolerances = TOLERANCES, how: str = "device") -> Timer:
         """Times a contender, a launch with that config, or torch.mm with the outputs of that key of OUTS.
 
         Raises WrongError if outputs are off by more than the tolerance for their dtype, and RuntimeError if the GPU or
         torch cannot run it.
         """
-        if isinstance(contender, KernelConfig):
-            contender = self._into("fp32", partial(launch, signature=self._signature, config=contender))
-        elif isinstance(contender, str):
-            contender, tolerances = self._into(contender, torch_mm), TORCH_TOLERANCES
-        calls = [contender(self._x, weights) for weights in self._weights]
+        if isinstance(choice, KernelConfig):
+            choice = self._into("fp32", partial(launch, signature=self._signature, config=choice))
+        elif isinstance(choice, str):
+            choice, tolerances = self._into(choice, torch_mm), TORCH_TOLERANCES
+        calls = [choice(self._x, weights) for weights in self._weights]
         for output, exact in zip(calls[0](), self._exact, strict=True):
             error = ((output.double() - exact).abs().max() / exact.abs().max()).item()
             if not error <= tolerances[output.dtype]:

@@ -34,7 +34,6 @@ PER_REGIME = 7  # candidates
 
 # A kernel, or torch's GEMM with the output dtypes of that key of OUTS. Kernels are measured with an fp32 gate.
 Choice = KernelConfig | str
-Kernel = tuple[Any, ...]  # a KernelConfig, and the arguments of `signature`: shape, formats ...
 Entry = dict[str, Any]  # of a table, as it stands in the JSON file
 Entries = dict[Case, Entry]
 
@@ -65,9 +64,8 @@ def candidates(m: int, shape: tuple[int, ...], formats: tuple[Format, ...], targ
         programs, one_wave = math.prod(config.grid(m, *ns)), target.sm_count
         depth = config.block_k * config.slices
         has_work = (config.split_k - 1) * cdiv(k, config.split_k * depth) * depth < k  # in every split
-        may_queue = config.regime == "prefill" and config.split_k == 1
-        is_split = has_work and config.split_k <= MAX_SPLIT_K
-        return is_split and one_wave / 4 <= programs and (programs <= 4 * one_wave or may_queue)
+        most = math.inf if config.regime == "prefill" and config.split_k == 1 else 4 * one_wave
+        return has_work and config.split_k <= MAX_SPLIT_K and one_wave / 4 <= programs <= most
 
     useful = sorted(filter(is_useful, configs), key=lambda config: estimate((m, shape, formats), config, target))
     ranked = [[config for config in useful if config.regime == regime][:PER_REGIME] for regime in KERNELS]
@@ -83,7 +81,6 @@ def tune(
 
     Up to half of the time goes into compiling all kernels on all cores, likely winners first; the rest into measuring
     those that compiled, with an equal share per case. Known configs are tried first after the default.
-
     Raises WrongError if a kernel is wrong, and RuntimeError if the default kernel fails or compilation runs out of
     memory.
     """
@@ -118,7 +115,6 @@ def search(
 
     Prepares choices until the deadline, but at least the first `always`; drops those that the GPU or torch cannot run.
     Times the others in turn, and then the finalists once more: the first `always` and the FINALISTS fastest.
-
     Raises WrongError if a kernel is wrong, and RuntimeError if the first choice cannot run.
     """
     ready: dict[Choice, Timer] = {}
@@ -161,8 +157,11 @@ def summary(entry: Entry) -> str:
     return f"{label(case_of(entry))}, us: {times}; tried {entry['tried']} of {entry['candidates']}"
 
 
-def compile_all(target: Target, kernels: Sequence[Kernel], seconds: float) -> Iterator[Kernel]:
-    """Compiles into Triton's cache on all cores until time is up; yields each kernel that compiled."""
+def compile_all(target: Target, kernels: Sequence[Any], seconds: float) -> Iterator[Any]:
+    """Compiles into Triton's cache on all cores until time is up; yields each kernel that compiled.
+
+    kernels: tuples of a KernelConfig and the arguments of `signature`.
+    """
     # Not fork, which would copy a process that has a CUDA context.
     context, quiet = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
     pool = ProcessPoolExecutor(len(os.sched_getaffinity(0)), context, signal.signal, quiet)
@@ -185,10 +184,7 @@ def _compile_one(target: Target, config: KernelConfig, *arguments: Any) -> None:
 
 
 def read_tuned(path: Path, gpu: str) -> tuple[Entries, Entries]:
-    """The entries of a table of this GPU: of these versions, and of others. None if there is no file.
-
-    Raises OSError if it cannot be read, and ValueError if it is no such table.
-    """
+    """Entries of these versions and of others. Raises OSError or ValueError for a file that is no table of this GPU."""
     if not path.exists():
         return {}, {}
     try:
@@ -207,10 +203,7 @@ def case_of(entry: Entry) -> Case:
 
 
 def write_tuned(path: Path, gpu: str, own: Entries, other: Entries) -> None:
-    """Writes a table for `kernels.dispatch`, which does not read the entries of other versions.
-
-    A failed write leaves the old file.
-    """
+    """Writes a table for `kernels.dispatch`, which does not read other versions. A failed write leaves the old file."""
     kept = [entry for case, entry in other.items() if case not in own]
     table = {
         "schema": TABLE_SCHEMA, "gpu": gpu, "versions": versions(), "date": date.today().isoformat(),

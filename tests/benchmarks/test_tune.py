@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fake_gpu
-from indexproj.benchmarks import commands, tune
+from indexproj.benchmarks import commands, gpu, tune
 from indexproj.benchmarks.compiled import signature
 from indexproj.benchmarks.tune import FINALISTS, FIRST_ROUNDS, LAST_ROUNDS, MS, WrongError, candidates, search
 from indexproj.indexer.models import PAIRS, SHAPES, fits
@@ -182,7 +182,7 @@ def test_torch_must_be_faster_by_two_percent(us, expected):
 def h100(monkeypatch, tmp_path, mm_to_fp32):
     """A made-up H100: everything but the compiler, the kernels and the clock is real. Returns the cases asked for."""
     fake_gpu.install(monkeypatch.setattr)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: GPU)
+    monkeypatch.setattr(gpu, "description", lambda: {"GPU": GPU})
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.setattr(commands, "SHAPES", fake_gpu.SHAPES)
     monkeypatch.setattr(tune, "MS", (1, 16))
