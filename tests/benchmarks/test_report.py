@@ -29,7 +29,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_report(folder):
+def test_tables_and_plots(folder):
     result = invoke("report", folder)
     assert result.exit_code == 0, result.output
     text = (folder / "report.md").read_text()
@@ -42,16 +42,13 @@ def test_report(folder):
     assert text.index("| 1 ") < text.index("| 16 ") < text.index("| 64 ")
     assert (folder / "projection-glm-5-fp8-128x128-bf16.png").read_bytes().startswith(b"\x89PNG")
     assert "made-up" not in DOCS
-
-
-def test_plot_shows_quartiles_and_the_memory_floor(folder):
     (group,) = list(report.groups(report.read(folder)).values())[1:]
     axes = Figure().subplots()
     report.draw(axes, {key: how["device"] for key, how in group.items() if "us" in how["device"]}, rate=3000.0)
     lines = {line.get_label().split(":")[0]: [*zip(*line.get_data(), strict=True)] for line in axes.lines}
     assert lines["memory floor"] == [(1, 1.0), (16, 16.0), (64, 64.0)]
     assert lines["torch linear"] == [(1, 3), (16, 48), (64, 192)]
-    assert len(axes.collections) == 4
+    assert len(axes.collections) == 4  # quartiles
 
 
 def test_results_of_a_second_run_of_one_contender(folder):
