@@ -16,40 +16,37 @@ import torch
 ROOT = Path(__file__).parents[2]
 
 
-def run(folder, *command, **extra):
-    """In an environment without this clone, and without an index for pip."""
-    environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "PIP_NO_INDEX": "1", "PYTHON": sys.executable}
-    return subprocess.run(command, cwd=folder, env=environment | extra, capture_output=True, text=True)
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would run everything on the GPU")
 def test_kit_without_a_gpu(tmp_path):
     """Says what it would run. What that needs comes from the kit, and finds no GPU."""
     command = ["make", "-o", ".venv/.installed-dev", f"BIN={Path(sys.executable).parent}", "gpu-kit"]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    archive = ROOT / "build/gpu-kit.tar.gz"
+    archive, kit = ROOT / "build/gpu-kit.tar.gz", tmp_path / "a folder"
     assert archive.stat().st_size < 20e6
-    kit = tmp_path / "a folder"
     with tarfile.open(archive) as tar:
         tar.extractall(kit)
 
-    result = run(tmp_path, "bash", kit / "run.sh", "7")
+    def run(*command, **extra):
+        """In an environment without this clone, and without an index for pip."""
+        environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PIP_NO_INDEX": "1", "PYTHON": sys.executable}
+        return subprocess.run(command, cwd=tmp_path, env=environment | extra, capture_output=True, text=True)
+
+    result = run("bash", kit / "run.sh", "7")
     assert result.returncode == 2, result.stderr
     *steps, last = result.stdout.splitlines()
     names = [line.split(":")[0].removeprefix("would run ") for line in steps]
     assert names == ["test", "sanitize", "ceilings", "bench", "tune", "ab", "report"]
     assert "bench --minutes 7 --output results" in steps[3]
     assert last == "no GPU here"
-
     site = {"PYTHONPATH": str(kit / "site")}
     script = "import indexproj.benchmarks.bench as a, rich as b, pygments as c; print(a, b, c)"
-    assert run(tmp_path, sys.executable, "-c", script, **site).stdout.count(f"{kit}/site/") == 3
+    assert run(sys.executable, "-c", script, **site).stdout.count(f"{kit}/site/") == 3
     folders = kit / "tests/gpu", kit / "tests/interpreter"
-    tests = run(tmp_path, sys.executable, "-m", "pytest", "-q", "-m", "not full", "--rootdir", kit, *folders, **site)
+    tests = run(sys.executable, "-m", "pytest", "-q", "-m", "not full", "--rootdir", kit, *folders, **site)
     assert tests.returncode == 0, tests.stdout
     assert "needs a GPU" in tests.stdout
     assert " passed" not in tests.stdout
-    bench = run(tmp_path, sys.executable, "-m", "indexproj", "bench", **site)
+    bench = run(sys.executable, "-m", "indexproj", "bench", **site)
     assert (bench.returncode, bench.stderr) == (2, "bench: needs a GPU, but there is none\n")
 
 
@@ -76,10 +73,7 @@ def kit(tmp_path):
     return start
 
 
-CODES = [("0 0 0 0 0 0", 2), ("0 0 2 0 0 0", 2), ("1 0 2 0 0 0", 1), ("0 0 0 1 0 0", 1)]
-
-
-@pytest.mark.parametrize(("codes", "expected"), CODES)
+@pytest.mark.parametrize(("codes", "expected"), [("0 0 0 0 0 0", 2), ("1 0 2 0 0 0", 1), ("0 0 0 1 0 0", 1)])
 def test_kit_exits_with_the_worst_code(kit, tmp_path, codes, expected):
     (tmp_path / "codes").write_text(codes)
     process = kit('read -r code rest < codes; echo "$rest" > codes; exit $code', "1")
