@@ -135,7 +135,7 @@ def tune(
         own, other = module.read_tuned(path, gpu)
         if other:
             complain(f"tune: {path} has configs of other versions, which are tried first", style="yellow")
-        known = {case: KernelConfig(**entry["config"]) for case, entry in other.items()}
+        known = {case: KernelConfig(**entry["config"]) for case, entry in (other | own).items()}
         cases = [(m, SHAPES[name], parse_pair(text)) for name, text in published for m in module.MS]
         with Console(stderr=True).status("Compiling") as status:
             for done, entry in module.tune(cases, device, seconds, known):

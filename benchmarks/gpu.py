@@ -25,6 +25,7 @@ Call = Callable[[], Sequence[Tensor]]
 Timer = Callable[[], float]  # measures once, in microseconds
 # Takes x [M, K] bf16 and matrices, and returns a call that computes the outputs. Preparing the weights is not timed.
 Contender = Callable[[Tensor, Matrices], Call]
+# A contender, a kernel with an fp32 gate, or torch.mm with the output dtypes of that key of OUTS.
 Choice = Contender | KernelConfig | str
 Tolerances = dict[torch.dtype, float]  # largest error relative to the largest output
 # Calls per measurement, at least: enough to hide the microseconds that starting one takes.
@@ -105,10 +106,9 @@ class Sampler:
         self._exact = [self._x.double() @ matrix.dequantize(torch.float64).T for matrix in self._weights[0]]
 
     def timer(self, choice: Choice, tolerances: Tolerances = TOLERANCES, how: str = "device") -> Timer:
-        """Times a contender, a launch with that config, or torch.mm with the outputs of that key of OUTS.
+        """Raises WrongError if outputs are off by more than the tolerance for their dtype.
 
-        Raises WrongError if outputs are off by more than the tolerance for their dtype, and RuntimeError if the GPU or
-        torch cannot run it.
+        And RuntimeError if the GPU or torch cannot run the choice.
         """
         if isinstance(choice, KernelConfig):
             choice = self._into("fp32", partial(launch, signature=self._signature, config=choice))

@@ -25,15 +25,13 @@ from ..kernels.launch import KERNELS
 from ..kernels.target import target_of
 from .compiled import signature, warm_up
 from .estimate import estimate
-from .gpu import Sampler, Timer, WrongError, in_turn
+from .gpu import Choice, Sampler, Timer, WrongError, in_turn
 
 MS = tuple(2**power for power in range(15))
 FINALISTS, FIRST_ROUNDS, LAST_ROUNDS = 3, 3, 9
 TORCH_MARGIN = 0.98  # cuBLAS rounds differently from the kernels, so it has to be faster by more than two percent
 PER_REGIME = 7  # candidates
 
-# A kernel, or torch's GEMM with the output dtypes of that key of OUTS. Kernels are measured with an fp32 gate.
-Choice = KernelConfig | str
 Entry = dict[str, Any]  # of a table, as it stands in the JSON file
 Entries = dict[Case, Entry]
 

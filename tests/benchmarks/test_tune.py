@@ -231,7 +231,7 @@ def test_tune_keeps_entries_of_other_shapes_and_versions(h100, tmp_path):
     assert h100[1][3] == known
     assert [tune.case_of(entry) for entry in entries_of(path)] == [(m, SMALL, DENSE) for m in (1, 16)]
     run("--shape", "glm-5", "--pair", "FP8 128x128, BF16", "--output", path)
-    assert h100[2][3] == {case: config for case, config in known.items() if case[2] == FP8}
+    assert h100[2][3].keys() == known.keys()
     assert list(read_table(path, GPU)) == list(known)
     assert json.loads(path.read_text())["other_versions"] == []
 
