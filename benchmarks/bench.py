@@ -2,21 +2,21 @@
 
 A result is a dict, and a line of JSON in a results file. Its keys:
     suite: "projection", "A/B", "ceilings", "counters", "host" or "loading".
-    shape, pair, m: the case, in suites that have some.
+    shape, pair, m: the case, in suites that have some. Three matrices have three formats in "pair".
     contender, how: what was measured, and where: "device", "eager" (launches from Python included) or "cpu".
     us: microseconds per call, one value per round. Contenders of a case take turns.
     bytes: what a call reads and writes at least, if known.
     error: in place of "us". wrong: whether it is a wrong result.
-The first and last line of a run name GPU, clocks, versions and date.
+The first and last line of a run name GPU, clocks, versions, tuned table and date.
 """
 
 import csv
 import json
+import os
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache, partial
 from itertools import dropwhile
@@ -29,16 +29,15 @@ from torch.nn.functional import linear
 from triton.errors import TritonError
 
 from ..indexer.models import SHAPES
-from ..kernels import KernelConfig, ProjectionWeights, project
-from ..kernels.dispatch import versions
+from ..kernels import KernelConfig, project_all
+from ..kernels.dispatch import TABLE_VARIABLE, out_dtypes, table_of, versions
 from ..kernels.formats import parse_pair
 from . import gpu
 from .estimate import nbytes
-from .gpu import TOLERANCES, TORCH_TOLERANCES, Call, Contender, Sampler, Timer, Tolerances, WrongError
+from .gpu import TOLERANCES, TORCH_TOLERANCES, Call, Choice, Contender, Matrices, Sampler, Timer, Tolerances, WrongError
 
 Result = dict[str, Any]
 MS = (1, 16, 64, 8192, 4, 256, 1024, 2, 8, 32, 128, 4096, 16384)  # most telling first
-ROUNDS = 15
 SERVER = ("-m", "indexproj.benchmarks.bench")
 # Bytes through memory and L2, pipes and stalls, of the first launch of ours.
 NCU = "ncu --csv --print-units base --kernel-name regex:^(gemv|split_k|prefill)_kernel$ --launch-count 1"
@@ -47,42 +46,38 @@ NCU += " --metrics dram__bytes.sum,lts__t_bytes.sum"
 
 
 class Case(NamedTuple):
-    """A key of SHAPES, a pair of PAIRS, and rows of x."""
+    """A key of SHAPES, a pair of PAIRS that fits it, and rows of x."""
 
     shape: str
     pair: str
     m: int
 
 
-def into_one(x: Tensor, weights: ProjectionWeights) -> Call:
-    out = x.new_empty(len(x), sum(weights.shape[:2]))
-    return lambda: project(x, weights, out=out)
-
-
-def by_torch(multiply: Callable[..., Tensor], x: Tensor, weights: ProjectionWeights) -> Call:
+def by_torch(multiply: Callable[..., Tensor], x: Tensor, matrices: Matrices) -> Call:
     """One GEMM of weights that were upcast to bf16 and fused at load, as in vLLM."""
-    fused, ns = weights.to_bf16().fused_weight, list(weights.shape[:2])
-    assert fused is not None
+    fused, ns = torch.cat([matrix.dequantize(torch.bfloat16) for matrix in matrices]), rows(matrices)
     return lambda: torch.split(multiply(x, fused), ns, 1)
 
 
-def scaled_mm(x: Tensor, weights: ProjectionWeights) -> Call:
+def scaled_mm(x: Tensor, matrices: Matrices) -> Call:
     """One GEMM in e4m3 with a scale per row. Quantizing x is not timed."""
-    factors = []
-    for matrix in (x.float(), torch.cat([weights.wk.dequantize(), weights.gate.dequantize()])):
-        scale = matrix.abs().amax(1, keepdim=True).clamp(min=1e-12) / 448
-        factors.append(((matrix / scale).to(torch.float8_e4m3fn), scale))
-    (a, scale_a), (b, scale_b) = factors
-    multiply = partial(torch._scaled_mm, a, b.T, scale_a, scale_b.T, out_dtype=torch.bfloat16)
-    return lambda: torch.split(multiply(), list(weights.shape[:2]), 1)
+    wide, ns = (x.float(), torch.cat([matrix.dequantize() for matrix in matrices])), rows(matrices)
+    s, t = (matrix.abs().amax(1, keepdim=True).clamp(min=1e-12) / 448 for matrix in wide)
+    a, b = ((matrix / scale).to(torch.float8_e4m3fn) for matrix, scale in zip(wide, (s, t), strict=True))
+    multiply = partial(torch._scaled_mm, a, b.T, s, t.T, out_dtype=torch.bfloat16)
+    return lambda: torch.split(multiply(), ns, 1)
+
+
+def rows(matrices: Matrices) -> list[int]:
+    return [matrix.shape[0] for matrix in matrices]
 
 
 OURS = TOLERANCES | {torch.float32: TORCH_TOLERANCES[torch.float32]}  # a table may choose torch.mm
 # Against fp64 with the values on disk: these round weights at load, and scaled_mm also rounds x.
 UPCAST = {torch.float32: 2**-6, torch.bfloat16: 2**-6}
 CONTENDERS: dict[str, tuple[Contender, Tolerances]] = {
-    "indexproj": (lambda x, weights: lambda: project(x, weights), OURS),
-    "indexproj, bf16": (into_one, OURS),
+    "indexproj": (lambda x, ms: partial(project_all, x, ms, dtypes=out_dtypes("fp32", len(ms))), OURS),
+    "indexproj, bf16": (lambda x, ms: partial(project_all, x, ms, out=x.new_empty(len(x), sum(rows(ms)))), OURS),
     "torch linear": (partial(by_torch, linear), UPCAST),
     "torch mm, fp32": (partial(by_torch, lambda x, fused: torch.mm(x, fused.T, out_dtype=torch.float32)), UPCAST),
     "torch _scaled_mm": (scaled_mm, {torch.bfloat16: 0.1}),
@@ -90,31 +85,30 @@ CONTENDERS: dict[str, tuple[Contender, Tolerances]] = {
 sampler_of = lru_cache(maxsize=1)(Sampler)
 
 
+def contender_of(name: str) -> tuple[Choice, Tolerances]:
+    """name is a key of CONTENDERS or a KernelConfig in JSON. Raises ValueError or TypeError if it is neither."""
+    return CONTENDERS[name] if name in CONTENDERS else (KernelConfig(**json.loads(name)), TOLERANCES)
+
+
 def timer(contender: str, case: Case, how: str) -> Timer:
-    """contender is a key of CONTENDERS or a KernelConfig in JSON. Raises what `Sampler.timer` raises."""
+    """Raises what `contender_of` and `Sampler.timer` raise."""
     sampler = sampler_of(case.m, SHAPES[case.shape], parse_pair(case.pair), gpu.current_gpu())
-    if contender in CONTENDERS:
-        return sampler.timer(*CONTENDERS[contender], how)
-    return sampler.timer(sampler.with_config(KernelConfig(**json.loads(contender))), how=how)
+    return sampler.timer(*contender_of(contender), how)
 
 
 class Side:
-    """One side of an A/B: a process that measures a KernelConfig, or another Python's `project`.
+    """One side of an A/B: a process that measures a KernelConfig, or another Python's `project_all`.
 
-    Raises OSError, ValueError or RuntimeError if it does not start, and what `timer` raises in it.
+    Raises OSError or ValueError if the command cannot be run, RuntimeError or WrongError if the process says so.
     """
 
     def __init__(self, label: str, text: str) -> None:
         self.name, self._contender, command = f"{label}: {text}", "indexproj", shlex.split(text)
         if text.startswith("{"):
             self._contender, command = text, [sys.executable]
-            try:
-                KernelConfig(**json.loads(text))
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"--ab: expected the fields of a KernelConfig, got {text}: {error}") from error
-        options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
-        self.process = subprocess.Popen([*command, *SERVER], **options)  # type: ignore[call-overload]
-        self.versions = self._ask(None)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+        self.process = subprocess.Popen([*command, *SERVER], **pipes)  # type: ignore[call-overload]
+        self.software = self._ask([self._contender, None, None])
 
     def timer(self, case: Case, how: str) -> Timer:
         ask = partial(self._ask, [self._contender, case, how])
@@ -122,47 +116,59 @@ class Side:
         return ask
 
     def _ask(self, request: Any) -> Any:
-        with suppress(BrokenPipeError):
+        line = ""
+        try:
             print(json.dumps(request), file=self.process.stdin, flush=True)
-        answer = json.loads(self.process.stdout.readline() or '{"error": "the process ended", "wrong": false}')
+            line = self.process.stdout.readline()
+            answer = json.loads(line)
+        except (BrokenPipeError, ValueError) as error:
+            found = f"output {line.strip()!r}" if line else "that the process ended"
+            expected = "a Python that has indexproj and prints nothing else"
+            raise RuntimeError(f"{self.name}: expected {expected}, found {found}") from error
         if "error" in answer:
             raise (WrongError if answer["wrong"] else RuntimeError)(f"{self.name}: {answer['error']}")
         return answer["answer"]
 
 
 def serve() -> None:
-    """The process of a Side: answers each line of stdin, null with versions and others with a measurement."""
-    cached = lru_cache(maxsize=2)(timer)
+    """The process of a Side: answers each line of stdin with a measurement or, if it names no case, `software`."""
+    cached = lru_cache(maxsize=1)(timer)
     for line in sys.stdin:
+        contender, case, how = json.loads(line)
         try:
-            contender, case, how = json.loads(line) or (None, None, None)
-            answer: Result = {"answer": cached(contender, Case(*case), how)() if case else versions()}
-        except (WrongError, RuntimeError, TritonError) as error:
-            answer = {"error": str(error), "wrong": isinstance(error, WrongError)}
+            contender_of(contender)
+            answer: Result = {"answer": cached(contender, Case(*case), how)() if case else software()}
+        except (RuntimeError, TritonError, ValueError, TypeError) as error:
+            answer = failure(error)
         print(json.dumps(answer), flush=True)
 
 
-def in_turn(timers: Mapping[str, Timer]) -> dict[str, list[float]]:
-    """Microseconds of each round, after one that does not count. A change of clocks affects all timers alike."""
-    rounds = [[round(timer(), 4) for timer in timers.values()] for _ in range(ROUNDS + 1)]
-    return dict(zip(timers, map(list, zip(*rounds[1:], strict=True)), strict=False))
+def failure(error: Exception) -> Result:
+    return {"error": str(error).strip().partition("\n")[0], "wrong": isinstance(error, WrongError)}
+
+
+def software() -> dict[str, str]:
+    """Versions, and the tuned table that launches use."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    tuned = {TABLE_VARIABLE: os.environ.get(TABLE_VARIABLE, "default"), "tuned cases": str(len(table_of(device)))}
+    return versions() | tuned
 
 
 def measure(suite: str, case: Case, makers: Mapping[str, Callable[[Case, str], Timer]]) -> Iterator[Result]:
     """Times on the GPU and from Python of what can run, and errors of what cannot."""
-    d, h, k = SHAPES[case.shape]
-    weights = sum(nbytes(format, n, k) for format, n in zip(parse_pair(case.pair), (d, h), strict=True))
+    *ns, k = SHAPES[case.shape]
+    read = nbytes(SHAPES[case.shape], parse_pair(case.pair)) + 2 * case.m * k
     for how in ("device", "eager"):
         ready, head = {}, {"suite": suite, **case._asdict(), "how": how}
         for name, make in makers.items():
             try:
                 ready[name] = make(case, how)
-            except (WrongError, RuntimeError, TritonError) as error:
-                text, wrong = str(error).strip().partition("\n")[0], isinstance(error, WrongError)
-                yield head | {"contender": name, "error": text, "wrong": wrong}
-        for name, us in in_turn(ready).items():
-            moved = weights + case.m * (2 * k + 2 * d + (2 if "bf16" in name else 4) * h)
-            yield head | {"contender": name, "us": us} | ({} if name.startswith("torch") else {"bytes": moved})
+            except (RuntimeError, TritonError) as error:
+                yield head | {"contender": name} | failure(error)
+        for name, us in gpu.in_turn(ready).items():
+            dtypes = out_dtypes("bf16" if "bf16" in name else "fp32", len(ns))
+            written = case.m * sum(n * dtype.itemsize for n, dtype in zip(ns, dtypes, strict=True))
+            yield head | {"contender": name, "us": us} | ({} if name.startswith("torch") else {"bytes": read + written})
 
 
 def counters(case: Case) -> Result:
@@ -178,7 +184,7 @@ def counters(case: Case) -> Result:
 
 
 def machine() -> Result:
-    return {"machine": gpu.description(), "versions": versions(), "date": datetime.now().isoformat(" ", "minutes")}
+    return {"machine": gpu.description(), "versions": software(), "date": datetime.now().isoformat(" ", "minutes")}
 
 
 def run(
@@ -186,17 +192,17 @@ def run(
 ) -> Iterator[Result]:
     """Results of ceilings, then of case after case until time is up. ab: two sides to compare, in place of contenders.
 
-    Raises OSError, ValueError or RuntimeError: the GPU is not supported, or a side or ncu does not run.
+    Raises OSError, ValueError or RuntimeError if the GPU is not supported, or a side or ncu does not run.
     """
-    end, device = monotonic() + seconds, gpu.current_gpu()
-    sides = list(map(Side, "AB", ab))
+    end, sides = monotonic() + seconds, []
     try:
-        yield machine() | {f"versions of {side.name}": side.versions for side in sides}
-        for name, size, sample in gpu.ceilings(device):
-            us = in_turn({name: sample})[name]
+        for label, text in zip("AB", ab, strict=False):
+            sides.append(Side(label, text))
+        yield machine() | {f"versions of {side.name}": side.software for side in sides}
+        for name, size, sample in gpu.ceilings(gpu.current_gpu()):
+            us = gpu.in_turn({name: sample})[name]
             yield {"suite": "ceilings", "contender": name, "how": "device", "us": us, "bytes": size}
-        makers: dict[str, Callable[[Case, str], Timer]] = {side.name: side.timer for side in sides}
-        makers = makers or {name: partial(timer, name) for name in contenders}
+        makers = {side.name: side.timer for side in sides} or {name: partial(timer, name) for name in contenders}
         for case in cases:
             if monotonic() >= end:
                 break

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,20 +16,17 @@ from rich.console import Console
 from rich.table import Table
 
 from ..indexer.cli.commands import app, complain, console, fail
-from ..indexer.models import PAIRS, SHAPES
+from ..indexer.models import PAIRS, SHAPES, fits
 
 W8A8_WK = "FP8 128x128"  # the format of wk that `activation` is defined for
-_SHAPES = "; ".join(f"{name} (D={d}, H={h}, K={k})" for name, (d, h, k) in SHAPES.items())
+_SHAPES = "; ".join(f"{name} (N={'+'.join(map(str, ns))}, K={k})" for name, (*ns, k) in SHAPES.items())
 _SHAPE_HELP = f"Shape of a published model; repeatable. Default: all. {_SHAPES}."
-_PAIR_HELP = f"Formats of wk and weights_proj, quoted; repeatable. Default: all. {'; '.join(PAIRS)}."
-_GPU_HELP = "sm_80, sm_90, sm_100, sm_120, gfx942 or gfx950; repeatable."
+_PAIR_HELP = f"Formats of the matrices, quoted; repeatable. Default: all. {'; '.join(PAIRS)}."
+_GPU_HELP = "sm_80, sm_90, sm_100, sm_120, gfx942 or gfx950; repeatable. Default: all."
 _SM_HELP = "SMs or compute units. Default: those of the largest such GPU."
-_AB_HELP = (
-    "Compare two sides, in turn: a KernelConfig in JSON, or a command that starts a Python, such as "
-    "`env INDEXPROJ_TUNED= python3` or `other-venv/bin/python`. Give the option twice."
-)
+_AB_HELP = "Compare two sides, in turn: a KernelConfig in JSON, or a command that starts a Python. Give it twice."
 _CONTENDER_HELP = "indexproj, torch linear or another name in the results; repeatable. Default: all."
-_ACTIVATION_HELP = f"Activation for wk in {W8A8_WK} (W8A8). Default: none (W8A16), or all without --shape and --pair."
+_ACTIVATION_HELP = f"Activation for wk in {W8A8_WK} (W8A8); needs --pair. Default: none (W8A16)."
 Shapes = Annotated[list[str] | None, typer.Option("--shape", metavar="SHAPE", help=_SHAPE_HELP)]
 Pairs = Annotated[list[str] | None, typer.Option("--pair", metavar="PAIR", help=_PAIR_HELP)]
 
@@ -36,7 +34,6 @@ Pairs = Annotated[list[str] | None, typer.Option("--pair", metavar="PAIR", help=
 @app.command("compile")
 def compile_(
     target: Annotated[list[str] | None, typer.Option(metavar="GPU", help=_GPU_HELP)] = None,
-    all_targets: Annotated[bool, typer.Option("--all", help="All of these GPUs.")] = False,
     sm_count: Annotated[int | None, typer.Option(min=1, metavar="N", help=_SM_HELP)] = None,
     shape: Shapes = None,
     pair: Pairs = None,
@@ -54,34 +51,21 @@ def compile_(
     """
     from ..kernels import TARGETS
     from ..kernels.dispatch import OUTS
-    from ..kernels.target import INTERPRETED
-    from .gates import CASES, Case, rows
+    from .compiled import CASES, Case, rows
 
-    if INTERPRETED:
-        fail("compile: TRITON_INTERPRET=1 disables compilation; unset it")
-    names = list(TARGETS) if all_targets else list(dict.fromkeys(target or ()))
-    unknown = [name for name in names if name not in TARGETS]
-    if unknown or not names:
-        fail(f"compile: --target must be one of {', '.join(TARGETS)}, or --all; got {', '.join(unknown) or 'none'}")
-    if all_targets and target:
-        fail("compile: --all and --target exclude each other")
-    if sm_count and len(names) > 1:
-        fail(f"compile: --sm-count needs exactly one --target, got {', '.join(names)}")
-    targets = [replace(TARGETS[name], sm_count=sm_count or TARGETS[name].sm_count) for name in names]
-    _check_names("compile", "--shape", shape, SHAPES)
-    _check_names("compile", "--pair", pair, PAIRS)
-    cases = CASES
-    if shape or pair or activation:
-        pairs = pair or [name for name in PAIRS if not activation or name.startswith(W8A8_WK)]
-        if activation and not all(name.startswith(W8A8_WK) for name in pairs):
-            fail(f"compile: --activation needs wk in {W8A8_WK}, got --pair {'; '.join(pairs)}")
-        cases = [Case(*case, activation) for case in product(shape or SHAPES, pairs)]
-    if cache:
-        with _failures("compile"):
-            cache.mkdir(parents=True, exist_ok=True)
-        os.environ["TRITON_CACHE_DIR"] = str(cache.resolve())
+    targets = [TARGETS[name] for name in _chosen("--target", target, TARGETS)]
+    if sm_count and len(targets) > 1:
+        fail(f"compile: --sm-count needs exactly one --target, got {', '.join(target or TARGETS)}")
+    targets = [replace(each, sm_count=sm_count or each.sm_count) for each in targets]
+    published = _published(shape, pair)
+    if activation and not all(text.startswith(W8A8_WK) for _, text in published):
+        fail(f"compile: --activation needs wk in {W8A8_WK}; choose such a --pair")
+    cases = [Case(*case, activation) for case in published] if shape or pair else CASES
     found = []
-    with Console(stderr=True).status("Compiling") as status:
+    with _failures("compile"), Console(stderr=True).status("Compiling") as status:
+        if cache:
+            cache.mkdir(parents=True, exist_ok=True)
+            os.environ["TRITON_CACHE_DIR"] = str(cache.resolve())
         for row in rows(targets, cases, OUTS if cache else ("fp32",), batch_invariant):
             found.append(row)
             status.update(f"{_title(row)}, {row['kernel']}")
@@ -95,8 +79,7 @@ def compile_(
     if faulty:
         raise typer.Exit(1)
     if cache and not as_json:
-        where = f"TRITON_CACHE_DIR={cache.resolve()}"
-        console.print(f"Kept in {cache}. Start servers with {where}; the path must be the same there.", soft_wrap=True)
+        console.print(f"Start servers with TRITON_CACHE_DIR={cache.resolve()}, at the same path.", soft_wrap=True)
 
 
 def _title(row: dict[str, Any]) -> str:
@@ -105,21 +88,21 @@ def _title(row: dict[str, Any]) -> str:
 
 
 def _print_compiled(found: list[dict[str, Any]]) -> None:
-    headers = {"kernel": "kernel", "m": "M", "programs": "grid", "per_sm": "per SM", "registers": "regs",
-               "shared_memory": "shared", "step": "step", "load_groups": "trips"}  # fmt: skip
+    names = ["kernel", "M", "regs", "shared", "step", "trips", "MB", "KB", "~us", "check"]
     for title, group in groupby(found, _title):
-        rows = [
-            {name: str(row[key]) for key, name in headers.items()}
-            | {"MB": f"{row['bytes'] / 1e6:.0f}", "KB": f"{row['reduced_bytes'] / 1e3:.0f}"}
-            | {"~us": str(row["estimate_us"]), "check": "failed" if row["faults"] else "ok"}
-            for row in group
-        ]
-        _print_table(title, rows)
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+        for name in names:
+            table.add_column(name, justify="left" if name == "kernel" else "right", no_wrap=True)
+        for row in group:
+            keys = "kernel", "m", "registers", "shared_memory", "step", "load_groups"
+            read = f"{row['bytes'] / 1e6:.0f}", f"{row['reduced_bytes'] / 1e3:.0f}"
+            check = "failed" if row["faults"] else "ok"
+            table.add_row(*(str(row[key]) for key in keys), *read, str(row["estimate_us"]), check)
+        console.print(table)
     console.print(
-        "M: the largest with this kernel. grid: programs of a launch with M rows. per SM: programs that\n"
-        "fit on one SM. regs: per thread. shared: bytes of shared memory. step: instructions of a step of\n"
-        "K, 0 without a loop. trips: groups of loads (NVIDIA). MB: weights and x that all programs read.\n"
-        "KB: partial sums that the last program of a tile reads. ~us: an estimate, nothing measured.",
+        "M: the largest with this kernel. regs: per thread. shared: bytes of shared memory. step:\n"
+        "instructions of a step of K, 0 without a loop. trips: groups of loads (NVIDIA). MB: weights and x\n"
+        "that all programs read. KB: partial sums that the last program of a tile reads. ~us: an estimate.",
         soft_wrap=True,
     )
 
@@ -128,65 +111,40 @@ def _print_compiled(found: list[dict[str, Any]]) -> None:
 def tune(
     shape: Shapes = None,
     pair: Pairs = None,
-    seconds: Annotated[float, typer.Option(min=1, help="Time limit per shape; less means fewer candidates.")] = 110,
+    seconds: Annotated[float, typer.Option(min=1, help="Time limit; less means fewer candidates.")] = 440,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Default: in the user's config folder.")] = None,
 ) -> None:
     """Measure which kernels are fastest on this GPU.
 
     Keeps a table for 1 to 16384 rows, which dispatch reads. Processes with the same GPU and the same versions of
-    indexproj, torch and Triton then run the fastest kernels. For BF16 weights that can be torch.mm. Entries for
-    other shapes and pairs stay in the table, and so do entries for which more candidates were tried. To use a table
-    written with --output, set INDEXPROJ_TUNED=FILE. Exits with 1 if a kernel is wrong.
+    indexproj, torch and Triton then run the fastest kernels. For BF16 weights that can be torch.mm; its results are
+    cuBLAS's. Entries for other shapes and pairs stay in the table. To use a table written with --output, set
+    INDEXPROJ_TUNED=FILE. Exits with 1 if a kernel is wrong.
     """
-    import torch
-
+    from ..kernels import KernelConfig
     from ..kernels.dispatch import table_path
     from ..kernels.formats import parse_pair
     from . import tune as module
-    from .gpu import current_gpu
+    from .gpu import current_gpu, description
 
-    _check_names("tune", "--shape", shape, SHAPES)
-    _check_names("tune", "--pair", pair, PAIRS)
+    published = _published(shape, pair)
     with _failures("tune"):
-        device = current_gpu()
-        gpu = torch.cuda.get_device_name(device)
+        device, gpu = current_gpu(), description()["GPU"]
         path = output or table_path(gpu)
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            entries, known = module.read_entries(path, gpu)
-        except ValueError as error:
-            complain(f"tune: starting a new table: {error}")
-            entries, known = [], {}
-        if known:
-            complain(f"tune: {path} was measured with other versions; its configs are tried first", style="yellow")
-        for name in dict.fromkeys(shape or SHAPES):
-            formats = [parse_pair(text) for text in dict.fromkeys(pair or PAIRS)]
-            cases = [module.Case(m, SHAPES[name], each) for each, m in product(formats, module.MS)]
-            measured = []
-            with Console(stderr=True).status(name) as status:
-                for done, entry in module.tune(cases, device, seconds, known):
-                    status.update(f"{name}: {done}")
-                    if entry:
-                        measured.append(entry)
-                        entries = module.merged(entries, [entry])
-                        module.write_table(path, gpu, entries)
-            _print_tuned(name, measured)
+        own, other = module.read_tuned(path, gpu)
+        if other:
+            complain(f"tune: {path} has configs of other versions, which are tried first", style="yellow")
+        known = {case: KernelConfig(**entry["config"]) for case, entry in (other | own).items()}
+        cases = [(m, SHAPES[name], parse_pair(text)) for name, text in published for m in module.MS]
+        with Console(stderr=True).status("Compiling") as status:
+            for done, entry in module.tune(cases, device, seconds, known):
+                status.update(done)
+                if entry:
+                    own[module.case_of(entry)] = entry
+                    module.write_tuned(path, gpu, own, other)
+                    console.print(module.summary(entry), soft_wrap=True)
     console.print(f"Kept in {path}.", soft_wrap=True)
-
-
-def _print_tuned(shape: str, entries: list[dict[str, Any]]) -> None:
-    for formats, group in groupby(entries, lambda entry: ", ".join(entry["formats"])):
-        rows = []
-        for entry in group:
-            row = {"fastest": entry["kernel"], "M": str(entry["m"]), "us": f"{entry['us']:.2f}"}
-            row["default"] = f"{entry['default_us']:.2f}"
-            for outs in ("fp32", "bf16"):
-                mark = "*" if outs in entry["torch_for"] else ""
-                row[f"torch {outs}"] = f"{entry['torch_us'][outs]:.2f}{mark}" if outs in entry["torch_us"] else "-"
-            rows.append(row | {"tried": f"{entry['tried']} of {entry['candidates']}"})
-        _print_table(f"{shape}, {formats}; us", rows)
-    console.print("default: the kernel without a table. torch: with an fp32 or a bf16 gate.")
-    console.print("*: dispatches to torch.mm; results are cuBLAS's.")
 
 
 @app.command()
@@ -209,22 +167,17 @@ def bench(
     from .gpu import current_gpu
     from .report import markdown
 
-    _check_names("bench", "--shape", shape, SHAPES)
-    _check_names("bench", "--pair", pair, PAIRS)
-    _check_names("bench", "--contender", contender, module.CONTENDERS)
+    cases = [module.Case(*case, rows) for rows, case in product(m or module.MS, _published(shape, pair))]
+    contenders = _chosen("--contender", contender, module.CONTENDERS)
     if len(ab or ()) not in (0, 2):
         fail("bench: --ab needs two sides")
-    pairs = pair or sorted(PAIRS, key=lambda name: not name.startswith(W8A8_WK))
-    cases = [module.Case(c, a, b) for a, b, c in product(pairs, m or module.MS, shape or SHAPES)]
     found = []
     with _failures("bench"):
         current_gpu()
         output.mkdir(parents=True, exist_ok=True)
-        path = output / "results.jsonl"
-        with path.open("a", encoding="utf-8") as file:
-            if file.tell() and not path.read_bytes().endswith(b"\n"):  # a killed run has cut the last line short
-                print(file=file)
-            for result in module.run(cases, contender or [*module.CONTENDERS], ab or (), 60 * minutes, counters):
+        with (output / "results.jsonl").open("a", encoding="utf-8") as file:
+            print(file=file)  # ends a line that a killed run has cut short
+            for result in module.run(cases, contenders, ab or (), 60 * minutes, counters):
                 found.append(result)
                 print(json.dumps(result), file=file, flush=True)
     print(markdown(found))
@@ -251,29 +204,30 @@ def report_(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A fol
 
 @contextmanager
 def _failures(command: str) -> Iterator[None]:
-    """One line for what went wrong, and its exit code."""
+    """One line for what went wrong, and its exit code. SIGTERM counts as an interrupt, which ends processes."""
     from triton.errors import TritonError
 
     from .gpu import WrongError
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
-    except typer.Exit:
-        raise
-    except (WrongError, OSError, RuntimeError, ValueError, TritonError, KeyboardInterrupt) as error:
+    except (OSError, RuntimeError, ValueError, TritonError, KeyboardInterrupt) as error:
         complain(f"{command}: {str(error).strip().partition(chr(10))[0] or 'interrupted'}")
         raise typer.Exit(1 if isinstance(error, WrongError) else 2) from error
 
 
-def _print_table(title: str, rows: list[dict[str, str]]) -> None:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for number, name in enumerate(rows[0]):
-        table.add_column(name, justify="right" if number else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row.values())
-    console.print(table)
+def _published(shapes: list[str] | None, pairs: list[str] | None) -> list[tuple[str, str]]:
+    """Shapes and pairs that were asked for, all by default, and that fit each other."""
+    chosen = product(_chosen("--shape", shapes, SHAPES), _chosen("--pair", pairs, PAIRS))
+    found = [case for case in chosen if fits(*case)]
+    if not found:
+        fail("no --pair has as many formats as a --shape has matrices")
+    return found
 
 
-def _check_names(command: str, option: str, chosen: list[str] | None, known: Iterable[str]) -> None:
+def _chosen(option: str, chosen: list[str] | None, known: Iterable[str]) -> list[str]:
+    """Each name once, all by default."""
     if unknown := [name for name in chosen or () if name not in known]:
-        fail(f"{command}: {option} must be one of {'; '.join(known)}; got {'; '.join(unknown)}")
+        fail(f"{option} must be one of {'; '.join(known)}; got {'; '.join(unknown)}")
+    return list(dict.fromkeys(chosen or known))

@@ -1,12 +1,18 @@
-"""Compiles kernels for GPUs that this machine does not have, and reads resource usage from the binaries."""
+"""Compiles kernels for GPUs that this machine does not have, reads resource usage from the binaries, and checks it."""
 
+import math
+import os
 import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +20,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
-from ..kernels.dispatch import OUTS, KernelConfig, cdiv
-from ..kernels.formats import Activation, Format, operand_layout
+from ..indexer.models import PAIRS, SHAPES, fits
+from ..kernels.dispatch import REDUCED_BYTES, KernelConfig, cdiv, choose, out_dtypes
+from ..kernels.formats import ACTIVATIONS, Activation, Format, operand_layout, parse_pair
 from ..kernels.launch import KERNELS, Signature, constants, options
-from ..kernels.target import INTERPRETED, Target
+from ..kernels.target import INTERPRETED, TARGETS, Target
+from .estimate import estimate, l2_bytes, reduced_bytes
 
 
 class Multiprocessor(NamedTuple):
@@ -27,22 +35,26 @@ class Multiprocessor(NamedTuple):
     """
 
     shared_memory: int  # bytes of shared memory (LDS)
-    per_program: int  # bytes of it that one program can use
-    reserved: int  # bytes of it that the driver reserves per program
-    threads: int
-    programs: int
+    reserved: int = 1024  # bytes of it that the driver reserves per program
+    threads: int = 2048
+    programs: int = 32
     registers: int = 64 * 1024  # 32-bit registers
 
 
 # Keys are those of TARGETS.
 MULTIPROCESSORS = {
-    "sm_80": Multiprocessor(164 * 1024, 163 * 1024, 1024, threads=2048, programs=32),
-    "sm_90": Multiprocessor(228 * 1024, 227 * 1024, 1024, threads=2048, programs=32),
-    "sm_100": Multiprocessor(228 * 1024, 227 * 1024, 1024, threads=2048, programs=32),
-    "sm_120": Multiprocessor(100 * 1024, 99 * 1024, 1024, threads=1536, programs=24),
-    "gfx942": Multiprocessor(64 * 1024, 64 * 1024, 0, threads=2048, programs=32, registers=128 * 1024),
-    "gfx950": Multiprocessor(160 * 1024, 160 * 1024, 0, threads=2048, programs=32, registers=128 * 1024),
+    "sm_80": Multiprocessor(164 * 1024),
+    "sm_90": Multiprocessor(228 * 1024),
+    "sm_100": Multiprocessor(228 * 1024),
+    "sm_120": Multiprocessor(100 * 1024, threads=1536, programs=24),
+    "gfx942": Multiprocessor(64 * 1024, reserved=0, registers=128 * 1024),
+    "gfx950": Multiprocessor(160 * 1024, reserved=0, registers=128 * 1024),
 }
+
+LARGEST_M = 65536
+# gemv, per matrix: weights and scales, then the x that did not fit the registers next to them, sometimes twice; and
+# barriers of the one exchange of sums between the warps.
+LOAD_GROUPS, BARRIERS = 3, 5
 
 # Matrix instructions.
 _MMA = r"\b(?:[HQ]MMA|[HQ]GMMA|UTC\w*MMA)[\w.]*|\bv_s?mfma\w+"
@@ -59,24 +71,15 @@ _LOAD_BYTES = {
 
 @dataclass(frozen=True)
 class Binary:
-    """Resource usage and assembly of one compiled kernel.
+    """Resource usage and assembly of one compiled kernel."""
 
-    Attributes:
-        registers: per thread (AMD: vector registers).
-        spills: instructions that access local memory (AMD: spilled registers; 0 without scratch, because registers
-            then spill only to other registers).
-        scratch: bytes of local memory per thread.
-        shared_memory: bytes per program.
-        threads: per program.
-        assembly: SASS or AMDGCN.
-    """
-
-    registers: int
+    registers: int  # per thread (AMD: vector registers)
+    # Instructions that access local memory. AMD: spilled registers; 0 without scratch, as they spill to registers then.
     spills: int
-    scratch: int
-    shared_memory: int
-    threads: int
-    assembly: str
+    scratch: int  # bytes of local memory per thread
+    shared_memory: int  # bytes per program
+    threads: int  # per program
+    assembly: str  # SASS or AMDGCN
 
     @classmethod
     def of(cls, kernel: CompiledKernel, target: Target) -> "Binary":
@@ -107,36 +110,27 @@ class Binary:
     @property
     def loads(self) -> Counter[int]:
         """Loads from global memory by bytes per thread."""
-        names = [[*sass.split("."), amd] for sass, amd in re.findall(_LOAD, self.assembly)]
-        return Counter(next((_LOAD_BYTES[part] for part in name if part in _LOAD_BYTES), 4) for name in names)
+        return Counter(_load_bytes(sass or amd) for sass, amd in re.findall(_LOAD, self.assembly))
 
     @property
-    def load_groups(self) -> list[Counter[int]]:
-        """Global loads issued before the program waits for one of them, group after group, by bytes per thread.
+    def load_groups(self) -> int:
+        """How often the program waits for global loads: groups of loads, each a trip to memory.
 
-        Every group costs a trip to memory. Reads SASS without following branches; each exit ends a group, too. Leaves
-        out copies to shared memory.
+        Reads SASS without following branches; each exit ends a group, too. Leaves out copies to shared memory.
         """
-        pending: set[int] = set()
-        groups: list[Counter[int]] = [Counter()]
+        groups, pending = 0, set[int]()
         for text in re.findall(_SASS, self.assembly):
             opcode, _, rest = text.partition(" ")
-            operands = [operand.strip() for operand in rest.split(",")]
+            first, *others = (set(map(int, re.findall(r"\bR(\d+)\b", operand))) for operand in rest.split(","))
             has_result = not opcode.startswith(("ST", "RED", "BAR", "BRA", "EXIT"))
-            read = {int(r) for operand in operands[has_result:] for r in re.findall(r"\bR(\d+)\b", operand)}
-            if pending & read or opcode == "EXIT":
-                pending = set()
-                groups.append(Counter())
-            written = re.match(r"R(\d+)\b", operands[0]) if has_result else None
-            if written is None:
-                continue
+            if opcode == "EXIT" or pending & set().union(*others, () if has_result else first):
+                pending.clear()
             if opcode.startswith("LDG."):
-                size = next((_LOAD_BYTES[part] for part in opcode.split(".") if part in _LOAD_BYTES), 4)
-                groups[-1][size] += 1
-                pending.update(range(int(written[1]), int(written[1]) + max(size // 4, 1)))
-            else:
-                pending.discard(int(written[1]))
-        return [group for group in groups if group]
+                groups += not pending
+                pending.update(range(min(first), min(first) + max(_load_bytes(opcode) // 4, 1)))
+            elif has_result:
+                pending -= first
+        return groups
 
     @property
     def step(self) -> int:
@@ -172,13 +166,17 @@ def signature(
     shape: tuple[int, ...],
     formats: tuple[Format, ...],
     activation: Activation | None = None,
-    dtypes: tuple[torch.dtype, ...] = OUTS["fp32"],
+    dtypes: tuple[torch.dtype, ...] | None = None,
     batch_invariant: bool = False,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
 ) -> Signature:
-    """A projection of bf16 x, the same object every time. shape is (D, H, K), and only wk takes the activation."""
+    """A projection of bf16 x, the same object every time. shape: rows of each matrix, then K.
+
+    Only the first matrix takes the activation. Outputs are in dtypes or, by default, those of `project` (fp32 gate).
+    """
     *ns, k = shape
     activations, factors = (activation, *[None] * (len(ns) - 1)), (1.0,) * len(ns)
-    device = torch.device("cpu")
+    dtypes = dtypes or out_dtypes("fp32", len(ns))
     return Signature(device, torch.bfloat16, k, (*ns,), formats, activations, factors, dtypes, batch_invariant)
 
 
@@ -211,22 +209,106 @@ def compile_kernel(kernel: Any, target: Target, *arguments: Any, **named: Any) -
         raise RuntimeError("TRITON_INTERPRET=1 is set and disables compilation; unset it")
     gpu = GPUTarget(target.backend, target.arch, 64 if target.backend == "hip" else 32)
     driver, before = triton.runtime.driver, triton.runtime.driver._active
-    driver.set_active(_OfflineDriver(gpu))
+    # The part of a driver that compilation uses. The target doubles as device number, which is Triton's cache key.
+    offline = {"get_current_device": lambda: gpu, "get_current_target": lambda: gpu, "get_current_stream": lambda _: 0}
+    driver.set_active(SimpleNamespace(**offline))
     try:
         return kernel.warmup(*arguments, grid=(1,), **named)
     finally:
         driver._active = before
 
 
-class _OfflineDriver:
-    """The part of a Triton driver that compilation uses. The target doubles as device number, Triton's cache key."""
-
-    def __init__(self, gpu: GPUTarget) -> None:
-        self.get_current_device = self.get_current_target = lambda: gpu
-        self.get_current_stream = lambda _: 0
+def _load_bytes(name: str) -> int:
+    return next((_LOAD_BYTES[part] for part in name.split(".") if part in _LOAD_BYTES), 4)
 
 
 def _cuda_tool(name: str, *arguments: str) -> str:
     """Output of a CUDA binary utility from Triton's wheel."""
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+class Case(NamedTuple):
+    """A key of SHAPES, a pair of PAIRS that fits it, and the activation for wk."""
+
+    shape: str
+    pair: str
+    activation: Activation | None = None
+
+    def signature(self, gate: str = "fp32", batch_invariant: bool = False) -> Signature:
+        """What is compiled; gate is a key of OUTS."""
+        shape, formats = SHAPES[self.shape], parse_pair(self.pair)
+        return signature(shape, formats, self.activation, out_dtypes(gate, len(formats)), batch_invariant)
+
+
+# Formats determine registers and instructions; K and H hardly do. So one shape covers all formats, the other two.
+CASES = [Case("deepseek-v3.2", pair) for pair in PAIRS if fits("deepseek-v3.2", pair)]
+CASES += [Case("deepseek-v3.2", "FP8 128x128, BF16", activation) for activation in ACTIVATIONS[1:]]
+CASES += [Case("glm-5", pair) for pair in ("BF16, BF16", "FP8 128x128, BF16")]
+CASES += [Case("deepseek-v4-pro", "BF16, BF16, BF16")]
+
+
+def configs(target: Target, signature: Signature) -> dict[KernelConfig, int]:
+    """The configs that dispatch selects, each with the largest power of two rows for which it does."""
+    choose_for = partial(choose, quantize_x=any(signature.activations), batch_invariant=signature.batch_invariant)
+    powers = [2**power for power in range(LARGEST_M.bit_length())]
+    return {choose_for(m, signature.shape, signature.formats, target, signature.x_dtype): m for m in powers}
+
+
+def faults(target: Target, ns: tuple[int, ...], m: int, config: KernelConfig, binary: Binary) -> list[str]:
+    """The checks that a binary fails. For m rows of x, all programs of a launch must run at the same time."""
+    sm, is_gemv = MULTIPROCESSORS[target.name], config.regime == "gemv"
+    limit, read, widest = sm.shared_memory - sm.reserved, reduced_bytes(config, ns), max(binary.loads, default=0)
+    groups, barriers = binary.load_groups if target.is_cuda() else 0, binary.assembly.count("BAR.SYNC")
+    programs, resident = math.prod(config.grid(m, *ns)), binary.programs(sm) * target.sm_count
+    # GPUs with fewer SMs may need a second wave.
+    one_wave = config.regime != "prefill" and not config.loop_splits and target in TARGETS.values()
+    found = {
+        f"{binary.spills} spills, {binary.scratch} bytes of local memory": binary.spills or binary.scratch,
+        f"{binary.shared_memory} bytes of shared memory, limit {limit}": binary.shared_memory > limit,
+        f"matrix instructions: {dict(binary.mma)}": bool(binary.mma) == is_gemv,
+        f"the last program reads {read} bytes of partial sums, limit {REDUCED_BYTES}": read > REDUCED_BYTES,
+        f"{groups} groups of loads, limit {LOAD_GROUPS} per matrix": is_gemv and groups > LOAD_GROUPS * len(ns),
+        f"{barriers} barriers, limit {BARRIERS} per matrix": is_gemv and barriers > BARRIERS * len(ns),
+        # 32 columns of fp16 are 8 bytes per thread.
+        f"the widest load has {widest} bytes": widest < (8 if config.regime == "prefill" else 16),
+        f"{programs} programs, but the GPU runs {resident} at a time": one_wave and programs > resident,
+    }
+    return [text for text, is_fault in found.items() if is_fault]
+
+
+def rows(
+    targets: Iterable[Target], cases: Iterable[Case], gates: Iterable[str], batch_invariant: bool
+) -> Iterator[dict[str, Any]]:
+    """Compiles every config of every target, case and gate dtype on all cores.
+
+    Yields what `indexproj compile --json` prints. gate is a dtype, and k is bf16. m is the largest power of two rows
+    for which dispatch selects the kernel. bytes are weights and x that the programs of a launch with m rows read from
+    caches or memory, and reduced_bytes the partial sums that the last program of a tile reads. step: instructions of
+    one step of K, 0 without a loop. load_groups: trips to memory (NVIDIA, without copies to shared memory). loads: by
+    bytes per thread. estimate_us: see estimate.py; not measured.
+    """
+    tasks = [
+        (target, case, gate, signature, config, m)
+        for target, case, gate in product(targets, cases, gates)
+        for signature in [case.signature(gate, batch_invariant)]
+        for config, m in configs(target, signature).items()
+    ]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        yield from pool.map(_row, *zip(*tasks, strict=True))
+
+
+def _row(target: Target, case: Case, gate: str, signature: Signature, config: KernelConfig, m: int) -> dict[str, Any]:
+    binary = Binary.of(warm_up(target, config, signature), target)
+    # Batch-invariant kernels keep one split for all M, so more than 32 rows may come in several waves.
+    at_once = min(m, 32) if signature.batch_invariant else m
+    sizes = m, signature.shape, signature.formats
+    return {
+        "target": target.name, **case._asdict(), "gate": gate, "kernel": str(config), "m": m,
+        "bytes": l2_bytes(sizes, config), "reduced_bytes": reduced_bytes(config, signature.ns),
+        "estimate_us": round(estimate(sizes, config, target), 1),
+        "registers": binary.registers, "shared_memory": binary.shared_memory,
+        "step": binary.step, "load_groups": binary.load_groups,
+        "loads": dict(sorted(binary.loads.items(), reverse=True)),
+        "faults": faults(target, signature.ns, at_once, config, binary),
+    }  # fmt: skip

@@ -8,7 +8,7 @@ in prefill; differences between two configs of one GPU are what it is for.
 
 import math
 
-from ..kernels.dispatch import KernelConfig, cdiv
+from ..kernels.dispatch import Case, KernelConfig, cdiv
 from ..kernels.formats import Format, operand_layout
 from ..kernels.target import Target
 
@@ -27,19 +27,17 @@ DECODING = {
 }  # fmt: skip
 
 
-def estimate(
-    m: int, shape: tuple[int, ...], formats: tuple[Format, ...], config: KernelConfig, target: Target
-) -> float:
-    """Microseconds for m rows of bf16 x and outputs of 2 bytes. shape is (D, H, K), or has more rows before K.
+def estimate(case: Case, config: KernelConfig, target: Target) -> float:
+    """Microseconds for bf16 x and outputs of 2 bytes.
 
     The launch, trips to memory one after another, reads or instructions, and what the last program of a tile reads.
     """
-    *ns, k = shape
+    m, (*ns, k), formats = case
     memory_rate, cycles = GPUS.get(target.name, GPUS["sm_90" if target.is_cuda() else "gfx942"])
     programs = math.prod(config.grid(m, *ns))
-    moved = sum(nbytes(format, n, k) for format, n in zip(formats, ns, strict=True)) + 2 * m * (k + sum(ns))
+    moved = nbytes((*ns, k), formats) + 2 * m * (k + sum(ns))
     l2_rate = min(L2_BYTES_PER_US * target.sm_count, SM_BYTES_PER_US * programs)
-    reads = max(moved / memory_rate, l2_bytes(m, shape, formats, config) / l2_rate)
+    reads = max(moved / memory_rate, l2_bytes(case, config) / l2_rate)
     # Programs of one SM run one after another, or share it; it issues four instructions per cycle.
     instructions = max(1, programs / target.sm_count) * _instructions(ns, k, formats, config) / 4 / cycles
     trips = LATENCY_US * (3 if config.has_workspace else 1)
@@ -60,11 +58,10 @@ def _instructions(ns: list[int], k: int, formats: tuple[Format, ...], config: Ke
     return steps * (60 * config.num_warps + (decoding * depth + sums) / 32)
 
 
-def l2_bytes(m: int, shape: tuple[int, ...], formats: tuple[Format, ...], config: KernelConfig) -> int:
+def l2_bytes(case: Case, config: KernelConfig) -> int:
     """Bytes of weights and x that all programs of a launch read, from caches or memory."""
-    *ns, k = shape
-    weights = sum(nbytes(format, n, k) for format, n in zip(formats, ns, strict=True))
-    return weights * cdiv(m, config.block_m) + 2 * m * k * config.grid(m, *ns)[0]
+    m, (*ns, k), formats = case
+    return nbytes((*ns, k), formats) * cdiv(m, config.block_m) + 2 * m * k * config.grid(m, *ns)[0]
 
 
 def reduced_bytes(config: KernelConfig, ns: list[int] | tuple[int, ...]) -> int:
@@ -73,6 +70,8 @@ def reduced_bytes(config: KernelConfig, ns: list[int] | tuple[int, ...]) -> int:
     return 4 * splits * config.acc_size(*ns) if config.has_workspace else 0
 
 
-def nbytes(format: Format, n: int, k: int) -> int:
-    """Bytes of a matrix [N, K] in that format."""
-    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in filter(None, operand_layout(format, n, k)))
+def nbytes(shape: tuple[int, ...], formats: tuple[Format, ...]) -> int:
+    """Bytes of the weights."""
+    *ns, k = shape
+    operands = [each for format, n in zip(formats, ns, strict=True) for each in operand_layout(format, n, k) if each]
+    return sum(dtype.itemsize * math.prod(size) for dtype, size in operands)

@@ -1,10 +1,10 @@
 """Timing on a GPU: calls in a graph or from Python, with weights that are not in L2, after checking their results."""
 
-import functools
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
-from time import perf_counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 import triton
@@ -12,28 +12,31 @@ import triton.language as tl
 from torch import Tensor
 
 from ..indexer.cli.synthetic import random_matrix
-from ..kernels import KernelConfig, ProjectionWeights, reference
-from ..kernels.dispatch import OUTS
+from ..kernels import DenseMatrix, KernelConfig, Matrix
+from ..kernels.dispatch import out_dtypes
 from ..kernels.formats import Format, Operands
-from ..kernels.launch import launch, signature_of
+from ..kernels.launch import launch, torch_mm
 from ..kernels.target import INTERPRETED, target_of
 from ..kernels.workspace import recycled_counters
+from .compiled import signature
 
-Outputs = Sequence[Tensor]
-Call = Callable[[], Outputs]
+Matrices = tuple[Matrix, ...]
+Call = Callable[[], Sequence[Tensor]]
 Timer = Callable[[], float]  # measures once, in microseconds
-# Takes x [M, K] bf16 and weights, and returns a call that computes k and gate. Preparing the weights is not timed.
-Contender = Callable[[Tensor, ProjectionWeights], Call]
-Tolerances = dict[torch.dtype, float]
+# Takes x [M, K] bf16 and matrices, and returns a call that computes the outputs. Preparing the weights is not timed.
+Contender = Callable[[Tensor, Matrices], Call]
+# A contender, a kernel with an fp32 gate, or torch.mm with the output dtypes of that key of OUTS.
+Choice = Contender | KernelConfig | str
+Tolerances = dict[torch.dtype, float]  # largest error relative to the largest output
 # Calls per measurement, at least: enough to hide the microseconds that starting one takes.
-CALLS = 64
-# Largest error against fp64 relative to the largest output, by dtype. torch accumulates inside the tensor core, which
-# truncates in each of 448 steps over K = 7168, and may reduce parts of K in bf16.
+CALLS, ROUNDS = 64, 15
+# Against fp64. torch accumulates inside the tensor core, which truncates in each of 448 steps over K = 7168, and may
+# reduce parts of K in bf16.
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
 TORCH_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2**-6}
 
 
-class WrongError(Exception):
+class WrongError(RuntimeError):
     """A result differs from the reference."""
 
 
@@ -46,32 +49,40 @@ def current_gpu() -> torch.device:
     return device
 
 
-@functools.lru_cache(maxsize=2)
-def weight_copies(shape: tuple[int, ...], formats: tuple[Format, ...], device: torch.device) -> list[ProjectionWeights]:
-    """Random weights, and copies of them that take more than twice the L2 cache, for calls that cycle through them."""
+@lru_cache(maxsize=2)
+def weight_copies(shape: tuple[int, ...], formats: tuple[Format, ...], device: torch.device) -> list[Matrices]:
+    """Random weights and copies that take more than twice the L2 cache; if all are BF16, slices of one tensor each."""
     *ns, k = shape
     torch.manual_seed(0)
-    weights = ProjectionWeights.pack(*(random_matrix(format, n, k) for format, n in zip(formats, ns, strict=True)))
+    weights = tuple(random_matrix(format, n, k) for format, n in zip(formats, ns, strict=True))
     l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-    count = 1 + -(-2 * l2_bytes // weights.nbytes)
-    return [weights.map(lambda tensor: tensor.to(device, copy=True)) for _ in range(count)]
+    count = 1 + -(-2 * l2_bytes // sum(matrix.nbytes for matrix in weights))
+    if set(formats) != {Format.BF16}:
+        return [tuple(m.map(lambda tensor: tensor.to(device, copy=True)) for m in weights) for _ in range(count)]
+    fused = torch.cat([matrix.dequantize(torch.bfloat16) for matrix in weights])
+    return [tuple(map(DenseMatrix, torch.split(fused.to(device, copy=True), ns))) for _ in range(count)]
 
 
-def replay(calls: Sequence[Callable[[], object]]) -> Timer:
-    """Times the GPU: replays a CUDA graph of the calls, repeated until there are at least CALLS."""
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
+def timer(calls: Sequence[Callable[[], object]], how: str = "device") -> Timer:
+    """Times the calls, repeated until there are at least CALLS: in a CUDA graph, or from Python if how is "eager"."""
     repeated = [*calls] * -(-CALLS // len(calls))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def run() -> None:
         for call in repeated:
             call()
 
+    run()
+    graph = None if how == "eager" else torch.cuda.CUDAGraph()
+    if graph is not None:
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            run()
+
     def microseconds() -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
         start.record()
-        graph.replay()
+        run() if graph is None else graph.replay()
         end.record()
         end.synchronize()
         return 1e3 * float(start.elapsed_time(end)) / len(repeated)
@@ -79,19 +90,10 @@ def replay(calls: Sequence[Callable[[], object]]) -> Timer:
     return microseconds
 
 
-def eager(calls: Sequence[Callable[[], object]]) -> Timer:
-    """Times the same calls from Python, launches included."""
-    repeated = [*calls] * -(-CALLS // len(calls))
-
-    def microseconds() -> float:
-        torch.cuda.synchronize()
-        start = perf_counter()
-        for call in repeated:
-            call()
-        torch.cuda.synchronize()
-        return 1e6 * (perf_counter() - start) / len(repeated)
-
-    return microseconds
+def in_turn(timers: Mapping[Any, Timer], rounds: int = ROUNDS) -> dict[Any, list[float]]:
+    """Microseconds of each round, after one that does not count. A change of clocks affects all timers alike."""
+    found = [[round(timer(), 4) for timer in timers.values()] for _ in range(rounds + 1)]
+    return dict(zip(timers, map(list, zip(*found[1:], strict=True)), strict=False))
 
 
 class Sampler:
@@ -99,41 +101,40 @@ class Sampler:
 
     def __init__(self, m: int, shape: tuple[int, ...], formats: tuple[Format, ...], device: torch.device) -> None:
         self._weights = weight_copies(shape, formats, device)
-        self._signature = signature_of(self._weights[0], *OUTS["fp32"])
+        self._signature = signature(shape, formats, device=device)
         self._x = torch.randn(m, shape[-1], device=device).bfloat16()
-        self._exact = reference(self._x, self._weights[0])
+        self._exact = [self._x.double() @ matrix.dequantize(torch.float64).T for matrix in self._weights[0]]
 
-    def timer(self, contender: Contender, tolerances: Tolerances = TOLERANCES, how: str = "device") -> Timer:
-        """how is "device" or "eager".
+    def timer(self, choice: Choice, tolerances: Tolerances = TOLERANCES, how: str = "device") -> Timer:
+        """Raises WrongError if outputs are off by more than the tolerance for their dtype.
 
-        Raises:
-            WrongError: the outputs are off by more than the tolerance for their dtype, relative to the largest one.
-            RuntimeError: the GPU or torch cannot run the contender.
+        And RuntimeError if the GPU or torch cannot run the choice.
         """
-        calls = [contender(self._x, weights) for weights in self._weights]
+        if isinstance(choice, KernelConfig):
+            choice = self._into("fp32", partial(launch, signature=self._signature, config=choice))
+        elif isinstance(choice, str):
+            choice, tolerances = self._into(choice, torch_mm), TORCH_TOLERANCES
+        calls = [choice(self._x, weights) for weights in self._weights]
         for output, exact in zip(calls[0](), self._exact, strict=True):
             error = ((output.double() - exact).abs().max() / exact.abs().max()).item()
             if not error <= tolerances[output.dtype]:
                 raise WrongError(f"off by {error:.1e} of the largest output")
         with recycled_counters(self._x.device):
-            return {"device": replay, "eager": eager}[how](calls)
+            return timer(calls, how)
 
-    def into(self, outs: str, run: Callable[[Tensor, Sequence[Operands], Outputs], object]) -> Contender:
-        """Runs over outputs of NaN in the dtypes of a key of OUTS, in one tensor if these are equal."""
-        ns, dtypes, m = self._signature.ns, OUTS[outs], len(self._x)
+    def _into(self, outs: str, run: Callable[[Tensor, Sequence[Operands], Sequence[Tensor]], object]) -> Contender:
+        """Runs over outputs of NaN, in one tensor if their dtypes are equal; outs is a key of OUTS."""
+        ns, m = self._signature.ns, len(self._x)
+        dtypes = out_dtypes(outs, len(ns))
         buffers = [self._x.new_full((m, n), torch.nan, dtype=dtype) for n, dtype in zip(ns, dtypes, strict=True)]
         if len(set(dtypes)) == 1:
             buffers = [*torch.split(torch.cat(buffers, 1), list(ns), 1)]
 
-        def contender(x: Tensor, weights: ProjectionWeights) -> Call:
-            operands = weights.wk.operands, weights.gate.operands
+        def contender(x: Tensor, matrices: Matrices) -> Call:
+            operands = tuple(matrix.operands for matrix in matrices)
             return lambda: (run(x, operands, buffers), buffers)[1]
 
         return contender
-
-    def with_config(self, config: KernelConfig) -> Contender:
-        """Launches with a given config."""
-        return self.into("fp32", functools.partial(launch, signature=self._signature, config=config))
 
 
 @triton.jit
@@ -153,18 +154,18 @@ def read_kernel(x_ptr, out_ptr, BLOCKS, REPEATS, BLOCK: tl.constexpr):  # type: 
 
 def ceilings(device: torch.device) -> Iterator[tuple[str, int, Timer]]:
     """(name, bytes per call, timer) of what no kernel on this GPU can beat: an empty launch, memory, L2."""
-    yield "empty kernel", 0, replay([lambda: empty_kernel[(1,)]()])
+    yield "empty kernel", 0, timer([lambda: empty_kernel[(1,)]()])
     gpu = torch.cuda.get_device_properties(device)
     size = min(1 << 29, torch.cuda.mem_get_info(device)[0] // 4)
     source, target = torch.zeros(2, size, dtype=torch.uint8, device=device)
-    yield "copy", 2 * size, replay([lambda: target.copy_(source)])
+    yield "copy", 2 * size, timer([lambda: target.copy_(source)])
     block, repeats, programs = 4096, 64, 4 * gpu.multi_processor_count
     blocks = max(1, gpu.L2_cache_size // 4 // (4 * block))
     x, out = torch.ones(blocks * block, device=device), torch.empty(programs, device=device)
-    timer = replay([lambda: read_kernel[(programs,)](x, out, blocks, repeats, block)])
+    reading = timer([lambda: read_kernel[(programs,)](x, out, blocks, repeats, block)])
     if not torch.equal(out, torch.full_like(out, repeats * block)):
         raise WrongError("read_kernel did not read all of its blocks")
-    yield "L2 read", 4 * programs * repeats * block, timer
+    yield "L2 read", 4 * programs * repeats * block, reading
 
 
 def description() -> dict[str, str]:

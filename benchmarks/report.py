@@ -19,18 +19,16 @@ Group = dict[tuple[int, str], dict[str, Result]]
 def read(folder: Path) -> list[Result]:
     """All lines of a folder's *.jsonl, without those that killed runs have cut short.
 
-    Raises:
-        ValueError: there are none, one is no result, or they are from several GPUs.
+    Raises ValueError if there are none, one is no result, or they are from several GPUs.
     """
     results = []
     for path in sorted(folder.glob("*.jsonl")):
         for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
             try:
                 result = json.loads(line)
-            except ValueError:
-                continue
-            try:
                 markdown([result])
+            except json.JSONDecodeError:
+                continue
             except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
                 raise ValueError(f"{path}, line {number}: expected a result of `indexproj bench`") from error
             results.append(result)
@@ -49,10 +47,10 @@ def groups(results: Iterable[Result]) -> dict[str, Group]:
     for result in results:
         if "machine" in result:
             run += 1
-        else:
-            title = ", ".join(filter(None, (result["suite"], result.get("shape"), result.get("pair"))))
-            key = int(result.get("m", 0)), result["contender"]
-            found.setdefault(title, {}).setdefault(key, {})[result["how"]] = result | {"run": run}
+            continue
+        title = ", ".join(filter(None, (result["suite"], result.get("shape"), result.get("pair"))))
+        key = int(result.get("m", 0)), result["contender"]
+        found.setdefault(title, {}).setdefault(key, {})[result["how"]] = result | {"run": run}
     return {title: dict(sorted(group.items(), key=lambda item: item[0][0])) for title, group in found.items()}
 
 

@@ -6,13 +6,22 @@ Imports neither torch nor the kernels, so `--help` can list them.
 from dataclasses import dataclass
 from typing import Any
 
-# (D, H, K): rows of wk, rows of weights_proj, hidden size. All GLM-5.x models have the shape "glm-5".
-SHAPES = {"deepseek-v3.2": (128, 64, 7168), "glm-5": (128, 32, 6144)}
-# Formats of wk and weights_proj in published checkpoints.
+# (D, H, K): rows of wk, rows of weights_proj, hidden size. All GLM-5.x models have the shape "glm-5". DeepSeek-V4 has
+# three matrices for one x: of its compressor, weights_proj, and of its indexer's compressor.
+SHAPES: dict[str, tuple[int, ...]] = {
+    "deepseek-v3.2": (128, 64, 7168), "glm-5": (128, 32, 6144),
+    "deepseek-v4-pro": (2048, 64, 512, 7168), "deepseek-v4-flash": (2048, 64, 512, 4096),
+}  # fmt: skip
+# Formats of wk and weights_proj, or of DeepSeek-V4's matrices, in published checkpoints.
 PAIRS = (
-    "BF16, BF16", "FP8 128x128, BF16", "FP8 128x128, FP8 128x128", "MXFP8, MXFP8", "NVFP4, BF16", "NVFP4, NVFP4",
-    "MXFP4, BF16", "MXFP4, MXFP4",
+    "FP8 128x128, BF16", "FP8 128x128, FP8 128x128", "BF16, BF16", "BF16, BF16, BF16", "MXFP8, MXFP8", "NVFP4, BF16",
+    "NVFP4, NVFP4", "MXFP4, BF16", "MXFP4, MXFP4",
 )  # fmt: skip
+
+
+def fits(shape: str, pair: str) -> bool:
+    """Whether the pair has as many formats as the shape has matrices."""
+    return len(pair.split(", ")) == len(SHAPES[shape]) - 1
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,7 @@ def _prefill(m: int, ns: list[int], k: int, target: Target, is_fp16: bool, quant
     num_stages = 3 if target.is_cuda() else 2
     if quantize_x:
         block_k, num_stages = 128, num_stages - 1
-    for block_m, block_n in _prefill_tiles(ns, target, is_fp16, quantize_x):
+    for block_m, block_n in prefill_tiles(ns, target, is_fp16, quantize_x):
         num_warps = 8 if block_m * (block_n or 192) >= 128 * 64 else 4
         config = KernelConfig("prefill", block_m, block_k, 1, num_stages, num_warps, block_n)
         tiles = math.prod(config.grid(m, *ns))
@@ -177,7 +177,7 @@ def _prefill(m: int, ns: list[int], k: int, target: Target, is_fp16: bool, quant
     return replace(config, split_k=splits)
 
 
-def _prefill_tiles(ns: list[int], target: Target, is_fp16: bool, quantize_x: bool) -> list[tuple[int, int]]:
+def prefill_tiles(ns: list[int], target: Target, is_fp16: bool, quantize_x: bool) -> list[tuple[int, int]]:
     """(block_m, block_n) from large to small."""
     tiles = [(block_m, 64) for block_m in (128, 64, 32, 16)]
     if sum(cdiv(n, 128) * 128 for n in ns) <= 1.1 * sum(cdiv(n, 64) * 64 for n in ns):
@@ -214,8 +214,7 @@ def next_power_of_2(n: int) -> int:
 
 TABLE_VARIABLE = "INDEXPROJ_TUNED"  # a file to read instead of the default one; empty for none
 TABLE_SCHEMA = 1
-# dtypes of k and gate that are measured: those of `project`, and one tensor for both, which vLLM's forward slices.
-OUTS = {"fp32": (torch.bfloat16, torch.float32), "bf16": (torch.bfloat16, torch.bfloat16)}
+OUTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 Case = tuple[int, tuple[int, ...], tuple[Format, ...]]  # M (a power of two), shape, formats
 
@@ -223,6 +222,15 @@ Case = tuple[int, tuple[int, ...], tuple[Format, ...]]  # M (a power of two), sh
 # The fastest config of each measured case, which stands for all M that round up to its M, and the dtypes of the outputs
 # for which torch.mm was faster.
 TunedTable = dict[Case, tuple[KernelConfig, tuple[tuple[torch.dtype, ...], ...]]]
+
+
+def out_dtypes(outs: str, count: int) -> tuple[torch.dtype, ...]:
+    """dtypes of outputs that are measured; outs is a key of OUTS.
+
+    Of a pair: k in bf16 and gate in that dtype; both in bf16 are one tensor, which vLLM's forward slices. Of more
+    matrices: all in that dtype.
+    """
+    return (torch.bfloat16, OUTS[outs]) if count == 2 else (OUTS[outs],) * count
 
 
 def read_table(path: Path, gpu: str) -> TunedTable:
@@ -240,7 +248,7 @@ def read_table(path: Path, gpu: str) -> TunedTable:
     for entry in found["entries"]:
         formats = tuple(map(Format, entry["formats"]))
         is_bf16 = set(formats) == {Format.BF16}  # torch.mm takes no other weights
-        torch_for = tuple(OUTS[name] for name in entry["torch_for"] if is_bf16)
+        torch_for = tuple(out_dtypes(name, len(formats)) for name in entry["torch_for"] if is_bf16)
         table[entry["m"], tuple(entry["shape"]), formats] = KernelConfig(**entry["config"]), torch_for
     return table
 

@@ -3,32 +3,41 @@
 As a script, a process of `indexproj bench --ab` on that GPU.
 """
 
+import os
+
 import torch
 
 from indexproj.benchmarks import bench, gpu
-from indexproj.kernels import reference
 
 CPU = torch.device("cpu")
+SHAPES = {
+    "deepseek-v3.2": (128, 64, 512), "glm-5": (128, 32, 256),
+    "deepseek-v4-pro": (192, 64, 32, 256), "deepseek-v4-flash": (192, 64, 32, 512),
+}  # fmt: skip
 
 
-def timer(calls):
-    """Runs the calls; each takes as many microseconds as there are calls."""
+def timer(calls, how="device"):
+    """Runs the calls; each takes as many microseconds as there are calls, or SLOWER."""
     for call in calls:
         call()
-    return lambda: float(len(calls))
+    return lambda: float(os.environ.get("SLOWER", "1")) * len(calls)
 
 
-def project(x, weights, out=None):
-    k, gate = reference(x, weights)
+def exact_outputs(x, matrices):
+    return [x.double() @ matrix.dequantize(torch.float64).T for matrix in matrices]
+
+
+def project_all(x, matrices, dtypes=None, out=None):
+    exact = exact_outputs(x, matrices)
     if out is None:
-        return k.bfloat16(), gate.float()
-    return torch.split(out.copy_(torch.cat((k, gate), 1)), weights.shape[:2], 1)
+        return [output.to(dtype) for output, dtype in zip(exact, dtypes, strict=True)]
+    return torch.split(out.copy_(torch.cat(exact, 1)), bench.rows(matrices), 1)
 
 
 def launch(x, operands, outs, signature, config):
-    weights = gpu.weight_copies(signature.shape, signature.formats, CPU)[0]
-    for out, exact in zip(outs, reference(x, weights), strict=True):
-        out.copy_(exact)
+    matrices = gpu.weight_copies(signature.shape, signature.formats, CPU)[0]
+    for out, exact in zip(outs, exact_outputs(x, matrices), strict=True):
+        out.copy_(exact if config.num_warps > 1 else 0 * exact)
 
 
 def install(patch):
@@ -36,13 +45,12 @@ def install(patch):
     properties = type("Properties", (), {"L2_cache_size": 10**5, "multi_processor_count": 2})
     patch(torch.cuda, "get_device_properties", lambda _: properties)
     patch(gpu, "current_gpu", lambda: CPU)
-    patch(gpu, "replay", timer)
-    patch(gpu, "eager", timer)
+    patch(gpu, "timer", timer)
     patch(gpu, "ceilings", lambda _: iter([("empty kernel", 0, lambda: 2.0), ("copy", 6000, lambda: 3.0)]))
     patch(gpu, "description", lambda: {"GPU": "made-up GPU"})
-    patch(bench, "SHAPES", {"deepseek-v3.2": (128, 64, 512), "glm-5": (128, 32, 256)})
     patch(gpu, "launch", launch)
-    patch(bench, "project", project)
+    patch(bench, "SHAPES", SHAPES)
+    patch(bench, "project_all", project_all)
     gpu.weight_copies.cache_clear()
     bench.sampler_of.cache_clear()
 

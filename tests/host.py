@@ -9,16 +9,18 @@ import itertools
 import re
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-from indexproj.benchmarks.bench import in_turn, machine
+from indexproj.benchmarks.bench import machine
+from indexproj.benchmarks.gpu import in_turn
 from indexproj.benchmarks.report import markdown
 from indexproj.indexer.cli.fixture import write_fixture
 from indexproj.kernels import TARGETS, choose, launch, project
-from indexproj.kernels.dispatch import OUTS
+from indexproj.kernels.dispatch import out_dtypes
 from indexproj.kernels.formats import spread
 from indexproj.kernels.workspace import workspace
 from indexproj.loading import Checkpoint, Plan, load
@@ -39,23 +41,20 @@ def run(layers=None):
         ours, upcast = load(path), load_upcast(path)
         assert all(torch.equal(upcast[layer], ours[layer].to_bf16().fused_weight) for layer in ours)
         loaders = {"ours, which keeps FP8": load, "streaming and upcasting": load_upcast}
-        calls = {name: lambda loader=loader: loader(path) for name, loader in loaders.items()}
+        calls = {name: partial(loader, path) for name, loader in loaders.items()}
         yield from results("loading", calls | {"ours, headers only": lambda: Plan.of(Checkpoint(path))}, 1)
         for name, loader in loaders.items():
             print(f"{name}: {{:.1f}} MB of weights, {{:.1f}} MB beyond them".format(*megabytes(loader, path)))
 
 
 def results(suite, calls, count, m=0):
-    def timer(call):
-        def microseconds():
-            start = time.thread_time()
-            for _ in range(count):
-                call()
-            return 1e6 * (time.thread_time() - start) / count
+    def microseconds(call):
+        start = time.thread_time()
+        for _ in range(count):
+            call()
+        return 1e6 * (time.thread_time() - start) / count
 
-        return microseconds
-
-    for name, us in in_turn({name: timer(call) for name, call in calls.items()}).items():
+    for name, us in in_turn({name: partial(microseconds, call) for name, call in calls.items()}).items():
         yield {"suite": suite, "m": m, "contender": name, "how": "cpu", "us": us}
 
 
@@ -63,10 +62,11 @@ def launchers(m):
     """Ways to launch m rows, from Triton's launcher to `project`."""
     (*ns, k), w, target = DEEPSEEK, weights("FP8 128x128, BF16", DEEPSEEK), TARGETS["sm_90"]
     x = torch.zeros(m, k, dtype=torch.bfloat16)
-    outs = tuple(torch.empty(m, n, dtype=dtype) for n, dtype in zip(ns, OUTS["fp32"], strict=True))
+    dtypes = out_dtypes("fp32", len(ns))
+    outs = tuple(torch.empty(m, n, dtype=dtype) for n, dtype in zip(ns, dtypes, strict=True))
     matrices = w.wk.operands, w.gate.operands
     operands = [operand for matrix in matrices for operand in matrix]
-    signature, config = launch.signature_of(w, *OUTS["fp32"]), choose(m, DEEPSEEK, w.formats, target)
+    signature, config = launch.signature_of(w, *dtypes), choose(m, DEEPSEEK, w.formats, target)
     kernel, grid = launch.KERNELS[config.regime], config.grid(m, *ns)
     buffers = workspace(x.device, *config.workspace_size(m, *ns)) if config.has_workspace else ()
     constants = launch.constants(config, signature, target).values()
@@ -85,14 +85,14 @@ def load_upcast(path):
     fused, waiting = {}, {}
     for file in sorted(path.glob("*.safetensors")):
         for name, tensor in load_file(file).items():
-            if found := re.search(r"layers\.(\d+)\..*indexer\.(wk\.|weights_proj\.)", name):
-                parts = waiting.setdefault(int(found[1]), {})
-                parts[name.rpartition("indexer.")[2]] = tensor
+            if found := re.search(r"layers\.(\d+)\..*indexer\.((?:wk|weights_proj)\..*)", name):
+                layer, parts = int(found[1]), waiting.setdefault(int(found[1]), {})
+                parts[found[2]] = tensor
                 if len(parts) == 3:
                     codes, scale = parts["wk.weight"], parts["wk.weight_scale_inv"]
                     wk = (codes.float() * spread(scale, (128, 128), codes.shape)).bfloat16()
-                    fused[int(found[1])] = torch.cat((wk, parts["weights_proj.weight"]))
-                    del waiting[int(found[1])]
+                    fused[layer] = torch.cat((wk, parts["weights_proj.weight"]))
+                    del waiting[layer]
     return fused
 
 

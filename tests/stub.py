@@ -18,23 +18,14 @@ SOURCE = Path(__file__).with_name("stub.c")
 
 
 class Stub:
-    """What the driver was last asked for."""
+    """What the driver was last asked for; pointers are the first eight arguments."""
 
     def __init__(self, library):
         self._library = library
 
-    @property
-    def launches(self):
-        return ctypes.c_int.in_dll(self._library, "launches").value
-
-    @property
-    def grid(self):
-        return tuple((ctypes.c_uint * 3).in_dll(self._library, "last_config"))
-
-    @property
-    def pointers(self):
-        """The first eight arguments."""
-        return tuple((ctypes.c_uint64 * 8).in_dll(self._library, "last_pointers"))
+    launches = property(lambda self: ctypes.c_int.in_dll(self._library, "launches").value)
+    grid = property(lambda self: tuple((ctypes.c_uint * 3).in_dll(self._library, "last_config")))
+    pointers = property(lambda self: tuple((ctypes.c_uint64 * 8).in_dll(self._library, "last_pointers")))
 
 
 @functools.cache

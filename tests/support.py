@@ -11,14 +11,14 @@ from typer.testing import CliRunner
 
 from indexproj.__main__ import app
 from indexproj.indexer.cli import synthetic
-from indexproj.indexer.models import PAIRS, SHAPES
+from indexproj.indexer.models import PAIRS, SHAPES, fits
 from indexproj.kernels import Format, ProjectionWeights
 from indexproj.kernels.formats import parse_pair
 from indexproj.loading import CheckpointError, load
 from indexproj.loading.checkpoint import INDEX
 from indexproj.loading.layer import BAD_VALUES
 
-DEEPSEEK, GLM = SHAPES.values()
+DEEPSEEK, GLM, V4, _ = SHAPES.values()
 
 INDEXER = "model.layers.{}.self_attn.indexer."
 WK, SCALE, GATE = (INDEXER.format(0) + leaf for leaf in ("wk.weight", "wk.weight_scale_inv", "weights_proj.weight"))
@@ -33,7 +33,7 @@ def random_matrix(format, n, k):
 
 dense, fp8 = (functools.partial(random_matrix, format) for format in (Format.BF16, Format.FP8_BLOCK))
 # Pairs in published checkpoints, and FP8 per row, which requantized checkpoints have.
-ALL_PAIRS = (*PAIRS, "FP8 per row, BF16")
+ALL_PAIRS = (*(pair for pair in PAIRS if fits("glm-5", pair)), "FP8 per row, BF16")
 
 
 def weights(pair, shape):

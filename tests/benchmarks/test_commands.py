@@ -1,12 +1,15 @@
-"""compile, tune and bench: help, docs, and errors that need neither compiler nor GPU."""
+"""compile, tune and bench: help, docs, and errors that need neither compiler nor GPU; `make benchmark`."""
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from typer.main import get_command
 
+import host
 from indexproj.__main__ import app
 from indexproj.indexer.models import PAIRS, SHAPES
 from support import invoke
@@ -17,19 +20,21 @@ SM_90 = ("--target", "sm_90")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "--target must be one of sm_80, sm_90"),
-        (("--target", "sm_70"), "got sm_70"),
-        (("--all", *SM_90), "--all and --target exclude each other"),
-        ((*SM_90, "--shape", "glm"), "--shape must be one of deepseek-v3.2; glm-5; got glm"),
+        (("--target", "sm_70"), "--target must be one of sm_80; sm_90; sm_100; sm_120; gfx942; gfx950; got sm_70"),
+        ((*SM_90, "--shape", "glm"), "--shape must be one of deepseek-v3.2; glm-5; deepseek-v4-pro; deepseek-v4-flash"),
         ((*SM_90, "--pair", "INT4, BF16"), "got INT4, BF16"),
+        ((*SM_90, "--pair", "BF16, BF16", "--shape", "deepseek-v4-pro"), "no --pair has as many formats as a --shape"),
         ((*SM_90, "--activation", "fp8", "--pair", "BF16, BF16"), "--activation needs wk in FP8 128x128"),
+        ((*SM_90, "--activation", "fp8", "--shape", "deepseek-v4-pro"), "--activation needs wk in FP8 128x128"),
         ((*SM_90, "--cache", __file__), "compile: [Errno 17] File exists"),
-        ((*SM_90, "--target", "sm_100", "--sm-count", "78"), "one --target, got sm_90, sm_100"),
-        (("--all", "--sm-count", "78"), "--sm-count needs exactly one --target"),
+        ((*SM_90, "--target", "sm_100", "--sm-count", "78"), "exactly one --target, got sm_90, sm_100"),
+        (("--sm-count", "78"), "--sm-count needs exactly one --target"),
         ((*SM_90, "--sm-count", "0"), "Invalid value for '--sm-count'"),
+        (SM_90, "compile: TRITON_INTERPRET=1 is set"),
     ],
 )
-def test_compile_bad_input_exits_with_2(arguments, message):
+def test_compile_bad_input_exits_with_2(arguments, message, monkeypatch):
+    monkeypatch.setattr("indexproj.benchmarks.compiled.INTERPRETED", True)
     result = invoke("compile", *arguments)
     assert result.exit_code == 2
     assert message in result.stderr
@@ -51,24 +56,29 @@ def test_commands_in_docs_parse(line):
 def test_help_lists_shapes_and_pairs(command):
     text = " ".join(invoke(command, "--help").stdout.split())
     assert "; ".join(PAIRS) in text
-    for name, (d, h, k) in SHAPES.items():
-        assert f"{name} (D={d}, H={h}, K={k})" in text
-
-
-def test_interpreter_is_refused(monkeypatch):
-    monkeypatch.setattr("indexproj.kernels.target.INTERPRETED", True)
-    result = invoke("compile", *SM_90)
-    assert result.exit_code == 2
-    assert "TRITON_INTERPRET" in result.stderr
+    assert "deepseek-v3.2 (N=128+64, K=7168); glm-5 (N=128+32, K=6144); deepseek-v4-pro (N=2048+64+512, K=" in text
 
 
 def test_compile_faults_exit_with_1(monkeypatch):
     facts = {"target": "sm_90", "shape": "glm-5", "pair": "BF16, BF16", "activation": None, "gate": "fp32", "m": 4,
-             "programs": 1, "bytes": 9, "reduced_bytes": 0, "step": 0, "load_groups": 2, "estimate_us": 3.0,
-             "registers": 255, "shared_memory": 0, "per_sm": 1, "mma": 0, "loads": {"16": 3}}  # fmt: skip
+             "bytes": 9, "reduced_bytes": 0, "step": 0, "load_groups": 2, "estimate_us": 3.0,
+             "registers": 255, "shared_memory": 0}  # fmt: skip
     rows = [{"kernel": "gemv", **facts, "faults": []}, {"kernel": "prefill", **facts, "faults": ["2 spills"]}]
-    monkeypatch.setattr("indexproj.benchmarks.gates.rows", lambda *_: rows)
+    monkeypatch.setattr("indexproj.benchmarks.compiled.rows", lambda *_: rows)
     result = invoke("compile", *SM_90)
     assert result.exit_code == 1
     assert result.stderr.endswith("BF16, BF16, gate in fp32, prefill, M = 4: 2 spills\n")
     assert [line.strip("│ ").split()[-1] for line in result.stdout.splitlines() if " 255 " in line] == ["ok", "failed"]
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc to build the stub driver")
+def test_host_and_loading(capsys):
+    threads = torch.get_num_threads()
+    _, *results = host.run(layers=2)
+    torch.set_num_threads(threads)
+    names = ["JITFunction", "launch", "torch.library op", "project"]
+    loaders = ["ours, which keeps FP8", "streaming and upcasting", "ours, headers only"]
+    assert [each["contender"] for each in results] == names * 2 + loaders
+    us = {(each["contender"], each.get("m")): min(each["us"]) for each in results}
+    assert us["launch", 1] < us["JITFunction", 1]
+    assert "ours, which keeps FP8: 3.7 MB of weights" in capsys.readouterr().out

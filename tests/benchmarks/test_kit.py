@@ -16,94 +16,93 @@ import torch
 ROOT = Path(__file__).parents[2]
 
 
-def run(folder, *command, **extra):
-    """In an environment without this clone, and without an index for pip."""
-    environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "PIP_NO_INDEX": "1", "PYTHON": sys.executable}
-    return subprocess.run(command, cwd=folder, env=environment | extra, capture_output=True, text=True)
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would run everything on the GPU")
 def test_kit_without_a_gpu(tmp_path):
     """Says what it would run. What that needs comes from the kit, and finds no GPU."""
     command = ["make", "-o", ".venv/.installed-dev", f"BIN={Path(sys.executable).parent}", "gpu-kit"]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    archive = ROOT / "build/gpu-kit.tar.gz"
+    archive, kit = ROOT / "build/gpu-kit.tar.gz", tmp_path / "a folder"
     assert archive.stat().st_size < 20e6
-    kit = tmp_path / "a folder"
     with tarfile.open(archive) as tar:
         tar.extractall(kit)
 
-    result = run(tmp_path, "bash", kit / "run.sh", "7")
+    def run(*command, **extra):
+        """In an environment without this clone, and without an index for pip."""
+        environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PIP_NO_INDEX": "1", "PYTHON": sys.executable}
+        return subprocess.run(command, cwd=tmp_path, env=environment | extra, capture_output=True, text=True)
+
+    result = run("bash", kit / "run.sh", "7")
     assert result.returncode == 2, result.stderr
     *steps, last = result.stdout.splitlines()
     names = [line.split(":")[0].removeprefix("would run ") for line in steps]
     assert names == ["test", "sanitize", "ceilings", "bench", "tune", "ab", "report"]
     assert "bench --minutes 7 --output results" in steps[3]
     assert last == "no GPU here"
-
     site = {"PYTHONPATH": str(kit / "site")}
     script = "import indexproj.benchmarks.bench as a, rich as b, pygments as c; print(a, b, c)"
-    assert run(tmp_path, sys.executable, "-c", script, **site).stdout.count(f"{kit}/site/") == 3
+    assert run(sys.executable, "-c", script, **site).stdout.count(f"{kit}/site/") == 3
     folders = kit / "tests/gpu", kit / "tests/interpreter"
-    tests = run(tmp_path, sys.executable, "-m", "pytest", "-q", "-m", "not full", "--rootdir", kit, *folders, **site)
+    tests = run(sys.executable, "-m", "pytest", "-q", "-m", "not full", "--rootdir", kit, *folders, **site)
     assert tests.returncode == 0, tests.stdout
     assert "needs a GPU" in tests.stdout
     assert " passed" not in tests.stdout
-    bench = run(tmp_path, sys.executable, "-m", "indexproj", "bench", **site)
+    bench = run(sys.executable, "-m", "indexproj", "bench", **site)
     assert (bench.returncode, bench.stderr) == (2, "bench: needs a GPU, but there is none\n")
 
 
 @pytest.fixture
 def kit(tmp_path):
-    """The scripts alone, and a Python that has a GPU and whose steps exit with the codes in a file."""
+    """Starts the scripts alone, with a Python that has a GPU and whose steps run a line of shell, and returns output.
+
+    There are six steps, besides that of compute-sanitizer, which is not installed here and makes 2.
+    """
     (tmp_path / "wheels").mkdir()
     zipfile.ZipFile(tmp_path / "wheels/empty.whl", "w").close()
     shutil.copytree(ROOT / "tests/gpu", tmp_path / "tests/gpu")
     shutil.copy(ROOT / "tests/gpu/run.sh", tmp_path)
-    (tmp_path / "python").write_text(
-        '#!/bin/bash\ncase "$*" in *zipfile*) exit 0;; *get_device_name*) echo a GPU; exit 0;; esac\n'
-        'read -r code rest < codes; echo "$rest" > codes; exit $code\n'
-    )
-    (tmp_path / "python").chmod(0o755)
-    return tmp_path
+
+    def start(step, *arguments, gpu="echo a GPU"):
+        script = f'#!/bin/bash\ncase "$*" in *zipfile*) exit 0;; *get_device_name*) {gpu}; exit;; esac\n{step}\n'
+        (tmp_path / "python").write_text(script)
+        (tmp_path / "python").chmod(0o755)
+        environment = {"PATH": "/usr/bin:/bin", "PYTHON": f"{tmp_path}/python"}
+        command = ["bash", "run.sh", *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes)
+
+    return start
 
 
-CODES = [("0 0 0 0 0 0", 2), ("0 0 2 0 0 0", 2), ("1 0 2 0 0 0", 1), ("0 0 0 1 0 0", 1)]
+@pytest.mark.parametrize(("codes", "expected"), [("0 0 0 0 0 0", 2), ("1 0 2 0 0 0", 1), ("0 0 0 1 0 0", 1)])
+def test_kit_exits_with_the_worst_code(kit, tmp_path, codes, expected):
+    (tmp_path / "codes").write_text(codes)
+    process = kit('read -r code rest < codes; echo "$rest" > codes; exit $code', "1")
+    log = process.communicate()[0]
+    assert process.returncode == expected
+    assert (tmp_path / "codes").read_text() == "\n"
+    assert "compute-sanitizer is not installed" in log
+    assert f"== Results are in {tmp_path}/results" in log
+    assert (tmp_path / "results/log.txt").read_text() == log
 
 
-@pytest.mark.parametrize(("codes", "expected"), CODES)
-def test_kit_exits_with_the_worst_code(kit, codes, expected):
-    """Of six steps, and of compute-sanitizer, which is not installed here and makes 2."""
-    (kit / "codes").write_text(codes)
-    result = run(kit, "bash", "run.sh", "1", PYTHON=f"{kit}/python", PATH="/usr/bin:/bin")
-    assert result.returncode == expected, result.stdout
-    assert (kit / "codes").read_text() == "\n"
-    assert f"== Results are in {kit}/results" in result.stdout
-    assert "compute-sanitizer is not installed" in (kit / "results/log.txt").read_text()
-
-
-def test_interrupted_kit_ends_its_step(kit):
-    (kit / "codes").write_text("")
-    script = (kit / "python").read_text().replace("exit $code", f"echo $$ > {kit}/started; exec sleep 100")
-    (kit / "python").write_text(script)
-    process = subprocess.Popen(["bash", "run.sh"], cwd=kit, env={"PATH": "/usr/bin:/bin", "PYTHON": f"{kit}/python"})
-    while not (kit / "started").exists() or not (kit / "started").read_text():
+def test_interrupted_kit_ends_its_step(kit, tmp_path):
+    started = tmp_path / "started"
+    process = kit(f"echo $$ > {started}; exec sleep 100")
+    while not started.exists() or not started.read_text():
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    assert process.wait(10) == 2
-    assert "run.sh: interrupted; results are kept" in (kit / "results/log.txt").read_text()
+    assert "run.sh: interrupted; results are kept" in process.communicate(timeout=10)[0]
+    assert process.returncode == 2
     with pytest.raises(ProcessLookupError):
-        os.kill(int((kit / "started").read_text()), 0)
+        os.kill(int(started.read_text()), 0)
 
 
-@pytest.mark.parametrize("minutes", ["0", "-1", "1.5", "ten"])
-def test_kit_refuses_bad_minutes(kit, minutes):
-    result = run(kit, "bash", "run.sh", minutes)
-    assert (result.returncode, result.stderr) == (2, f"run.sh: expected a whole number of minutes, got {minutes}\n")
-
-
-def test_kit_names_a_missing_package(kit):
-    script = (kit / "python").read_text().replace("echo a GPU; exit 0", "echo No module named torch >&2; exit 1")
-    (kit / "python").write_text(script)
-    result = run(kit, "bash", "run.sh", PYTHON=f"{kit}/python")
-    assert (result.returncode, result.stderr) == (2, f"run.sh: {kit}/python lacks a package: No module named torch\n")
+@pytest.mark.parametrize(
+    ("minutes", "message"),
+    [*((text, f"expected a whole number of minutes, got {text}") for text in ("0", "-1", "1.5", "ten")),
+     ("10", "{0}/python lacks a package: No module named torch")],
+)  # fmt: skip
+def test_kit_refuses_bad_minutes_and_python(kit, tmp_path, minutes, message):
+    process = kit("exit 0", minutes, gpu="echo No module named torch >&2; exit 1")
+    assert process.communicate()[1] == f"run.sh: {message.format(tmp_path)}\n"
+    assert process.returncode == 2

@@ -1,38 +1,52 @@
-"""The search for the fastest kernel, with a made-up clock and GPU, and the table that `indexproj tune` keeps."""
+"""`indexproj tune`: its candidates, the search for the fastest with a made-up clock, and the table that it keeps."""
 
 import itertools
+import json
 import math
+import os
+import signal
 
 import pytest
+import torch
 
-from indexproj.benchmarks import tune
-from indexproj.benchmarks.tune import FINALISTS, FIRST_ROUNDS, LAST_ROUNDS, MS, Case, WrongError, candidates, search
-from indexproj.indexer.models import PAIRS, SHAPES
-from indexproj.kernels import TARGETS, KernelConfig, Target, choose
+import fake_gpu
+from indexproj.benchmarks import commands, gpu, tune
+from indexproj.benchmarks.compiled import signature
+from indexproj.benchmarks.tune import FINALISTS, FIRST_ROUNDS, LAST_ROUNDS, MS, WrongError, candidates, search
+from indexproj.indexer.models import PAIRS, SHAPES, fits
+from indexproj.kernels import TARGETS, Format, KernelConfig, Target, choose, dispatch, launch
+from indexproj.kernels.dispatch import out_dtypes, read_table
 from indexproj.kernels.formats import parse_pair
-from support import DEEPSEEK, GLM
+from support import DEEPSEEK, GLM, invoke
 
-DENSE, FP8, SM_90 = parse_pair("BF16, BF16"), parse_pair("FP8 128x128, BF16"), TARGETS["sm_90"]
-GPU = "NVIDIA H100 80GB HBM3"
-SPLIT, GEMV = KernelConfig("split_k", 16, 64, 6, slices=4), KernelConfig("gemv", 8, 128, slices=8)
+DENSE, FP8, THREE = map(parse_pair, ("BF16, BF16", "FP8 128x128, BF16", "BF16, BF16, BF16"))
+SM_90, GPU = TARGETS["sm_90"], "NVIDIA H100 80GB HBM3"
+SPLIT = KernelConfig("split_k", 16, 64, 7, slices=4, num_warps=2)
 
 
 @pytest.mark.parametrize("name", TARGETS)
-@pytest.mark.parametrize("pair", ["BF16, BF16", *(pytest.param(pair, marks=pytest.mark.full) for pair in PAIRS[1:])])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "pair"),
+    [
+        pytest.param(shape, pair, marks=[] if set(parse_pair(pair)) == {Format.BF16} else pytest.mark.full)
+        for shape, pair in itertools.product(SHAPES, PAIRS)
+        if fits(shape, pair)
+    ],
+)
 def test_candidates_start_with_default(name, shape, pair):
-    *ns, k = shape
+    *ns, k = shape = SHAPES[shape]
     everything = set()
     for m in MS:
         found = candidates(m, shape, parse_pair(pair), TARGETS[name])
         assert found[0] == choose(m, shape, parse_pair(pair), TARGETS[name])
-        assert len(set(found)) == len(found) <= 40
+        assert 2 < len(set(found)) == len(found) <= 40
         for config in found:
             steps = -(-k // (config.split_k * config.block_k * config.slices))
             assert (config.split_k - 1) * steps * config.block_k * config.slices < k  # no split without work
             assert math.prod(config.grid(m, *ns)) <= 4 * max(TARGETS[name].sm_count, m)
         everything |= set(found)
-    assert {config.regime for config in everything} == {"gemv", "split_k", "prefill"}
+    regimes = {"split_k", "prefill"} if len(ns) == 3 else {"gemv", "split_k", "prefill"}
+    assert {config.regime for config in everything} == regimes
     assert len(everything) <= 120  # 16 cores compile all pairs in less than a minute
 
 
@@ -45,81 +59,65 @@ def test_candidates_fill_the_gpu_and_alternate_regimes():
     assert KernelConfig("split_k", 16, 64, 4, 2, 8, 32, 8) not in found  # 6 * 4 programs, a fifth of a wave
 
 
+def test_candidates_for_gpus_without_an_estimate_of_their_own():
+    for arch in (86, 89, 103, 121, "gfx90a"):
+        target = Target("hip" if isinstance(arch, str) else "cuda", arch, sm_count=100)
+        for m in (1, 64, 4096):
+            assert choose(m, GLM, DENSE, target) in tune.candidates(m, GLM, DENSE, target)
+
+
 class Clock:
-    """Seconds that pass while something is sampled."""
+    """Seconds that pass while a choice is prepared."""
 
     def __init__(self):
-        self.now, self.sampled = 1000.0, []
+        self.now, self.timed = 1000.0, []
 
-    def __call__(self):
-        return self.now
-
-    def sampler(self, microseconds, cost=0.1):
-        def sample(choice):
-            self.sampled.append(choice)
+    def timers(self, microseconds, cost):
+        def timer(choice):
             self.now += cost
-            found = microseconds[choice]
-            found = next(found) if isinstance(found, itertools.cycle) else found
+            found = microseconds(choice)
             if isinstance(found, Exception):
                 raise found
-            return found
+            return lambda: self.timed.append(choice) or (found if isinstance(found, float) else next(found))
 
-        return sample
+        return timer
 
 
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(tune, "monotonic", clock)
+    monkeypatch.setattr(tune, "monotonic", lambda: clock.now)
     return clock
 
 
-def find(clock, choices, times, always=1, seconds=1e9, cost=0.1):
-    return search(list(choices), always, clock.sampler(times, cost), clock.now + seconds)
+def find(clock, choices, times, always=1, seconds=1e9):
+    return search((1, GLM, DENSE), [*choices], always, clock.timers(times.get, 1.0), clock.now + seconds)
 
 
 def test_search_measures_finalists_again_in_turn(clock):
-    # "b" looks fastest at first, and "c" in the long run.
-    times = {"a": 9.0, "b": itertools.cycle([1.0] * FIRST_ROUNDS + [5.0] * LAST_ROUNDS), "c": 3.0, "d": 4.0, "e": 8.0}
+    # "b" looks fastest at first, and "c" in the long run; one slow round of "d" does not matter.
+    b, d = [1.0] * (FIRST_ROUNDS + 1) + [5.0] * (LAST_ROUNDS + 1), [4.0, 90.0, 4.0, 4.0]
+    times = {"a": 9.0, "b": itertools.cycle(b), "c": 3.0, "d": itertools.cycle(d), "e": 8.0}
     found, tried = find(clock, times, times)
     assert list(found.items()) == [("c", 3.0), ("d", 4.0), ("b", 5.0), ("a", 9.0)]
-    assert tried == list("abcde")
-    assert clock.sampled[5 * FIRST_ROUNDS :] == ["a", "b", "c", "d"] * LAST_ROUNDS
-    assert FINALISTS == 3
-
-
-def test_search_takes_the_median_of_the_last_rounds(clock):
-    times = {"a": 5.0, "b": itertools.cycle([3.0, 90.0, 3.0, 3.0])}
-    assert find(clock, "ab", times)[0] == {"b": 3.0, "a": 5.0}
-    times = {"a": itertools.cycle([1.0] * FIRST_ROUNDS + [4.0] * 4 + [5.0] * 5)}
-    assert find(clock, "a", times)[0] == {"a": 5.0}
+    assert (tried, FINALISTS) == (5, 3)
+    assert clock.timed == [*"abcde"] * (FIRST_ROUNDS + 1) + [*"abcd"] * (LAST_ROUNDS + 1)
 
 
 def test_search_tries_nothing_new_after_the_deadline(clock):
     times = dict.fromkeys("abcdefgh", 1.0)
-    find(clock, times, times, seconds=4 * 0.5 * FIRST_ROUNDS - 0.1, cost=0.5)
-    assert set(clock.sampled) == set("abcd")
-    assert find(clock, times, times, seconds=-1) == ({"a": 1.0}, ["a"])
+    assert find(clock, times, times, seconds=3.9) == (dict.fromkeys("abcd", 1.0), 4)
+    assert find(clock, times, times, seconds=-1) == ({"a": 1.0}, 1)
 
 
 @pytest.mark.parametrize("always", [1, 3])
 def test_search_drops_what_cannot_run(clock, always):
-    times = {"a": 2.0, "b": RuntimeError("out of resources"), "c": 1.0}
-    assert find(clock, "abc", times, always) == ({"c": 1.0, "a": 2.0}, ["a", "b", "c"])
-    assert clock.sampled.count("b") == 1
-    late = itertools.cycle([1.0] * FIRST_ROUNDS + [RuntimeError("out of memory")])
-    assert find(clock, "ab", {"a": 2.0, "b": late}, always)[0] == {"a": 2.0}
-
-
-def test_search_errors(clock):
-    times = {"a": 2.0, "b": RuntimeError("out of resources"), "c": WrongError("c")}
-    with pytest.raises(RuntimeError, match="b cannot be measured: out of resources"):
+    times = {"a": 2.0, "b": RuntimeError("out of resources"), "c": 1.0, "bf16": WrongError("off by nan")}
+    assert find(clock, times, times, always) == ({"c": 1.0, "a": 2.0}, 4)
+    with pytest.raises(RuntimeError, match=r"M = 1, \(128, 32, 6144\), BF16, BF16: b: out of resources"):
         find(clock, "bac", times)
-    broken = itertools.cycle([2.0] * FIRST_ROUNDS + [RuntimeError("illegal memory access")])
-    with pytest.raises(RuntimeError, match="a cannot be measured, after c failed: illegal"):
-        find(clock, "abc", {"a": broken, "b": 1.0, "c": RuntimeError("d")})
-    with pytest.raises(WrongError):
-        find(clock, "abc", times)
+    with pytest.raises(WrongError, match="BF16, BF16: split_k 16x16x256, K/7: off by"):
+        find(clock, ("a", SPLIT), times | {SPLIT: WrongError("off by 1.0e-05 of the largest output")})
 
 
 def speed(choice):
@@ -127,94 +125,146 @@ def speed(choice):
     return {"fp32": 7.0, "bf16": 2.0}[choice] if isinstance(choice, str) else 3.0 + abs(choice.split_k - 7) / 100
 
 
-@pytest.fixture
-def tune_both(clock, monkeypatch):
-    """Tunes BF16 and FP8 on an H100 that takes 10 ms per sample, with the given compiler."""
+@pytest.mark.parametrize(("seconds", "compiled"), [(110, 9999), (110, 20), (5, 9999)])
+def test_tune_measures_every_case_in_time(clock, monkeypatch, seconds, compiled):
+    """On an H100 that takes 10 ms to prepare a kernel. A known config is tried first."""
+    asked, cases = [], [(m, GLM, formats) for formats in (DENSE, FP8) for m in MS]
 
-    class Speeds(dict):
-        def __missing__(self, choice):
-            return speed(choice)
-
-    def run(seconds, compiler, known=None):
-        monkeypatch.setattr(tune, "compile_all", compiler)
-        return list(tune.tune([Case(m, GLM, formats) for formats in (DENSE, FP8) for m in MS], "cuda", seconds, known))
-
-    monkeypatch.setattr(tune, "target_of", lambda device: SM_90)
-    monkeypatch.setattr(tune, "_measurer", lambda case, device: clock.sampler(Speeds(), cost=0.01))
-    return run
-
-
-@pytest.mark.parametrize("seconds", [110, 5])
-def test_tune_measures_every_case_in_time(clock, tune_both, seconds):
-    limits = []
-
-    def compiler(target, kernels, limit):
-        limits.append(limit)
+    def compile_all(target, kernels, limit):
+        assert limit == seconds / 2
         clock.now += limit
-        assert len(set(kernels)) == len(kernels)
-        return kernels
+        asked.extend(kernels)
+        return kernels[:compiled]
 
-    found = tune_both(seconds, compiler)
+    monkeypatch.setattr(tune, "compile_all", compile_all)
+    monkeypatch.setattr(tune, "target_of", lambda device: SM_90)
+    sampler = type("Sampler", (), {"timer": staticmethod(clock.timers(speed, 0.01))})
+    monkeypatch.setattr(tune, "Sampler", lambda *case_and_device: sampler)
+    known = {cases[-3]: SPLIT, (16, DEEPSEEK, FP8): KernelConfig("gemv", 8, 128)}
+    found = list(tune.tune(cases, "cuda", seconds, known))
     entries = [entry for _, entry in found if entry]
-    assert [(entry["formats"], entry["m"]) for entry in entries] == [
-        ([str(format) for format in formats], m) for formats in (DENSE, FP8) for m in MS
-    ]
-    # Compiling has half of the time; the last rounds are not cut short.
-    assert limits == [seconds / 2]
-    assert clock.now - 1000 <= seconds + len(entries) * 0.01 * (FIRST_ROUNDS + LAST_ROUNDS * (3 + FINALISTS))
-    steps = [done for done, _ in found[:-30]]
-    assert steps == [f"compiled {n + 1} of {len(steps)}" for n in range(len(steps))]
-    assert [done for done, _ in found[-30:]] == [f"measured {n + 1} of 30" for n in range(30)]
-    for entry, (formats, m) in zip(entries, itertools.product((DENSE, FP8), MS), strict=True):
-        known = candidates(m, GLM, formats, SM_90)
-        assert entry["default_us"] == speed(known[0])
-        assert entry["candidates"] == len(known)
+    assert clock.now - 1000 <= seconds + 0.03
+    steps = [f"compiled {n + 1} of {len(asked)}" for n in range(min(compiled, len(asked)))]
+    assert [done for done, _ in found] == steps + [f"measured {n + 1} of 30" for n in range(30)]
+    defaults = {(choose(*case, SM_90), *case[1:]) for case in cases}
+    assert set(asked[: len(defaults)]) == defaults
+    assert len(set(asked)) == len(asked)
+    for case, entry in zip(cases, entries, strict=True):
+        default, *others = candidates(*case, SM_90)
+        others = [SPLIT, *others] if case == cases[-3] else others
+        ready = [config for config in others if (config, *case[1:]) in asked[:compiled]]
+        assert tune.case_of(entry) == case
+        assert (entry["default_us"], entry["candidates"]) == (speed(default), 1 + len(others))
         if seconds == 110:
-            assert entry["tried"] == len(known)
-            config = KernelConfig(**entry["config"])
-            assert entry["us"] == min(map(speed, known)) == speed(config)
-            assert entry["kernel"] == str(config)
-            assert entry["torch_us"] == ({"fp32": 7.0, "bf16": 2.0} if formats == DENSE else {})
-            assert entry["torch_for"] == (["bf16"] if formats == DENSE else [])
+            assert entry["tried"] == 1 + len(ready)
+            assert entry["us"] == min(map(speed, [default, *ready])) == speed(KernelConfig(**entry["config"]))
+            assert entry["torch_us"] == ({"fp32": 7.0, "bf16": 2.0} if case[2] == DENSE else {})
+            assert entry["torch_for"] == (["bf16"] if case[2] == DENSE else [])
     tried = [entry["tried"] for entry in entries]
-    assert min(tried) == (6 if seconds == 110 else 1)
-    assert seconds == 110 or max(tried) <= 4  # a share of the time for each case
+    assert seconds == 110 or 1 <= min(tried) <= max(tried) <= 10  # a share of the time for each case
+    assert compiled == 20 or KernelConfig(**entries[-3]["config"]) == SPLIT
+    assert KernelConfig("gemv", 8, 128) not in clock.timed
 
 
 @pytest.mark.parametrize(("us", "expected"), [(3.25, []), (3.2, []), (3.18, ["bf16"])])
 def test_torch_must_be_faster_by_two_percent(us, expected):
-    assert tune._entry(Case(16, GLM, DENSE), {"bf16": us, SPLIT: 3.25}, SPLIT)["torch_for"] == expected
+    assert tune.entry_of((16, GLM, DENSE), {"bf16": us, SPLIT: 3.25}, SPLIT)["torch_for"] == expected
 
 
-def test_tune_compiles_defaults_first_and_measures_what_compiled(tune_both):
-    asked = []
-
-    def compiler(target, kernels, limit):
-        asked.extend(kernels)
-        return kernels[:20]
-
-    entries = [entry for _, entry in tune_both(110, compiler) if entry]
-    cases = list(itertools.product((DENSE, FP8), MS))
-    defaults = {(choose(m, GLM, formats, SM_90), GLM, formats) for formats, m in cases}
-    assert set(asked[: len(defaults)]) == defaults
-    for entry, (formats, m) in zip(entries, cases, strict=True):
-        _, *others = candidates(m, GLM, formats, SM_90)
-        assert entry["tried"] == 1 + sum((config, GLM, formats) in asked[:20] for config in others)
-
-
-def test_known_configs_are_tried_first(clock, tune_both):
-    """Those of a table of another Triton: also in little time, and if `candidates` has them not."""
-    case, other = Case(16, GLM, FP8), Case(16, DEEPSEEK, FP8)
-    config = KernelConfig("split_k", 16, 64, split_k=7, slices=4, num_warps=2)
-    assert config not in candidates(*case, SM_90)
-    found = tune_both(20, lambda target, kernels, limit: kernels, {case: config, other: SPLIT})
-    (entry,) = [each for _, each in found if each and (each["m"], each["formats"][0]) == (16, "FP8 128x128")]
-    assert KernelConfig(**entry["config"]) == config
-    assert SPLIT not in clock.sampled
+@pytest.fixture
+def h100(monkeypatch, tmp_path, mm_to_fp32):
+    """A made-up H100: everything but the compiler, the kernels and the clock is real. Returns the cases asked for."""
+    fake_gpu.install(monkeypatch.setattr)
+    monkeypatch.setattr(gpu, "description", lambda: {"GPU": GPU})
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setattr(commands, "SHAPES", fake_gpu.SHAPES)
+    monkeypatch.setattr(tune, "MS", (1, 16))
+    monkeypatch.setattr(tune, "target_of", lambda _: SM_90)
+    monkeypatch.setattr(tune, "compile_all", lambda target, kernels, seconds: kernels)
+    asked, measure = [], tune.tune
+    monkeypatch.setattr(tune, "tune", lambda *arguments: asked.append(arguments) or measure(*arguments))
+    return asked
 
 
-@pytest.mark.parametrize("arch", [86, 89, 103, 121, "gfx90a"])
-def test_candidates_for_gpus_without_an_estimate_of_their_own(arch):
-    target = Target("hip" if isinstance(arch, str) else "cuda", arch, sm_count=100)
-    for m in (1, 64, 4096):
-        assert choose(m, GLM, DENSE, target) in tune.candidates(m, GLM, DENSE, target)
+def run(*arguments, code=0):
+    result = invoke("tune", *arguments)
+    assert result.exit_code == code, result.output
+    return result
+
+
+def entries_of(path):
+    return json.loads(path.read_text())["entries"]
+
+
+PAIR = ("--shape", "glm-5", "--pair", "BF16, BF16")
+SMALL, V4 = fake_gpu.SHAPES["glm-5"], fake_gpu.SHAPES["deepseek-v4-pro"]
+
+
+def test_tune_writes_what_launches_read(h100, monkeypatch, tmp_path):
+    """Also for three matrices."""
+    path = tmp_path / "indexproj/nvidia-h100-80gb-hbm3.json"
+    pairs = "--pair", "FP8 128x128, BF16", "--pair", "BF16, BF16, BF16"
+    result = run(*PAIR, "--shape", "deepseek-v4-pro", *pairs, "--seconds", 50)
+    assert f"Kept in {path}." in result.stdout
+    cases = [(m, *each) for each in ((SMALL, DENSE), (SMALL, FP8), (V4, THREE)) for m in (1, 16)]
+    assert h100 == [(cases, torch.device("cpu"), 50, {})]
+    assert list(read_table(path, GPU)) == cases
+    for entry in entries_of(path):
+        assert entry["tried"] == entry["candidates"] > 1
+        assert len(entry["torch_us"]) == (2 if set(entry["formats"]) == {"BF16"} else 0)
+        assert f"{tune.summary(entry)}\n" in result.stdout
+    table = dict.fromkeys(cases, (SPLIT, [out_dtypes("fp32", 3)]))
+    monkeypatch.setattr(launch, "table_of", lambda device: table)
+    monkeypatch.setattr(launch, "target_of", lambda device: SM_90)
+    plan = launch.plan_of(signature(V4, THREE), 16)
+    assert (plan.config, plan.prefers_torch) == (SPLIT, True)
+
+
+def test_tune_keeps_entries_of_other_shapes_and_versions(h100, tmp_path):
+    path = tmp_path / "table.json"
+    run(*PAIR, "--pair", "FP8 128x128, BF16", "--output", path)
+    old = entries_of(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"versions": {"triton": "3.0"}}))
+    result = run(*PAIR, "--output", path)
+    assert result.stderr.count("has configs of other versions, which are tried first") == 1
+    known = {tune.case_of(entry): KernelConfig(**entry["config"]) for entry in old}
+    assert h100[1][3] == known
+    assert [tune.case_of(entry) for entry in entries_of(path)] == [(m, SMALL, DENSE) for m in (1, 16)]
+    run("--shape", "glm-5", "--pair", "FP8 128x128, BF16", "--output", path)
+    assert h100[2][3].keys() == known.keys()
+    assert list(read_table(path, GPU)) == list(known)
+    assert json.loads(path.read_text())["other_versions"] == []
+
+
+TABLES = {"schema": 0}, {"gpu": "H200"}, {"entries": 3}, {"entries": [{"m": 16}]}
+
+
+@pytest.mark.parametrize("change", ["", "[]", "null", "\ud800", "[" * 100_000, *TABLES])
+def test_tune_does_not_replace_another_file(h100, tmp_path, change):
+    path = tmp_path / "table.json"
+    table = {"schema": dispatch.TABLE_SCHEMA, "gpu": GPU, "versions": dispatch.versions(), "entries": []}
+    text = json.dumps(table | change) if isinstance(change, dict) else change
+    path.write_bytes(before := text.encode("utf-8", "surrogatepass"))
+    assert f"tune: {path} cannot be extended; move it away" in run(*PAIR, "--output", path, code=2).stderr
+    assert "tune: [Errno" in run("--output", path / "table.json", code=2).stderr
+    assert "--pair must be one of" in run("--pair", "FP8", "--output", path, code=2).stderr
+    assert (path.read_bytes(), h100) == (before, [])
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(WrongError("prefill is off"), 1), (RuntimeError("no kernel image"), 2), ("interrupted", 2)]
+)
+def test_tune_errors_keep_what_was_measured(h100, monkeypatch, tmp_path, error, code):
+    """Interrupted by SIGTERM, which otherwise would leave compiling processes behind."""
+    measure = tune.tune
+
+    def fail(*arguments):
+        yield from itertools.takewhile(lambda step: step[0] != "measured 2 of 4", measure(*arguments))
+        if error == "interrupted":
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise error
+
+    monkeypatch.setattr(tune, "tune", fail)
+    path = tmp_path / "table.json"
+    assert run(*PAIR, "--pair", "FP8 128x128, BF16", "--output", path, code=code).stderr.endswith(f"tune: {error}\n")
+    assert len(entries_of(path)) == 1

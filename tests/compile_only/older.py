@@ -8,8 +8,7 @@ from dataclasses import replace
 
 import triton
 
-from indexproj.benchmarks.compiled import Binary, signature, warm_up
-from indexproj.benchmarks.gates import faults
+from indexproj.benchmarks.compiled import Binary, faults, signature, warm_up
 from indexproj.indexer.models import SHAPES
 from indexproj.kernels import TARGETS, choose
 from indexproj.kernels.formats import parse_pair

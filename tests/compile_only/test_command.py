@@ -11,9 +11,8 @@ import triton
 from typer.testing import CliRunner
 
 from indexproj.__main__ import app
-from indexproj.benchmarks.compiled import signature
-from indexproj.benchmarks.gates import configs
-from indexproj.indexer.models import SHAPES
+from indexproj.benchmarks.compiled import configs, signature
+from indexproj.indexer.models import SHAPES, fits
 from indexproj.kernels import TARGETS, launch, project
 from indexproj.kernels.formats import parse_pair
 from indexproj.kernels.target import INTERPRETED
@@ -37,6 +36,7 @@ def test_compile_table_and_json():
     expected = [
         (shape, str(config), m)
         for shape, sizes in SHAPES.items()
+        if fits(shape, FP8)
         for config, m in configs(TARGETS["sm_90"], signature(sizes, parse_pair(FP8))).items()
     ]
     assert [(row["shape"], row["kernel"], row["m"]) for row in rows] == expected
@@ -49,7 +49,6 @@ def test_compile_table_and_json():
             assert any({str(row["registers"]), str(row["shared_memory"]), "ok"} <= set(cell) for cell in cells)
             if row["kernel"].startswith("gemv"):
                 nbytes = 128 * 6144 + 4 * 48 + 2 * 32 * 6144
-                assert row["programs"] == 160
                 assert row["bytes"] == nbytes + 160 * 2 * row["m"] * 6144
     assert max(map(len, table.splitlines())) <= 100
 
@@ -71,7 +70,7 @@ def test_server_compiles_nothing_that_the_cache_holds(options, sm_count, asked_f
     target = replace(TARGETS["sm_90"], sm_count=sm_count)
     line = 'indexproj compile --target sm_90 --shape glm-5 --pair "FP8 128x128, BF16" --cache cache\n'
     assert line in (Path(__file__).parents[2] / "docs/benchmarks.md").read_text()
-    assert f"TRITON_CACHE_DIR={tmp_path / 'cache'}" in run(*shlex.split(line + options)[1:]).stdout
+    assert f"TRITON_CACHE_DIR={tmp_path / 'cache'}," in run(*shlex.split(line + options)[1:]).stdout
     hits = []
     w, x = weights(FP8, GLM), torch.empty(65536, GLM[2], dtype=torch.bfloat16)  # memory that nobody touches
     out = torch.empty(65536, 128 + 32, dtype=torch.bfloat16)

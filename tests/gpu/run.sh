@@ -52,7 +52,7 @@ step test "$python" -m pytest -q -p no:cacheprovider -m "not full" tests/gpu tes
 step sanitize bash tests/gpu/sanitize.sh
 step ceilings "${indexproj[@]}" bench --minutes 0 --output results
 step bench "${indexproj[@]}" bench --minutes "$minutes" --output results
-step tune "${indexproj[@]}" tune --seconds "$((25 * minutes))" --output "$table"
+step tune "${indexproj[@]}" tune --seconds "$((55 * minutes))" --output "$table"
 step ab "${indexproj[@]}" bench --minutes "$minutes" --output results \
     --ab "env INDEXPROJ_TUNED= $(printf %q "$python")" --ab "env INDEXPROJ_TUNED=$(printf %q "$table") $(printf %q "$python")"
 step report "${indexproj[@]}" report results

@@ -14,7 +14,7 @@ def cpu(device, monkeypatch):
         properties = type("Properties", (), {"L2_cache_size": 2**18, "multi_processor_count": 1})
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**20, 2**20))
-        monkeypatch.setattr(gpu, "replay", fake_gpu.timer)
+        monkeypatch.setattr(gpu, "timer", fake_gpu.timer)
 
 
 def test_ceilings(device):
