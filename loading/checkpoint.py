@@ -15,10 +15,12 @@ from .problems import CheckpointError, Problem
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_ADVICE = {  # part of an error of safetensors -> what to do
+_ADVICE = {  # part of the name of an error and its text -> what to do
+    "FileNotFoundError": "fetch the rest of the checkpoint",
     "unknown variant": "the installed safetensors does not know that dtype: install a newer one",
     "not valid UTF-8": "safetensors opens UTF-8 paths only: rename the file or its directory",
-    "": "the file is truncated, corrupt or a Git LFS pointer: fetch it again",
+    "SafetensorError": "the file is truncated, corrupt or a Git LFS pointer: fetch it again",
+    "": "",
 }
 
 
@@ -79,11 +81,8 @@ class Checkpoint:
             if promised == []:
                 self.unread.append(file)
                 return
-            instead, advice = f"an unreadable file ({error})", ""
-            if isinstance(error, FileNotFoundError):
-                instead, advice = "no such file", "fetch the rest of the checkpoint"
-            elif isinstance(error, SafetensorError):
-                advice = next((advice for sign, advice in _ADVICE.items() if sign in str(error)), _ADVICE[""])
+            instead = "no such file" if isinstance(error, FileNotFoundError) else f"an unreadable file ({error})"
+            advice = next(_ADVICE[sign] for sign in _ADVICE if sign in f"{type(error).__name__}: {error}")
             if promised is None:
                 self.problems.append(Problem(file, "", "a readable safetensors file", str(error), advice))
         self.tensors += len(names)
@@ -128,9 +127,7 @@ def _promised(path: Path) -> dict[str, list[str] | None]:
 
 
 def _check_is_file(path: Path) -> None:
-    """Raises OSError for a directory, a pipe, which would block, or a bad link; open() reports a missing file."""
-    if path.is_symlink() and not path.exists():
-        raise OSError("a link that leads nowhere")
+    """Raises OSError for a directory or a pipe, which would block; open() reports a missing file or a bad link."""
     if path.exists() and not path.is_file():
         raise OSError("not a file")
 

@@ -57,7 +57,7 @@ class MatrixPlan:
             faults |= nan_codes(roles["weight"])
             oddities += others
         for role, (expected, found) in faults.items():
-            header = self.headers[next(r for r in (role, "scale_2", self.encoding.scale_role) if r in self.headers)]
+            header = self.headers[next(r for r in (role, "scale_2", "row_scale") if r in self.headers)]
             problems.append(Problem(header.name, header.file, expected, found, BAD_VALUES))
         if matrix is None or faults:
             return None

@@ -7,7 +7,7 @@ from ..kernels.matrix import DenseMatrix, Fp4Matrix, Fp8Matrix, Matrix
 from .problems import ranges
 
 _LARGEST, _SMALLEST = 2.0**100, 2.0**-100
-_LEAST = 1e-10  # the largest weight of a matrix is never that small, unless its scales are misread
+_LEAST, _MOST = 1e-10, 1e10  # the largest weight of a matrix is in between, unless its scales are misread
 _ALL_ZERO = "values other than 0", "nothing but 0, as in a hole that an unfinished download leaves"
 _SCALES = "scales with a magnitude from 2**-100 to 2**100, smaller or 0 only where all codes are 0"
 
@@ -34,17 +34,17 @@ def judge(matrix: Matrix) -> tuple[Faults, list[str]]:
     if isinstance(matrix, DenseMatrix):
         # Ignoring the sign, bf16 values sort like their bits, with infinity and NaN above all others.
         bits = (matrix.weight.view(torch.int16) & 0x7FFF).amax(1, keepdim=True)
-        sizes = bits.view(torch.bfloat16).float()
-        if not (sizes <= _LARGEST).all():
-            faults["weight"] = "magnitudes up to 2**100", _summary(matrix.weight)
+        values, sizes = matrix.weight, bits.view(torch.bfloat16).float()
     else:
         assert isinstance(matrix, Fp8Matrix | Fp4Matrix)
         sizes = _largest_codes(matrix)
         for role, scale in zip(("scale", "global_scale"), matrix.tensors[1:], strict=False):
             sizes = judge_scale(role, scale.float(), sizes, matrix.group[0] if role == "scale" else 1, faults, oddities)
-    if not faults and (largest := sizes.max().item()) < _LEAST:
-        small = f"weights of a magnitude above {_LEAST}", f"none above {largest:.1e}"
-        faults["weight"] = small if largest else _ALL_ZERO
+        values = sizes
+    largest = sizes.max().item()  # NaN if one is
+    if not faults and not _LEAST <= largest <= _MOST:
+        expected = f"weights of which the largest is between {_LEAST:.0e} and {_MOST:.0e}"
+        faults["weight"] = (expected, _summary(values)) if largest else _ALL_ZERO
     is_zero = sizes == 0
     if is_zero.any():
         oddities += _zeros(is_zero, matrix)
@@ -84,8 +84,7 @@ def _zeros(is_zero: Tensor, matrix: Matrix) -> list[str]:
     found = [f"zeros in rows {ranges(rows.nonzero().flatten().tolist())}"] if rows.any() else []
     height, width = matrix.group
     # A block within rows of zeros has been named.
-    bands = [slice(start, start + height) for start in range(0, len(rows), height)]
-    blocks = torch.stack([is_zero[band].all(0) & ~rows[band].all() for band in bands]).nonzero().tolist()
+    blocks = torch.stack([band.all(0) & ~band.all() for band in torch.split(is_zero, height)]).nonzero().tolist()
     if blocks:
         (i, j), (n, k) = blocks[0], matrix.shape
         where = f"rows {i * height}-{min(n, (i + 1) * height) - 1}, columns {j * width}-{min(k, (j + 1) * width) - 1}"

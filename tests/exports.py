@@ -3,7 +3,7 @@
 The values are worked out element by element from the definition of the format, not by the layouts under test.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import pytest
@@ -11,6 +11,8 @@ import torch
 
 from indexproj.indexer.cli.synthetic import random_e4m3, random_e8m0
 from indexproj.loading import Assembly, CheckpointError
+from indexproj.loading.headers import parse
+from support import problems_of, write_checkpoint
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
 
@@ -215,3 +217,12 @@ def stream_problems(*args, **keywords):
     with pytest.raises(CheckpointError) as caught:
         stream(*args, **keywords)
     return caught.value.problems
+
+
+def refused(path, tensors, config=None):
+    """The problems of a load from files, after checking that a stream of the same tensors has the same ones."""
+    problems = problems_of(write_checkpoint(path, tensors, config=config))
+    layers = {parsed.number for parsed in map(parse, tensors) if parsed.matrix}
+    streamed = stream_problems(dict(sorted(tensors.items())), layers, config or {})
+    assert sorted(map(str, streamed)) == sorted(str(replace(problem, file="")) for problem in problems)
+    return problems

@@ -24,10 +24,6 @@ from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_am
 from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 from torchao.quantization import Float8WeightOnlyConfig, quantize_
 
-from support import INDEXER
-
-WK, GATE = (INDEXER.format(0) + matrix for matrix in ("wk.", "weights_proj."))
-
 
 def uneven(n, k, width, dtype=torch.bfloat16):
     """A weight whose groups of `width` columns and blocks of 128 rows differ by up to 2**14; some of it is 0."""
@@ -81,16 +77,12 @@ def calibrate(module):
     module.weight_zero_point.data.copy_(zero_point)
 
 
-def compressed(weight, preset, **changes):
+def compress(weight, preset, **changes):
     module = linear(weight)
     initialize_module_for_quantization(module, scheme_of(preset, changes))
     calibrate(module)
     compress_module(module)
-    return module
-
-
-def compress(*args, **keywords):
-    return dict(compressed(*args, **keywords).state_dict())
+    return dict(module.state_dict())
 
 
 def decode(tensors, preset, **changes):
@@ -146,7 +138,12 @@ def torchao_mx(encoding, dtype):
 
 
 def torchao_file(weight):
-    tensors, _ = flatten_tensor_state_dict({"wk.weight": MXTensor.to_mx(weight, torch.float8_e4m3fn, 32)})
+    return flattened(MXTensor.to_mx(weight, torch.float8_e4m3fn, 32))
+
+
+def flattened(weight):
+    """As torchao's checkpoints name the parts of a tensor."""
+    tensors, _ = flatten_tensor_state_dict({"wk.weight": weight})
     return {name.removeprefix("wk."): tensor for name, tensor in tensors.items()}
 
 
@@ -154,8 +151,7 @@ def torchao_float8(weight):
     weight[1] = weight[0]  # of a row of zeros, it makes NaN
     module = torch.nn.Sequential(linear(weight))
     quantize_(module, Float8WeightOnlyConfig())
-    tensors, _ = flatten_tensor_state_dict({"wk.weight": module[0].weight})
-    return {name.removeprefix("wk."): tensor for name, tensor in tensors.items()}
+    return flattened(module[0].weight)
 
 
 def torchao_float8_decode(tensors):
@@ -186,11 +182,9 @@ DIVISOR = 2**-24 + 2**-50
 WHOLE = 512  # wider than any row
 NVFP4 = modelopt(NVFP4QTensor, (), 2, block_sizes={-1: 16})
 MXFP4 = modelopt(MXFP4QTensor, (), 2, block_sizes={-1: 32})
-ROWS = {"strategy": "channel", "group_size": None}
 
 FORMATS = {
     "compressed-tensors NVFP4A16": _compressed("NVFP4 (divisor)", 16, 400, "NVFP4A16", DIVISOR),
-    "compressed-tensors NVFP4": _compressed("NVFP4 (divisor)", 16, 400, "NVFP4", DIVISOR),
     "compressed-tensors FP8": _compressed("FP8 per tensor", WHOLE, 420, "FP8"),
     "compressed-tensors FP8_DYNAMIC": _compressed("FP8 per row", WHOLE, 420, "FP8_DYNAMIC"),
     "compressed-tensors FP8_BLOCK": _compressed("FP8 128x128", 128, 420, "FP8_BLOCK"),
@@ -198,12 +192,11 @@ FORMATS = {
     "compressed-tensors MXFP8A16": _compressed("MXFP8", 32, 416, "MXFP8A16"),
     "compressed-tensors W4A16": _compressed("INT4", 128, 384, "W4A16"),
     "compressed-tensors W4A16_ASYM": _compressed("INT4", 128, 384, "W4A16_ASYM"),
-    "compressed-tensors W4A16 by 32": _compressed("INT4", 32, 416, "W4A16", group_size=32),
     "compressed-tensors W4A16_ASYM by 32": _compressed("INT4", 32, 416, "W4A16_ASYM", group_size=32),
-    "compressed-tensors W4A16 by row": _compressed("INT4", WHOLE, 424, "W4A16", **ROWS),
-    "compressed-tensors W4A16_ASYM by row": _compressed("INT4", WHOLE, 424, "W4A16_ASYM", **ROWS),
+    "compressed-tensors W4A16_ASYM by row": _compressed(
+        "INT4", WHOLE, 424, "W4A16_ASYM", strategy="channel", group_size=None
+    ),
     "ModelOpt NVFP4": _exported("NVFP4", 16, 400, mtq.NVFP4_DEFAULT_CFG, NVFP4),
-    "ModelOpt W4A16_NVFP4": _exported("NVFP4", 16, 400, mtq.W4A16_NVFP4_CFG, NVFP4),
     "ModelOpt FP8": _exported("FP8 per tensor", WHOLE, 420, mtq.FP8_DEFAULT_CFG, modelopt(FP8QTensor)),
     "ModelOpt FP8_PC_PT": _exported(
         "FP8 per row", WHOLE, 420, mtq.FP8_PER_CHANNEL_PER_TOKEN_CFG, modelopt(FP8QTensor, (slice(None), None))

@@ -8,23 +8,19 @@ from functools import partial
 import modelopt.torch.quantization as mtq
 import pytest
 import torch
-from compressed_tensors.compressors import ModelCompressor, decompress_module
-from compressed_tensors.compressors.pack_quantized import pack_to_int32, unpack_from_int32
+from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 from modelopt.torch.export import export_hf_checkpoint
 from safetensors.torch import load_file
 from transformers import GlmMoeDsaConfig, GlmMoeDsaForCausalLM
 
 from indexproj.loading import Checkpoint, CheckpointError, Plan, load
-from producers import FORMATS, calibrate, compress, compressed, decode, export, torchao_file, uneven
+from producers import FORMATS, calibrate, compress, export, torchao_file, uneven
 from support import INDEXER, write_checkpoint
 
 WK, GATE = (INDEXER.format(0) + matrix for matrix in ("wk.", "weights_proj."))
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs, of zeros and of what newer versions of torch will do
-
-
-COMPRESSED = [name for name in FORMATS if name.startswith("compressed-tensors")]
 
 
 def write(path, wk, gate):
@@ -62,34 +58,6 @@ def test_scales_in_the_models_dtype(tmp_path, name, dtype):
     check(Plan.of(Checkpoint(path)).layers[0].wk, load(path)[0].wk, form.decode(tensors), form)
 
 
-@pytest.mark.parametrize("name", COMPRESSED)
-def test_compressed_tensors_decompress(tmp_path, name):
-    form = FORMATS[name]
-    module = compressed(uneven(192, form.k, form.width), **form.produce.keywords)
-    path = write(tmp_path, module.state_dict(), {"weight": uneven(20, form.k, 16)})
-    decompress_module(module)
-    assert module.weight.dtype == torch.bfloat16
-    # With a divisor, fp32 values that differ by 2**-23 may round to neighbors in bf16, up to 2**-7 apart.
-    loaded, rtol = load(path)[0].wk.dequantize(torch.bfloat16), 2**-7 if form.rtol else 0
-    torch.testing.assert_close(loaded.double(), module.weight.data.double(), rtol=rtol, atol=0)
-
-
-@pytest.mark.parametrize("preset", ["W4A16", "W4A16_ASYM"])
-def test_int4_activation_order(tmp_path, preset):
-    """The library no longer writes `weight_g_idx`: here it quantizes and decodes columns sorted by it."""
-    k = 384
-    numbers = (torch.arange(k) // 128)[torch.randperm(k)]
-    order = numbers.argsort(stable=True)
-    back = order.argsort()
-    tensors = compress(uneven(128, k, 128), preset)  # as if these were the columns in that order
-    expected = decode(tensors, preset)[:, back]
-    codes = unpack_from_int32(tensors["weight_packed"], 4, tensors["weight_shape"])
-    tensors["weight_packed"] = pack_to_int32(codes[:, back], 4)
-    tensors["weight_g_idx"] = numbers.int()
-    path = write(tmp_path, tensors, {"weight": uneven(32, k, 16)})
-    check(Plan.of(Checkpoint(path)).layers[0].wk, load(path)[0].wk, expected, FORMATS[f"compressed-tensors {preset}"])
-
-
 REFUSED = {
     # Their words look like twice, or half, as many 4-bit integers in groups of 256, or 64; only the shape tells.
     "compressed-tensors W8A16": (partial(compress, preset="W8A16"), "weight_shape"),
@@ -125,34 +93,37 @@ def glm(width):
     return model
 
 
-def check_model(path, form):
-    """Compares all layers of a checkpoint with the library's reading of its tensors."""
-    stored, plans, layers = load_file(path / "model.safetensors"), Plan.of(Checkpoint(path)).layers, load(path)
-    assert list(layers) == [0, 1]
-    for number, plan in plans.items():
-        for stem, matrix, loaded in ((WK, plan.wk, layers[number].wk), (GATE, plan.gate, layers[number].gate)):
-            stem = stem.replace("layers.0", f"layers.{number}")
-            leaves = {name.removeprefix(stem): tensor for name, tensor in stored.items() if name.startswith(stem)}
-            check(matrix, loaded, form.decode(leaves), form)
-
-
-@pytest.mark.parametrize("name", ["NVFP4A16", "W4A16_ASYM"])
-def test_model_saved_through_compressed_tensors(tmp_path, name):
-    form = FORMATS[f"compressed-tensors {name}"]
-    model = glm(form.width)
-    apply_quantization_config(model, QuantizationConfig(config_groups={name: ["Linear"]}, ignore=["lm_head"]))
+def save_compressed(model, path, preset):
+    apply_quantization_config(model, QuantizationConfig(config_groups={preset: ["Linear"]}, ignore=["lm_head"]))
     for module in model.modules():
         if hasattr(module, "weight_scale"):
             calibrate(module)
     ModelCompressor.from_pretrained_model(model).compress_model(model)
-    model.save_pretrained(tmp_path)
-    check_model(tmp_path, form)
+    model.save_pretrained(path)
+
+
+def export_modelopt(model, path, config):
+    model = mtq.quantize(model, config, lambda model: model(torch.arange(64)[None]))
+    export_hf_checkpoint(model, dtype=torch.bfloat16, export_dir=path)
 
 
 @pytest.mark.parametrize(
-    ("name", "config"), [("NVFP4", mtq.NVFP4_DEFAULT_CFG), ("FP8_PB_WO", mtq.FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG)]
+    ("name", "save"),
+    [
+        ("compressed-tensors NVFP4A16", partial(save_compressed, preset="NVFP4A16")),
+        ("compressed-tensors W4A16_ASYM", partial(save_compressed, preset="W4A16_ASYM")),
+        ("ModelOpt NVFP4", partial(export_modelopt, config=mtq.NVFP4_DEFAULT_CFG)),
+        ("ModelOpt FP8_PB_WO", partial(export_modelopt, config=mtq.FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG)),
+    ],
 )
-def test_model_exported_by_modelopt(tmp_path, name, config):
-    model = mtq.quantize(glm(FORMATS[f"ModelOpt {name}"].width), config, lambda model: model(torch.arange(64)[None]))
-    export_hf_checkpoint(model, dtype=torch.bfloat16, export_dir=tmp_path)
-    check_model(tmp_path, FORMATS[f"ModelOpt {name}"])
+def test_whole_model(tmp_path, name, save):
+    """All layers of a model's checkpoint, against the library's reading of its tensors."""
+    form = FORMATS[name]
+    save(glm(form.width), tmp_path)
+    stored, layers = load_file(tmp_path / "model.safetensors"), load(tmp_path)
+    assert list(layers) == [0, 1]
+    for number, plan in Plan.of(Checkpoint(tmp_path)).layers.items():
+        for stem, matrix, loaded in ((WK, plan.wk, layers[number].wk), (GATE, plan.gate, layers[number].gate)):
+            stem = stem.replace("layers.0", f"layers.{number}")
+            leaves = {name.removeprefix(stem): tensor for name, tensor in stored.items() if name.startswith(stem)}
+            check(matrix, loaded, form.decode(leaves), form)
