@@ -12,7 +12,6 @@ from torch import Tensor
 from ..kernels.formats import MX_GROUP, SCALE_BLOCK, scale_shape
 from ..kernels.matrix import DenseMatrix, Fp4Matrix, Fp8Matrix, Matrix
 from .headers import SPELLINGS, Header
-from .problems import ranges
 from .values import Faults, judge_scale
 
 FP8 = ("F8_E4M3", "F8_E4M3FNUZ")
@@ -87,7 +86,7 @@ def _fp8_block(tensors: Tensors) -> Fp8Matrix:
     in four dimensions. All convert to fp32 exactly.
     """
     scale = tensors["scale"]
-    scale = (_e8m0(scale) if scale.dtype == torch.uint8 else scale).float()
+    scale = (scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale).float()
     return _fp8(tensors, scale.view(scale_shape(tensors["weight"].shape)))
 
 
@@ -108,7 +107,7 @@ def _mxfp8(tensors: Tensors) -> Fp8Matrix:
     Source: OCP Microscaling Formats 1.0. HY-V4's FP8 release, compressed-tensors and torchao write the biased exponent
     (bias 127) as uint8 or float8_e8m0fnu.
     """
-    return _fp8(tensors, _e8m0(tensors["scale"]))
+    return _fp8(tensors, tensors["scale"].view(torch.float8_e8m0fnu))
 
 
 def _fp8_packed(tensors: Tensors) -> Fp8Matrix:
@@ -119,7 +118,7 @@ def _fp8_packed(tensors: Tensors) -> Fp8Matrix:
     """
     exponents = tensors["scale"].view(torch.uint8).repeat_interleave(SCALE_BLOCK // MX_GROUP, 1)
     groups = scale_shape(tensors["weight"].shape, 1, MX_GROUP)[1]
-    return _fp8(tensors, _e8m0(exponents[:, :groups].contiguous()))
+    return _fp8(tensors, exponents[:, :groups].contiguous().view(torch.float8_e8m0fnu))
 
 
 def _fp8(tensors: Tensors, scale: Tensor) -> Fp8Matrix:
@@ -143,7 +142,7 @@ def _mxfp4(tensors: Tensors) -> Fp4Matrix:
 
     Source: OCP Microscaling Formats 1.0; Quark, compressed-tensors and torchao write the same.
     """
-    return Fp4Matrix(tensors["weight"], _e8m0(tensors["scale"]))
+    return Fp4Matrix(tensors["weight"], tensors["scale"].view(torch.float8_e8m0fnu))
 
 
 def _int4(tensors: Tensors) -> DenseMatrix:
@@ -159,12 +158,12 @@ def _int4(tensors: Tensors) -> DenseMatrix:
 
 
 def _int4_values(tensors: Tensors) -> Tensor:
-    numbers, scale, index = _int4_parts(tensors)
-    return numbers * scale[:, index]
+    numbers, scale = _int4_parts(tensors)
+    return numbers * scale
 
 
-def _int4_parts(tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
-    """Integers less their zero points [N, K] fp64, scales [N, groups] fp64, and the group of each column [K]."""
+def _int4_parts(tensors: Tensors) -> tuple[Tensor, Tensor]:
+    """Integers less their zero points, and their scales, both [N, K] fp64."""
     numbers, scale = _nibbles(tensors["weight"]).double(), tensors["scale"].double()
     n, k = numbers.shape
     index = torch.arange(k, device=scale.device) // (k // scale.shape[1])
@@ -172,7 +171,7 @@ def _int4_parts(tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
         index = tensors["g_idx"].long()
     if "zero_point" in tensors:
         numbers -= _nibbles(tensors["zero_point"].T.contiguous()).T[:n][:, index]
-    return numbers, scale, index
+    return numbers, scale[:, index]
 
 
 def _int4_beside(n: int, k: int) -> dict[str, TensorSpec]:
@@ -195,19 +194,14 @@ def _int4_check(tensors: Tensors) -> tuple[Faults, list[str]]:
     if empty.all():
         faults["weight"] = "packed integers", "nothing but 0"
     elif empty.any():
-        oddities.append(f"words of 0 in rows {ranges(empty.nonzero().flatten().tolist())}")
+        oddities.append("rows with nothing but words of 0")
     index = tensors.get("g_idx")
     if index is not None and not ((index >= 0) & (index < groups)).all():
         faults["g_idx"] = f"group numbers from 0 to {groups - 1}", "others"
     if not faults:
-        numbers, scale, index = _int4_parts(tensors)
-        sizes = torch.zeros_like(scale).scatter_reduce_(1, index.expand(n, -1), numbers.abs(), "amax")
-        judge_scale("scale", scale.float(), sizes.float(), 1, faults, oddities)
+        numbers, scale = _int4_parts(tensors)
+        judge_scale("scale", scale.float(), numbers.abs().float(), 1, faults, oddities)
     return faults, oddities
-
-
-def _e8m0(scale: Tensor) -> Tensor:
-    return scale.view(torch.float8_e8m0fnu)
 
 
 def _nibbles(words: Tensor) -> Tensor:
