@@ -149,7 +149,7 @@ EXPORTS = {
     "fp8_block_u8": e4m3("FP8 128x128", 128, 128, E8M0, as_bytes, "scale"),
     "fp8_block_fnuz": block(fnuz=True),
     "fp8_row": row(),
-    "fp8_row_flat": row(torch.bfloat16, torch.flatten),
+    "fp8_row_flat": row(torch.float16, torch.flatten),
     "fp8_torchao": e4m3("FP8 per row (torchao)", 1, None, weight="_weight_qdata", leaf="_weight_scale"),
     "fp8_tensor": per_tensor(stored=torch.squeeze),
     "fp8_tensor_flat": per_tensor(torch.bfloat16, torch.flatten),

@@ -19,8 +19,7 @@ from modelopt.torch.export.quant_utils import postprocess_state_dict
 from modelopt.torch.export.unified_export_hf import _export_quantized_weight
 from modelopt.torch.quantization.qtensor import FP8QTensor, MXFP4QTensor, MXFP8QTensor, NVFP4QTensor
 from torch import Tensor
-from torchao.prototype.mx_formats.mx_tensor import MXTensor, to_dtype, to_mx
-from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
+from torchao.prototype.mx_formats.mx_tensor import MXTensor
 from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 from torchao.quantization import Float8WeightOnlyConfig, quantize_
 
@@ -123,20 +122,6 @@ def modelopt(kind, index=(), k_per_element=1, **keywords):
     return read
 
 
-# torchao, in the names that the others give such tensors.
-
-
-def torchao_mx(encoding, dtype):
-    def produce(weight):
-        scale, codes = to_mx(weight, dtype, 32)
-        return {"weight": codes, "weight_scale": scale}
-
-    def read(tensors):
-        return to_dtype(tensors["weight"], tensors["weight_scale"], dtype, 32, torch.float64)
-
-    return Format(produce, read, encoding, 32, 416)
-
-
 def torchao_file(weight):
     return flattened(MXTensor.to_mx(weight, torch.float8_e4m3fn, 32))
 
@@ -156,16 +141,6 @@ def torchao_float8(weight):
 
 def torchao_float8_decode(tensors):
     return tensors["_weight_qdata"].double() * tensors["_weight_scale"].double()
-
-
-def torchao_nvfp4(weight):
-    quantized = NVFP4Tensor.to_nvfp4(weight, per_tensor_scale=per_tensor_amax_to_scale(weight.abs().max()))
-    return {"weight": quantized.qdata, "weight_scale": quantized.scale, "weight_scale_2": quantized.per_tensor_scale}
-
-
-def torchao_nvfp4_decode(tensors):
-    codes, scale, factor = (tensors[leaf] for leaf in ("weight", "weight_scale", "weight_scale_2"))
-    return NVFP4Tensor(codes, scale, 16, torch.bfloat16, factor).dequantize(torch.float64)
 
 
 def _compressed(encoding, width, k, preset, rtol=0, **changes):
@@ -208,8 +183,4 @@ FORMATS = {
     "ModelOpt MXFP8": _exported("MXFP8", 32, 416, mtq.MXFP8_DEFAULT_CFG, modelopt(MXFP8QTensor)),
     "ModelOpt MXFP4": _exported("MXFP4", 32, 416, mtq.MXFP4_DEFAULT_CFG, MXFP4),
     "torchao Float8WeightOnly": Format(torchao_float8, torchao_float8_decode, "FP8 per row (torchao)", WHOLE, 420),
-    "torchao MXFP8": torchao_mx("MXFP8", torch.float8_e4m3fn),
-    "torchao MXFP4": torchao_mx("MXFP4", torch.float4_e2m1fn_x2),
-    # It multiplies the two scales, and the code by that, in fp32: each rounds by up to 2**-24.
-    "torchao NVFP4": Format(torchao_nvfp4, torchao_nvfp4_decode, "NVFP4", 16, 400, 2**-23),
 }  # fmt: skip

@@ -48,16 +48,6 @@ def test_format(tmp_path, name, shape):
     check(plan.gate, weights.gate, form.decode(gate), form)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("name", ["FP8", "FP8_DYNAMIC", "FP8_BLOCK", "W4A16", "W4A16_ASYM"])
-def test_scales_in_the_models_dtype(tmp_path, name, dtype):
-    form = FORMATS[f"compressed-tensors {name}"]
-    tensors = form.produce(uneven(128, 256, form.width, dtype))
-    assert tensors["weight_scale"].dtype == dtype
-    path = write(tmp_path, tensors, {"weight": uneven(32, 256, 16)})
-    check(Plan.of(Checkpoint(path)).layers[0].wk, load(path)[0].wk, form.decode(tensors), form)
-
-
 REFUSED = {
     # Their words look like twice, or half, as many 4-bit integers in groups of 256, or 64; only the shape tells.
     "compressed-tensors W8A16": (partial(compress, preset="W8A16"), "weight_shape"),

@@ -13,37 +13,24 @@ STEM = INDEXER.format(0)
 
 
 def quark(scale_format="e8m0", inputs=None, **layers):
-    """As amd-quark 0.13 writes it."""
-    spec = {"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "ch_axis": -1, "scale_type": "float"}
-    weight = {**spec, "scale_format": scale_format}
-    return {
-        "quant_method": "quark", "exclude": ["lm_head"], "layer_type_quant_config": {}, "layer_quant_config": layers,
-        "global_quant_config": {"weight": weight, "input_tensors": inputs and {**spec, "scale_format": inputs}},
-    }  # fmt: skip
+    """As amd-quark 0.13 writes it, in short."""
+    specs = {"weight": {"dtype": "fp4", "scale_format": scale_format}, "input_tensors": {"scale_format": inputs}}
+    return {"quant_method": "quark", "global_quant_config": specs, "layer_quant_config": layers}
 
 
 def auto_round(data_type="mx_fp", **other):
-    return {
-        "quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": True,
-        "data_type": data_type, "act_data_type": "mx_int", "packing_format": "auto_round:mx", **other,
-    }  # fmt: skip
+    return {"quant_method": "auto-round", "bits": 4, "data_type": data_type, "act_data_type": "mx_int", **other}
 
 
 def compressed(transform=None, targets=("Linear",), **weights):
     group = {"targets": targets, "weights": {"num_bits": 4, "type": "float", "group_size": 32, **weights}}
-    return {
-        "quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized", "config_groups": {"group_0": group},
-        "transform_config": transform,
-    }  # fmt: skip
+    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}, "transform_config": transform}
 
 
 def transform(*targets, ignore=()):
     """As QuIPModifier and SpinQuantModifier of llm-compressor 0.14 write it."""
-    apply = [
-        {"targets": [*targets], "ignore": [*ignore], "location": location, "inverse": location != "input"}
-        for location in ("input", "weight_input")
-    ]
-    return {"config_groups": {"R4": {"type": "hadamard", "head_dim": None, "apply": apply}}}
+    parts = {"targets": [*targets], "ignore": [*ignore], "location": "weight_input", "inverse": True}
+    return {"config_groups": {"R4": {"type": "hadamard", "head_dim": None, "apply": [parts, parts]}}}
 
 
 ROTATION = {"hadamard_type": "hadamard", "block_size": 32}
@@ -61,10 +48,7 @@ REFUSED = {
     "MXINT4": (auto_round("mx_int"), 'quantization_config.data_type = "mx_int"', "mxfp4", 1),
     "MXINT4 in one layer": (auto_round(extra_config={"wk": MXINT4}), 'wk.data_type = "mx_int4"', "mxfp4", 1),
     "MXINT4, rounded up": (auto_round("mx_int4_rceil"), 'data_type = "mx_int4_rceil"', "mxfp4", 1),
-    "Quark's online rotation": (
-        {**quark(), "algo_config": [{"name": "rotation", "online_r1_rotation": True}]}, "online_r1_rotation = true",
-        "mxfp4", 2,
-    ),
+    "Quark's online rotation": ({"algo_config": [{"online_r1_rotation": True}]}, "online_r1_rotation = t", "mxfp4", 2),
     "SpinQuant": (auto_round(spinquant_config={"r1": True}), "spinquant_config = {", "mxfp4", 2),
     "rotation of NVFP4": (auto_round("nv_fp", rotation_config=ROTATION), "rotation_config = {", "nvfp4_divisor", 2),
     "rotation by name": (auto_round(rotation_config="quarot"), 'rotation_config = "quarot"', "mxfp4", 2),
