@@ -52,13 +52,12 @@ class Checkpoint:
             raise CheckpointError([Problem(str(path), "", "the path of a checkpoint", str(error))]) from error
         for file, names in promised.items():
             self._read_headers(file, names)
-        self.config = Config()  # empty if there is no config.json
-        if os.path.lexists(self.path / CONFIG):
-            try:
-                self.config = Config.of(_read_json(self.path / CONFIG))
-            except CheckpointError as error:
-                self.problems += error.problems
-        self.problems += self.config.problems
+        try:  # empty if there is no config.json
+            self.config = Config.of(_read_json(self.path / CONFIG) if os.path.lexists(self.path / CONFIG) else {})
+            self.problems += self.config.problems
+        except CheckpointError as error:
+            self.config = Config()
+            self.problems += error.problems
 
     def _read_headers(self, file: str, promised: list[str] | None) -> None:
         names: list[str] = []

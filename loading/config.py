@@ -67,10 +67,11 @@ def _may_mean(target: Any, name: str) -> bool:
     target = target.replace(FUSED, name.rpartition(".")[2])
     if re.fullmatch(r"[\w.-]+", target):
         return target in name
-    if "{" in target and not target.startswith("re:"):  # a glob with alternatives, or a regular expression
-        return True
-    glob = not target.startswith("re:") and fnmatch.fnmatchcase(name, f"*{target}")
-    return glob or (not target.startswith("*") and _compile(target.removeprefix("re:")).search(name) is not None)
+    if target.startswith("re:"):
+        return _compile(target[3:]).search(name) is not None
+    # A glob, of which alternatives in braces are unknown, or a regular expression
+    is_glob = "{" in target or fnmatch.fnmatchcase(name, f"*{target}")
+    return is_glob or (target[0] != "*" and _compile(target).search(name) is not None)
 
 
 class Veto(NamedTuple):

@@ -5,6 +5,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 LOGGER = logging.getLogger("indexproj")
@@ -57,11 +58,10 @@ def summarize(problems: Iterable[Problem]) -> list[str]:
 
 
 def _merged(numbers: Iterable[str]) -> str:
-    distinct = sorted(set(numbers))
-    if len(distinct) == 1:
-        return distinct[0]
+    distinct = set(numbers)
     width = min(map(len, distinct))  # shards are numbered with leading zeros
-    return f"{{{re.sub('[0-9]+', lambda match: match[0].zfill(width), ranges(map(int, distinct)))}}}"
+    merged = re.sub("[0-9]+", lambda match: match[0].zfill(width), ranges(map(int, distinct)))
+    return merged if len(distinct) == 1 else f"{{{merged}}}"
 
 
 def log(warnings: Iterable[Problem], logger: logging.Logger = LOGGER) -> None:
@@ -72,10 +72,6 @@ def log(warnings: Iterable[Problem], logger: logging.Logger = LOGGER) -> None:
 
 def ranges(numbers: Iterable[int]) -> str:
     """1, 2, 3, 7 as "1-3, 7"."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(f"{first}-{last}" if first < last else f"{first}" for first, last in runs)
+    runs = groupby(enumerate(sorted(numbers)), key=lambda pair: pair[1] - pair[0])
+    ends = [(run[0][1], run[-1][1]) for run in (list(pairs) for _, pairs in runs)]
+    return ", ".join(f"{first}-{last}" if first < last else f"{first}" for first, last in ends)

@@ -11,23 +11,11 @@ import torch
 from safetensors.torch import save, save_file
 
 from exports import EXPORTS, named
-from indexproj.kernels import DenseMatrix, Fp8Matrix
+from indexproj.kernels import DenseMatrix
 from indexproj.loading import Checkpoint, CheckpointError, Plan, load
 from indexproj.loading.checkpoint import INDEX
 from indexproj.loading.headers import parse
 from support import GATE, INDEXER, SCALE, WK, bf16_layer, fp8_layer, only, problems_of, same, write_checkpoint
-
-
-def test_load_keeps_bits(tmp_path):
-    """Also from several shards; two BF16 matrices share a buffer."""
-    tensors = fp8_layer()
-    for number, shards in enumerate(([tensors], [{name: tensors[name]} for name in reversed(tensors)])):
-        weights = load(write_checkpoint(tmp_path / f"{number}", *shards))[0]
-        assert same(weights.wk, Fp8Matrix(tensors[WK], tensors[SCALE]))
-        assert same(weights.gate, DenseMatrix(tensors[GATE]))
-    tensors = {**bf16_layer(), GATE: torch.full((16, 256), 1e-9).bfloat16()}
-    weights = load(write_checkpoint(tmp_path / "bf16", tensors))[0]
-    assert torch.equal(weights.fused_weight, torch.cat((tensors[WK], tensors[GATE])))
 
 
 def test_load_by_any_path(tmp_path):

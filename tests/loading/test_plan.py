@@ -5,7 +5,6 @@ from safetensors.torch import save_file
 
 from exports import refused, stream
 from indexproj.loading import Checkpoint, Plan, load
-from indexproj.loading.config import Config
 from indexproj.loading.headers import parse
 from support import GATE, INDEXER, WK, bf16_layer, fp8_layer, only, problems_of, write_checkpoint
 
@@ -96,51 +95,29 @@ def test_mtp_layers_by_their_own_name(tmp_path):
     assert problem.expected == "num_hidden_layers (config.json), after which mtp_layers are numbered"
 
 
-# GLM-5.2: 21 layers that run an indexer, 57 that share the tokens of an earlier one, and the MTP layer.
-GLM_52 = [0, 1, *range(2, 78, 4)]
-TYPES = ["full" if layer in GLM_52 else "shared" for layer in range(78)]
-PATTERN = "".join(word[0].upper() for word in TYPES)
+# As in GLM-5.2: layers 0, 1, 2 and every fourth run an indexer, the others share the tokens of an earlier one.
+OWNERS = [0, 1, 2, 6]
+TYPES = ["full" if layer in OWNERS else "shared" for layer in range(8)]
 FREQ = {"index_topk_freq": 4, "index_skip_topk_offset": 3}
+EACH, INTEGERS = "to say full or shared (F or S) for each of 8 layers", "and index_skip_topk_offset to be integers"
+DEFAULT = "index_topk_freq = 4 (index_skip_topk_offset = 2, the default)"
 
 
 @pytest.mark.parametrize(
     "schedule",
     [
-        FREQ, {"indexer_types": TYPES}, {"index_topk_pattern": PATTERN}, {"index_topk_pattern": TYPES},
+        FREQ, {"indexer_types": TYPES}, {"index_topk_pattern": "FFFSSSFS"}, {"index_topk_pattern": TYPES},
         {"indexer_types": TYPES, **FREQ}, {"indexer_types": TYPES, "index_topk_freq": 1},
-        {"text_config": {"num_hidden_layers": 78, "indexer_types": TYPES}},
+        {"text_config": {"num_hidden_layers": 8, "indexer_types": TYPES}}, {"model_type": "glm_moe_dsa", **FREQ},
         {"indexer_types": [*TYPES, "shared"]},  # one more, for the MTP layer
-        {"model_type": "glm_moe_dsa", **FREQ},
     ],
 )  # fmt: skip
-def test_schedule_of_config(schedule):
-    config = Config.of({"num_hidden_layers": 78, "num_nextn_predict_layers": 1, **schedule})
-    assert not config.problems
-    assert all(runs == [layer in GLM_52 for layer in range(78)] for runs in config.schedules.values())
-    assert config.schedules
-
-
-def test_schedules_that_fit(tmp_path):
-    config = {"num_hidden_layers": 78, "num_nextn_predict_layers": 1, "indexer_types": TYPES, **FREQ}
-    plan = plan_of(tmp_path, [*GLM_52, 78], config)
+def test_schedules_that_fit(tmp_path, schedule):
+    plan = plan_of(tmp_path, [*OWNERS, 8], {"num_hidden_layers": 8, "num_nextn_predict_layers": 1, **schedule})
     assert not plan.problems
     assert not plan.warnings
-    assert [layer for layer in range(80) if plan.runs(layer)] == list(plan.layers) == [*GLM_52, 78]
-    assert list(load(tmp_path)) == [*GLM_52, 78]
-    plan = plan_of(tmp_path, [layer for layer in GLM_52 if layer != 10], config)
-    assert "weights for the indexers of layers 10," in only(plan.problems).expected
-
-
-def test_weights_of_layers_that_share(tmp_path):
-    plan = plan_of(tmp_path, range(7), {"num_hidden_layers": 6, "index_topk_freq": 4})
-    assert not plan.problems
-    assert [plan.runs(layer) for layer in range(-1, 7)] == [False, True, True, False, False, False, True, True]
-    assert list(plan.layers) == list(load(tmp_path)) == list(range(7))
-    assert list(load(tmp_path, filter(plan.runs, plan.layers))) == [0, 1, 5, 6]
-
-
-EACH, INTEGERS = "for each of 8 layers", "index_topk_freq and index_skip_topk_offset to be integers"
-DEFAULT = "index_topk_freq = 4 (index_skip_topk_offset = 2, the default)"
+    assert plan.config.schedules
+    assert [layer for layer in range(-1, 10) if plan.runs(layer)] == list(load(tmp_path)) == [*OWNERS, 8]
 
 
 @pytest.mark.parametrize(
@@ -151,21 +128,18 @@ DEFAULT = "index_topk_freq = 4 (index_skip_topk_offset = 2, the default)"
         ({"model_type": "deepseek_v32"}, "layers 3-5, 7, which run by the default of deepseek_v32", "0-2, 6 only"),
         ({"model_type": "glm_moe_dsa"}, "layers 3-5, 7, which run by the default of glm_moe_dsa", "0-2, 6 only"),
         ({"indexer_types": ["full"] * 4 + ["shared"] * 4}, "layers 3, which run by indexer_types", "0-2, 6 only"),
-        ({"indexer_types": ["full"] * 7}, f"indexer_types to say full or shared (F or S) {EACH}", "['full', 'full'"),
-        ({"indexer_types": ["full"] * 7, "model_type": "glm_moe_dsa"}, "indexer_types to say", "['full', 'full'"),
-        ({"indexer_types": ["full", 3] * 4}, f"indexer_types to say full or shared (F or S) {EACH}", "['full', 3"),
+        ({"indexer_types": ["full"] * 7, "model_type": "glm_moe_dsa"}, f"indexer_types {EACH}", "['full', 'full'"),
+        ({"indexer_types": ["full", 3] * 4}, f"indexer_types {EACH}", "['full', 3"),
         ({"indexer_types": {"full": 1, "shared": 2}, "num_hidden_layers": 2}, "for each of 2 layers", "{'full': 1"),
-        ({"index_topk_pattern": "FXFXFXFX"}, f"index_topk_pattern to say full or shared (F or S) {EACH}", "'FXFXFXFX'"),
-        ({"index_topk_pattern": 3}, f"index_topk_pattern to say full or shared (F or S) {EACH}", "3"),
-        ({"index_topk_freq": 0}, INTEGERS, "0 and 2"),
-        ({"index_topk_freq": "4"}, INTEGERS, "'4' and 2"),
-        ({"index_topk_freq": True}, INTEGERS, "True and 2"),
+        ({"index_topk_pattern": "FXFXFXFX"}, f"index_topk_pattern {EACH}", "'FXFXFXFX'"),
+        ({"index_topk_pattern": 3}, f"index_topk_pattern {EACH}", "3"),
+        *(({"index_topk_freq": freq}, INTEGERS, f"{freq!r} and 2") for freq in (0, "4", True)),
         ({"index_topk_freq": 4, "index_skip_topk_offset": 2.5}, INTEGERS, "4 and 2.5"),
     ],
 )
 def test_schedules_that_contradict_weights(tmp_path, schedule, expected, found):
-    layers = (fp8_layer(layer) for layer in (0, 1, 2, 6))
-    problem = only(problems_of(write_checkpoint(tmp_path, *layers, config={"num_hidden_layers": 8, **schedule})))
+    plan_of(tmp_path, OWNERS, {"num_hidden_layers": 8, **schedule})
+    problem = only(problems_of(tmp_path))
     assert problem.subject == "config.json"
     assert expected in problem.expected
     assert found in problem.found
@@ -177,13 +151,22 @@ def test_schedules_that_contradict_weights(tmp_path, schedule, expected, found):
 )
 def test_schedules_that_disagree(tmp_path, caplog, other, source, layers):
     """Layers load all the same, so this is a warning that names both sources."""
-    plan = plan_of(tmp_path, (0, 1, 2, 6), {"num_hidden_layers": 8, "indexer_types": TYPES[:8], **other})
+    plan = plan_of(tmp_path, OWNERS, {"num_hidden_layers": 8, "indexer_types": TYPES, **other})
     assert not plan.problems
     warning = only(plan.warnings)
-    assert warning.expected == f"indexer_types and {source} to agree"
-    assert warning.found == f"a difference in layers {layers}"
-    assert list(load(tmp_path)) == [0, 1, 2, 6]
+    assert (warning.expected, warning.found) == (
+        f"indexer_types and {source} to agree", f"a difference in layers {layers}"
+    )  # fmt: skip
+    assert list(load(tmp_path)) == OWNERS
     assert only(caplog.records).getMessage() == str(warning)
+
+
+def test_weights_of_layers_that_share(tmp_path):
+    plan = plan_of(tmp_path, range(7), {"num_hidden_layers": 6, "index_topk_freq": 4})
+    assert not plan.problems
+    assert [layer for layer in range(-1, 8) if plan.runs(layer)] == [0, 1, 5, 6]
+    assert list(load(tmp_path)) == list(range(7))
+    assert list(load(tmp_path, filter(plan.runs, plan.layers))) == [0, 1, 5, 6]
 
 
 def test_one_file_of_several_cannot_contradict_a_schedule(tmp_path):

@@ -20,10 +20,14 @@ def changed(export, role, change):
     return layer_of(Export({**tensors, leaf: change(tensors[leaf].clone())}, None, "")), f"{STEM}wk.{leaf}"
 
 
-def put(tensor, value):
-    """The tensor with its last element, or the bits of its last code, replaced."""
-    (tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor).view(-1)[-1] = value
-    return tensor
+def put(value):
+    """Replaces the last element, or the bits of the last code."""
+
+    def change(tensor):
+        (tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor).view(-1)[-1] = value
+        return tensor
+
+    return change
 
 
 def times(factors):
@@ -62,48 +66,38 @@ VALUES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("where", "value", "is_usable"),
-    [(where, value, good) for where, lists in VALUES.items() for good in (1, 0) for value in lists[1 - good]],
-)
-def test_bad_value(tmp_path, where, value, is_usable):
-    tensors, name = changed(*where.split(), lambda tensor: put(tensor, value))
-    if is_usable:
-        assert load(write_checkpoint(tmp_path, tensors))[0].wk.dequantize().isfinite().all()
-    else:
-        problem = only(refused(tmp_path, tensors))
-        assert (problem.subject, problem.advice) == (name, BAD_VALUES)
-        assert problem.file == "model-00001-of-00001.safetensors"
+ZERO, SIZE = "nothing but 0", "magnitudes from "
+# Export, tensor by role or name, its change -> start of what is found instead of good values; None if it loads.
+CHANGES = [
+    *((*where.split(), put(value), None) for where, (good, _) in VALUES.items() for value in good),
+    *((*where.split(), put(value), "") for where, (_, bad) in VALUES.items() for value in bad),
+    # Zeros are what an unfinished download leaves; in INT4's weight, 0 stands for -8.
+    *((export, "weight", filled(0), ZERO) for export in ("bf16", "f32", "fp8_block_fnuz", "fp8_row", "int4")),
+    *((export, "scale", torch.zeros_like, ZERO) for export in ("fp8_block", "fp8_row", "nvfp4", "int4")),
+    *((export, "weight", filled(0x80), ZERO) for export in ("fp8_block", "mxfp8")),
+    ("fp8_block_fnuz", "weight", filled(0x80), "32768 NaN or infinite of 32768"),  # 0x80 is its NaN
+    ("nvfp4", "weight", filled(0x88), ZERO),
+    ("nvfp4", "scale_2", times(0), ZERO),
+    ("fp8_block", "scale", times(torch.tensor([1.0, 0.0])), "magnitudes from 0.0e+00"),
+    ("fp8_row", "scale", lambda t: t.index_fill(0, torch.tensor([5]), 0.0), "magnitudes from 0.0e+00"),
+    *(("bf16", "weight", times(factor), None) for factor in (1e-11, 1e8)),
+    *(("bf16", "weight", times(factor), SIZE) for factor in (1e-13, 1e11)),
+    # Scales that are misread: by 2**40, and E5M3 as E8M0
+    ("mxfp8_u8", "scale", lambda t: t + 40, SIZE),
+    ("mxfp4", "scale", lambda t: torch.randint_like(t, 64, 80), SIZE),
+]
 
 
-ZERO = "nothing but 0"
-
-
-@pytest.mark.parametrize(
-    ("export", "role", "change", "found"),
-    [
-        # Zeros are what an unfinished download leaves; in INT4's weight, 0 stands for -8.
-        *((export, "weight", filled(0), ZERO) for export in ("bf16", "f32", "fp8_block_fnuz", "fp8_row", "int4")),
-        *((export, "scale", torch.zeros_like, ZERO) for export in ("fp8_block", "fp8_row", "nvfp4", "int4")),
-        *((export, "weight", filled(0x80), ZERO) for export in ("fp8_block", "mxfp8")),
-        ("fp8_block_fnuz", "weight", filled(0x80), "32768 NaN or infinite of 32768"),  # 0x80 is its NaN
-        ("nvfp4", "weight", filled(0x88), ZERO),
-        ("nvfp4", "scale_2", times(0), ZERO),
-        ("fp8_block", "scale", times(torch.tensor([1.0, 0.0])), "magnitudes from 0.0e+00"),
-        ("fp8_row", "scale", lambda t: t.index_fill(0, torch.tensor([5]), 0.0), "magnitudes from 0.0e+00"),
-        # Misread scales
-        ("bf16", "weight", times(1e-30), "magnitudes from "),
-        ("bf16", "weight", times(1e11), "magnitudes from "),
-        ("mxfp8_u8", "scale", lambda t: t + 40, "magnitudes from "),
-        ("mxfp4", "scale", lambda t: torch.randint_like(t, 64, 80), "magnitudes from "),  # E5M3 read as E8M0
-    ],
-)
-def test_weights_that_vanish_or_are_huge(tmp_path, export, role, change, found):
+@pytest.mark.parametrize(("export", "role", "change", "found"), CHANGES)
+def test_bad_value(tmp_path, export, role, change, found):
     tensors, name = changed(export, role, change)
+    if found is None:
+        assert load(write_checkpoint(tmp_path, tensors))[0].wk.dequantize().isfinite().all()
+        return
     problem = only(refused(tmp_path, tensors))
-    if found.startswith("magnitudes from ") and "0.0" not in found:
+    if found == SIZE:
+        name = next(name for name in tensors if "wk.weight" in name)
         assert problem.expected == "weights of which the largest is between 1e-10 and 1e+10"
-        name = next(name for name in tensors if ".wk.weight" in name)
     assert (problem.subject, problem.advice) == (name, BAD_VALUES)
     assert problem.found.startswith(found)
 
@@ -124,7 +118,7 @@ def test_smallest_scale_for_group_of_zeros(tmp_path, export):
 
 def test_bad_values_come_together(tmp_path):
     tensors = layer_of("fp8_block")
-    damaged = {name: put(tensor, 0x7F if name == WK else torch.inf) for name, tensor in tensors.items()}
+    damaged = {name: put(0x7F if name == WK else INF)(tensor) for name, tensor in tensors.items()}
     damaged |= {name.replace("layers.0", "layers.1"): tensor.clone() for name, tensor in damaged.items()}
     subjects = [problem.subject for problem in refused(tmp_path, damaged)]
     assert subjects == [name.replace("layers.0", f"layers.{n}") for n in (0, 1) for name in (SCALE, WK, GATE)]
