@@ -49,16 +49,6 @@ def test_load_fused_matrix(tmp_path, export, k):
     check(tmp_path, named(STEM, "wk_weights_proj", both), both, index_head_dim=128)
 
 
-def test_load_any_pair_of_encodings(tmp_path):
-    exports = [make(128, 256) for make in EXPORTS.values()]
-    layers = [(wk, gate) for wk in exports for gate in exports]
-    tensors = {name: t.clone() for layer, pair in enumerate(layers) for name, t in layer_of(*pair, layer).items()}
-    loaded = load(write_checkpoint(tmp_path, tensors))
-    for layer, (wk, gate) in enumerate(layers):
-        assert torch.equal(loaded[layer].wk.dequantize(torch.float64), wk.loaded)
-        assert torch.equal(loaded[layer].gate.dequantize(torch.float64), gate.loaded)
-
-
 @pytest.mark.parametrize("leaf", ["weight_scale_inv", "weight_scale", "scale"])
 @pytest.mark.parametrize(
     "export", ["fp8_block", "fp8_block_u8", "fp8_row", "fp8_tensor", "mxfp8_u8", "fp8_packed", "nvfp4", "mxfp4"]

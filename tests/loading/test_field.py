@@ -25,7 +25,7 @@ FIELD = {
     19: ("sglang #40285: the MTP layer loads into the main model", "plan::mtp_layers_by_their_own_name"),
     20: ("ATOM #835: MTP without fusion, K not contiguous", "encodings::assembly_strided_tensors"),
     21: ("TensorRT-LLM #18658: the scale is dropped", "recognition::no_tensor_of_an_encoding_is_optional"),
-    22: ("Megatron-Bridge #5851: FP8 cast without its scales", "encodings::load_any_pair_of_encodings"),
+    22: ("Megatron-Bridge #5851: FP8 cast without its scales", "assembly::any_encodings_in_any_order"),
     23: ("vLLM 0.33.0: e4m3fnuz codes copied as values", "encodings::load_wk_and_gate"),
     24: ("sglang #28455: 0x80 is NaN in e4m3fnuz", "values::bad_value"),
     25: ("miles #1928: scales packed in int32 [N, K/512]", "encodings::load_wk_and_gate"),
