@@ -154,12 +154,7 @@ def _int4(tensors: Tensors) -> DenseMatrix:
 
     Source: compressed-tensors' `PackedQuantizationCompressor` with 4 bits, which also decodes to bf16.
     """
-    return DenseMatrix(_int4_values(tensors).bfloat16())
-
-
-def _int4_values(tensors: Tensors) -> Tensor:
-    numbers, scale = _int4_parts(tensors)
-    return numbers * scale
+    return DenseMatrix(torch.mul(*_int4_parts(tensors)).bfloat16())
 
 
 def _int4_parts(tensors: Tensors) -> tuple[Tensor, Tensor]:
@@ -218,8 +213,7 @@ _GLOBAL = TensorSpec(("F32",), ((), (1,)))
 
 ENCODINGS = (
     Encoding("BF16", ("BF16",), _bf16),
-    Encoding("F16", ("F16",), _bf16, exact=lambda tensors: tensors["weight"].double()),
-    Encoding("F32", ("F32",), _bf16, exact=lambda tensors: tensors["weight"].double()),
+    *(Encoding(name, (name,), _bf16, exact=lambda tensors: tensors["weight"].double()) for name in ("F16", "F32")),
     Encoding(
         "FP8 128x128", FP8, _fp8_block,
         lambda n, k: _scale((*FLOAT, *E8M0), grid := scale_shape((n, k)), (grid[0], 1, grid[1], 1)),
@@ -238,5 +232,8 @@ ENCODINGS = (
         lambda n, k: _scale(("F8_E4M3",), (n, -(-k // 16)), global_scale=_GLOBAL),
     ),
     Encoding("MXFP4", ("U8",), _mxfp4, lambda n, k: _scale(E8M0, (n, -(-k // 32)))),
-    Encoding("INT4", ("I32",), _int4, _int4_beside, _int4_optional, _int4_check, _int4_values),
+    Encoding(
+        "INT4", ("I32",), _int4, _int4_beside, _int4_optional, _int4_check,
+        lambda tensors: torch.mul(*_int4_parts(tensors)),
+    ),
 )  # fmt: skip

@@ -6,12 +6,10 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
 LOGGER = logging.getLogger("indexproj")
 # The number of a layer in the name of a tensor or in a sentence, and any number in the name of a file.
-_LAYER = r"(?<=layers\.)\d+(?=\.)|(?<=\bmtp\.)\d+(?=\.)|(?<=\blayer )\d+\b"
-_NUMBER = re.compile(rf"{_LAYER}|\d+(?=[\w-]*\.safetensors)")
+_NUMBER = re.compile(r"(?<=layers\.)\d+(?=\.)|(?<=\bmtp\.)\d+(?=\.)|(?<=\blayer )\d+\b|\d+(?=[\w-]*\.safetensors)")
 
 
 @dataclass(frozen=True)
@@ -43,15 +41,11 @@ class CheckpointError(ValueError):
 
 def summarize(problems: Iterable[Problem]) -> list[str]:
     """One line per problem; those that differ only in layer and shard share a line that has these as ranges."""
-    groups: defaultdict[tuple[Any, ...], list[list[str]]] = defaultdict(list)
+    groups: defaultdict[tuple[str, ...], list[list[str]]] = defaultdict(list)
     for problem in problems:
-        text = str(problem)
-        layers = re.findall(_LAYER, text)
-        pattern = tuple(map(layers.index, layers))  # two layers in one line stay two
-        key = pattern, *_NUMBER.split(text)
-        groups[key].append(_NUMBER.findall(text))
+        groups[tuple(_NUMBER.split(str(problem)))].append(_NUMBER.findall(str(problem)))
     lines = []
-    for (_, *parts), members in groups.items():
+    for parts, members in groups.items():
         numbers = ["", *map(_merged, zip(*members, strict=True))]
         lines.append("".join(number + part for number, part in zip(numbers, parts, strict=True)))
     return lines

@@ -3,7 +3,7 @@
 import pytest
 from safetensors.torch import save_file
 
-from exports import refused, stream
+from exports import refused, stream, stream_problems
 from indexproj.loading import Checkpoint, Plan, load
 from indexproj.loading.headers import parse
 from support import GATE, INDEXER, WK, bf16_layer, fp8_layer, only, problems_of, write_checkpoint
@@ -90,9 +90,11 @@ def test_mtp_layers_by_their_own_name(tmp_path):
     assert list(load(tmp_path)) == list(stream(tensors, [1, 79], config)) == [1, 79]
     assert len(refused(tmp_path, tensors | fp8_layer(79), config)) == 3  # two layers with one number
     (tmp_path / "config.json").unlink()
-    problem = next(iter(problems_of(write_checkpoint(tmp_path, tensors))))
-    assert problem.subject.startswith("model.mtp_layers.1.")
-    assert problem.expected == "num_hidden_layers (config.json), after which mtp_layers are numbered"
+    streamed, missing = stream_problems(tensors, [1, 79])
+    assert missing.subject == "layer 79"
+    for problem in (streamed, only(problems_of(write_checkpoint(tmp_path, tensors)))):
+        assert problem.subject.startswith("model.mtp_layers.1.")
+        assert problem.expected == "num_hidden_layers (config.json), after which mtp_layers are numbered"
 
 
 # As in GLM-5.2: layers 0, 1, 2 and every fourth run an indexer, the others share the tokens of an earlier one.

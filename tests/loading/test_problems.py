@@ -45,17 +45,16 @@ def test_foreign_formats(tmp_path, name, make):
 def test_problems_of_layers_share_a_line():
     """They may differ in layers and in shards, of which a second copy has two."""
     stem, shard = "model.layers.{}.self_attn.indexer.wk", "model-{:05d}-of-00163.safetensors"
-
-    def problem(n, other, file):
-        expected = f"nothing beside {stem.format(other)}"
-        return Problem(f"{stem.format(n)}.bias", shard.format(file), expected, shard.format(n))
-
-    alike, other = [problem(n, n, n + 20) for n in (0, 1, 2, 10)], problem(3, 2, 0)
+    alike = [
+        Problem(f"{stem.format(n)}.bias", shard.format(n + 20), f"nothing beside {stem.format(n)}", shard.format(n))
+        for n in (0, 1, 2, 10)
+    ]
     one, shards = stem.format("{0-2, 10}"), "model-{{{}}}-of-00163.safetensors"
     found = f"expected nothing beside {one}, found {shards.format('00000-00002, 00010')}"
-    lines = [f"{one}.bias in {shards.format('00020-00022, 00030')}: {found}", str(other)]
-    assert summarize([*alike, other]) == lines
-    assert str(CheckpointError([*alike, other])).splitlines() == ["5 problems:", *(f"  {line}" for line in lines)]
+    lines = [f"{one}.bias in {shards.format('00020-00022, 00030')}: {found}", "config.json: expected a, found b"]
+    problems = [*alike, Problem("config.json", "", "a", "b")]
+    assert summarize(problems) == lines
+    assert str(CheckpointError(problems)).splitlines() == ["5 problems:", *(f"  {line}" for line in lines)]
     assert str(CheckpointError(alike[:1])) == str(alike[0])
     for subject in ("layer {}", "mtp.{}.attn.indexer.wk.weight", "part{}.safetensors"):
         alike = [Problem(subject.format(n), "", "a", "b") for n in (4, 5)]
