@@ -173,6 +173,10 @@ def named(stem, matrix, export):
     return {f"{stem}{matrix}.{leaf}": tensor for leaf, tensor in (export.tensors | export.unused).items()}
 
 
+def renamed(tensors, old, new):
+    return {name.replace(old, new): tensor.clone() for name, tensor in tensors.items()}
+
+
 def layer_of(wk, gate="bf16", layer=0, n=(128, 16), k=256):
     """The tensors of a layer from two exports, or names of EXPORTS."""
     stem = f"model.layers.{layer}.self_attn.indexer."

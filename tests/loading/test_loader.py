@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save, save_file
+from safetensors.torch import save_file
 
-from exports import EXPORTS, named
+from exports import EXPORTS, named, renamed
 from indexproj.kernels import DenseMatrix
 from indexproj.loading import Checkpoint, CheckpointError, Plan, load
 from indexproj.loading.checkpoint import INDEX
@@ -86,36 +86,22 @@ def test_load_allocates_only_weights(tmp_path, poison):
 
 
 def test_names_without_an_indexer(tmp_path):
-    tensors = {name.replace("self_attn", "mlp"): tensor for name, tensor in fp8_layer().items()}
+    tensors = renamed(fp8_layer(), "self_attn", "mlp")
     assert only(problems_of(write_checkpoint(tmp_path, tensors))).found == "none of 5 tensors"
-
-
-def test_input_scale_is_not_read(tmp_path):
-    """They may be of a dtype that torch does not have, and that safetensors therefore cannot read."""
-    name = f"{INDEXER.format(0)}wk.input_scale"
-    intact = save({**fp8_layer(), name: torch.zeros(3, dtype=torch.uint8)})
-    end = 8 + int.from_bytes(intact[:8], "little")
-    header = json.loads(intact[8:end])
-    header[name] |= {"dtype": "F6_E2M3", "shape": [4]}
-    text = json.dumps(header).encode()
-    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + intact[end:])
-    assert list(load(tmp_path)) == [0]
 
 
 def test_deepseek_inference_names(tmp_path):
     """One file per rank without an index, each with all indexers; `attn`, `scale` and `mtp`."""
-    files, scales = {}, []
-    for stem in ("layers.0", "layers.1", "mtp.0"):
-        layer = fp8_layer()
-        names = (name.replace("model.layers.0.self_attn", f"{stem}.attn") for name in layer)
-        files |= {n.replace("weight_scale_inv", "scale"): t for n, t in zip(names, layer.values(), strict=True)}
-        scales.append(layer[SCALE])
+    files, stems = {}, ("layers.0.attn", "layers.1.attn", "mtp.0.attn")
+    for stem in stems:
+        files |= renamed(renamed(fp8_layer(), "model.layers.0.self_attn", stem), "weight_scale_inv", "scale")
     for rank in range(2):
         save_file(files, tmp_path / f"model{rank}-mp2.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 2, "num_nextn_predict_layers": 1}))
     plan, loaded = Plan.of(Checkpoint(tmp_path)), load(tmp_path)
     assert [layer.is_mtp for layer in plan.layers.values()] == [False, False, True]
-    assert all(torch.equal(loaded[layer].wk.scale, scale) for layer, scale in enumerate(scales))
+    for layer, stem in enumerate(stems):
+        assert torch.equal(loaded[layer].wk.scale, files[f"{stem}.indexer.wk.scale"])
     assert list(load(tmp_path / "model1-mp2.safetensors")) == [0, 1, 2]
 
 

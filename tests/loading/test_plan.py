@@ -3,7 +3,7 @@
 import pytest
 from safetensors.torch import save_file
 
-from exports import refused, stream, stream_problems
+from exports import refused, renamed, stream, stream_problems
 from indexproj.loading import Checkpoint, Plan, load
 from indexproj.loading.headers import parse
 from support import GATE, INDEXER, WK, bf16_layer, fp8_layer, only, problems_of, write_checkpoint
@@ -13,10 +13,6 @@ def plan_of(tmp_path, owners, config):
     """The plan of tiny layers under a config."""
     path = write_checkpoint(tmp_path, *(bf16_layer(layer, k=32) for layer in owners), config=config)
     return Plan.of(Checkpoint(path))
-
-
-def renamed(tensors, old, new):
-    return {name.replace(old, new): tensor.clone() for name, tensor in tensors.items()}
 
 
 def test_indexer_without_projection(tmp_path):
