@@ -11,7 +11,7 @@ from torch import Tensor
 from ..kernels.weights import ProjectionWeights
 from .config import Config
 from .headers import DTYPES, GATE, UNUSED, WK, Header, parse
-from .layer import Collector, LayerPlan, own, real_device
+from .layer import Collector, own, real_device
 from .problems import CheckpointError, Problem, log
 
 
@@ -37,7 +37,7 @@ class Assembly:
         self.warnings: list[Problem] = []
         self._wanted = sorted(set(map(operator.index, layers)))
         self._device = real_device(device)
-        self._config = Config.of(config or {})
+        self._config = Config.of({} if config is None else config)
         self._live: dict[int, ProjectionWeights] = {}
         self._collector: Collector | None = None
         self._tensors: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)  # layer -> name -> tensor, until bound
@@ -90,7 +90,13 @@ class Assembly:
                 continue
             problems += plans[number].problems
             if not plans[number].problems and number in self._tensors:
-                self._bind(plans[number])
+                faults: list[Problem] = []
+                warnings: list[Problem] = []
+                if weights := plans[number].bind(self._tensors[number], faults, warnings):
+                    self._bound[number] = weights
+                del self._tensors[number]  # before the next layer, to save memory
+                self._problems += faults  # only now: if memory ran out, they come again
+                self.warnings += warnings
         self._collector = None  # only now: if memory ran out before, finish() can be called again
         problems += self._problems
         if problems:
@@ -108,15 +114,6 @@ class Assembly:
         log(self.warnings)
         self._bound = {}
         return dict(self._live)
-
-    def _bind(self, plan: LayerPlan) -> None:
-        problems: list[Problem] = []
-        warnings: list[Problem] = []
-        if weights := plan.bind(self._tensors[plan.layer], problems, warnings):
-            self._bound[plan.layer] = weights
-        del self._tensors[plan.layer]  # before the next layer, to save memory
-        self._problems += problems  # only now: if memory ran out, they come again
-        self.warnings += warnings
 
     def _open_load(self, call: str) -> Collector:
         if self._collector is None:

@@ -15,10 +15,12 @@ from .problems import CheckpointError, Problem
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_ADVICE = {  # part of an error of safetensors -> what to do
+_ADVICE = {  # part of the name of an error and its text -> what to do
+    "FileNotFoundError": "fetch the rest of the checkpoint",
     "unknown variant": "the installed safetensors does not know that dtype: install a newer one",
     "not valid UTF-8": "safetensors opens UTF-8 paths only: rename the file or its directory",
-    "": "the file is truncated, corrupt or a Git LFS pointer: fetch it again",
+    "SafetensorError": "the file is truncated, corrupt or a Git LFS pointer: fetch it again",
+    "": "",
 }
 
 
@@ -50,13 +52,12 @@ class Checkpoint:
             raise CheckpointError([Problem(str(path), "", "the path of a checkpoint", str(error))]) from error
         for file, names in promised.items():
             self._read_headers(file, names)
-        self.config = Config()  # empty if there is no config.json
-        if os.path.lexists(self.path / CONFIG):
-            try:
-                self.config = Config.of(_read_json(self.path / CONFIG))
-            except CheckpointError as error:
-                self.problems += error.problems
-        self.problems += self.config.problems
+        try:  # empty if there is no config.json
+            self.config = Config.of(_read_json(self.path / CONFIG) if os.path.lexists(self.path / CONFIG) else {})
+            self.problems += self.config.problems
+        except CheckpointError as error:
+            self.config = Config()
+            self.problems += error.problems
 
     def _read_headers(self, file: str, promised: list[str] | None) -> None:
         names: list[str] = []
@@ -79,11 +80,8 @@ class Checkpoint:
             if promised == []:
                 self.unread.append(file)
                 return
-            instead, advice = f"an unreadable file ({error})", ""
-            if isinstance(error, FileNotFoundError):
-                instead, advice = "no such file", "fetch the rest of the checkpoint"
-            elif isinstance(error, SafetensorError):
-                advice = next((advice for sign, advice in _ADVICE.items() if sign in str(error)), _ADVICE[""])
+            instead = "no such file" if isinstance(error, FileNotFoundError) else f"an unreadable file ({error})"
+            advice = next(_ADVICE[sign] for sign in _ADVICE if sign in f"{type(error).__name__}: {error}")
             if promised is None:
                 self.problems.append(Problem(file, "", "a readable safetensors file", str(error), advice))
         self.tensors += len(names)
@@ -128,9 +126,7 @@ def _promised(path: Path) -> dict[str, list[str] | None]:
 
 
 def _check_is_file(path: Path) -> None:
-    """Raises OSError for a directory, a pipe, which would block, or a bad link; open() reports a missing file."""
-    if path.is_symlink() and not path.exists():
-        raise OSError("a link that leads nowhere")
+    """Raises OSError for a directory or a pipe, which would block; open() reports a missing file or a bad link."""
     if path.exists() and not path.is_file():
         raise OSError("not a file")
 

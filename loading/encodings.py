@@ -4,15 +4,14 @@ To add one, write its `bind` function and list it in ENCODINGS.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..kernels.formats import MX_GROUP, SCALE_BLOCK, Format, scale_group, scale_shape
+from ..kernels.formats import MX_GROUP, SCALE_BLOCK, scale_shape
 from ..kernels.matrix import DenseMatrix, Fp4Matrix, Fp8Matrix, Matrix
 from .headers import SPELLINGS, Header
-from .problems import ranges
 from .values import Faults, judge_scale
 
 FP8 = ("F8_E4M3", "F8_E4M3FNUZ")
@@ -21,7 +20,6 @@ E8M0 = ("F8_E8M0", "U8")
 PACKED = {"U8": 2, "I32": 8}  # dtype of a weight -> values along K in one element; 1 in all others
 
 Tensors = Mapping[str, Tensor]  # role -> contiguous tensor
-Shapes = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class TensorSpec:
     """What a tensor may be: any of the dtypes, as safetensors spells them, in any of the shapes."""
 
     dtypes: tuple[str, ...]
-    shapes: Shapes
+    shapes: tuple[tuple[int, ...], ...]
 
     def fits(self, header: Header | None) -> bool:
         return header is not None and header.dtype in self.dtypes and header.shape in self.shapes
@@ -43,18 +41,15 @@ class Encoding:
     """One way to store a matrix [N, K]; dtypes are spelled as in safetensors."""
 
     name: str  # as the audit prints it
-    format: Format  # in memory
     weight_dtypes: tuple[str, ...]
     bind: Callable[[Tensors], Matrix]  # shares memory with the tensors where nothing changes
-    scale_dtypes: tuple[str, ...] = ()  # empty without a scale
-    scale_shapes: Callable[[int, int], Shapes] | None = None  # of N and K; the shape in memory by default
-    others: Mapping[str, TensorSpec] = field(default_factory=dict)  # role -> any other tensor it needs
+    # Of N and K: role -> each tensor beside the weight, the scale first.
+    beside: Callable[[int, int], dict[str, TensorSpec]] = lambda n, k: {}
     # Of N, K and groups per row: role -> tensors that may be missing. Only the end of a load tells if they are.
     optional: Callable[[int, int, int], dict[str, TensorSpec]] | None = None
     # Faults that `bind` cannot handle or hides, and oddities, as `judge` returns them.
     check: Callable[[Tensors], tuple[Faults, list[str]]] = lambda tensors: ({}, [])
     exact: Callable[[Tensors], Tensor] | None = None  # the values [N, K] in fp64, if `bind` rounds them to bf16
-    scale_role: str = "scale"
 
     def misfits(self, headers: Mapping[str, Header]) -> dict[str, TensorSpec | None]:
         """Compares the tensors beside a "weight" of the right dtype with those of this encoding.
@@ -63,24 +58,16 @@ class Encoding:
         """
         weight = headers["weight"]
         n, k = weight.shape[0], weight.shape[1] * PACKED.get(weight.dtype, 1)
-        specs = dict(self.others)
-        if self.scale_dtypes:
-            in_memory = scale_shape((n, k), *scale_group(self.format, k))
-            shapes = self.scale_shapes(n, k) if self.scale_shapes else (in_memory,)
-            specs = {self.scale_role: TensorSpec(self.scale_dtypes, shapes), **specs}
+        specs = self.beside(n, k)
         wrong: dict[str, TensorSpec | None] = {r: spec for r, spec in specs.items() if not spec.fits(headers.get(r))}
-        known = {"weight", *specs}
-        if self.optional:
-            optional = self.optional(n, k, 0 if wrong else headers["scale"].shape[1])
-            known |= optional.keys()
-            if not wrong:
-                wrong |= {r: spec for r, spec in optional.items() if r in headers and not spec.fits(headers[r])}
-        return wrong | {role: None for role in headers if role not in known}
+        optional = self.optional(n, k, 0 if wrong else headers["scale"].shape[1]) if self.optional else {}
+        if not wrong:
+            wrong |= {r: spec for r, spec in optional.items() if r in headers and not spec.fits(headers[r])}
+        return wrong | {role: None for role in headers if role not in {"weight", *specs, *optional}}
 
     def spelling(self, role: str) -> str:
         """Last part of the name of a tensor in that role, for messages."""
-        is_deepseek = self.format == Format.FP8_BLOCK
-        return "weight_scale" if role == "scale" and not is_deepseek else SPELLINGS[role]
+        return "weight_scale" if role == "scale" and self.bind is not _fp8_block else SPELLINGS[role]
 
 
 def _bf16(tensors: Tensors) -> DenseMatrix:
@@ -99,7 +86,7 @@ def _fp8_block(tensors: Tensors) -> Fp8Matrix:
     in four dimensions. All convert to fp32 exactly.
     """
     scale = tensors["scale"]
-    scale = (_e8m0(scale) if scale.dtype == torch.uint8 else scale).float()
+    scale = (scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale).float()
     return _fp8(tensors, scale.view(scale_shape(tensors["weight"].shape)))
 
 
@@ -120,7 +107,7 @@ def _mxfp8(tensors: Tensors) -> Fp8Matrix:
     Source: OCP Microscaling Formats 1.0. HY-V4's FP8 release, compressed-tensors and torchao write the biased exponent
     (bias 127) as uint8 or float8_e8m0fnu.
     """
-    return _fp8(tensors, _e8m0(tensors["scale"]))
+    return _fp8(tensors, tensors["scale"].view(torch.float8_e8m0fnu))
 
 
 def _fp8_packed(tensors: Tensors) -> Fp8Matrix:
@@ -131,7 +118,7 @@ def _fp8_packed(tensors: Tensors) -> Fp8Matrix:
     """
     exponents = tensors["scale"].view(torch.uint8).repeat_interleave(SCALE_BLOCK // MX_GROUP, 1)
     groups = scale_shape(tensors["weight"].shape, 1, MX_GROUP)[1]
-    return _fp8(tensors, _e8m0(exponents[:, :groups].contiguous()))
+    return _fp8(tensors, exponents[:, :groups].contiguous().view(torch.float8_e8m0fnu))
 
 
 def _fp8(tensors: Tensors, scale: Tensor) -> Fp8Matrix:
@@ -155,7 +142,7 @@ def _mxfp4(tensors: Tensors) -> Fp4Matrix:
 
     Source: OCP Microscaling Formats 1.0; Quark, compressed-tensors and torchao write the same.
     """
-    return Fp4Matrix(tensors["weight"], _e8m0(tensors["scale"]))
+    return Fp4Matrix(tensors["weight"], tensors["scale"].view(torch.float8_e8m0fnu))
 
 
 def _int4(tensors: Tensors) -> DenseMatrix:
@@ -167,16 +154,11 @@ def _int4(tensors: Tensors) -> DenseMatrix:
 
     Source: compressed-tensors' `PackedQuantizationCompressor` with 4 bits, which also decodes to bf16.
     """
-    return DenseMatrix(_int4_values(tensors).bfloat16())
+    return DenseMatrix(torch.mul(*_int4_parts(tensors)).bfloat16())
 
 
-def _int4_values(tensors: Tensors) -> Tensor:
-    numbers, scale, index = _int4_parts(tensors)
-    return numbers * scale[:, index]
-
-
-def _int4_parts(tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
-    """Integers less their zero points [N, K] fp64, scales [N, groups] fp64, and the group of each column [K]."""
+def _int4_parts(tensors: Tensors) -> tuple[Tensor, Tensor]:
+    """Integers less their zero points, and their scales, both [N, K] fp64."""
     numbers, scale = _nibbles(tensors["weight"]).double(), tensors["scale"].double()
     n, k = numbers.shape
     index = torch.arange(k, device=scale.device) // (k // scale.shape[1])
@@ -184,7 +166,12 @@ def _int4_parts(tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
         index = tensors["g_idx"].long()
     if "zero_point" in tensors:
         numbers -= _nibbles(tensors["zero_point"].T.contiguous()).T[:n][:, index]
-    return numbers, scale, index
+    return numbers, scale[:, index]
+
+
+def _int4_beside(n: int, k: int) -> dict[str, TensorSpec]:
+    shapes = [(n, 1), *((n, k // size) for size in (32, 64, 128, 256) if k % size == 0)]
+    return _scale(FLOAT, *shapes, shape=TensorSpec(("I64", "I32"), ((2,),)))
 
 
 def _int4_optional(n: int, k: int, groups: int) -> dict[str, TensorSpec]:
@@ -202,19 +189,14 @@ def _int4_check(tensors: Tensors) -> tuple[Faults, list[str]]:
     if empty.all():
         faults["weight"] = "packed integers", "nothing but 0"
     elif empty.any():
-        oddities.append(f"words of 0 in rows {ranges(empty.nonzero().flatten().tolist())}")
+        oddities.append("rows with nothing but words of 0")
     index = tensors.get("g_idx")
     if index is not None and not ((index >= 0) & (index < groups)).all():
         faults["g_idx"] = f"group numbers from 0 to {groups - 1}", "others"
     if not faults:
-        numbers, scale, index = _int4_parts(tensors)
-        sizes = torch.zeros_like(scale).scatter_reduce_(1, index.expand(n, -1), numbers.abs(), "amax")
-        judge_scale("scale", scale.float(), sizes.float(), 1, faults, oddities)
+        numbers, scale = _int4_parts(tensors)
+        judge_scale("scale", scale.float(), numbers.abs().float(), 1, faults, oddities)
     return faults, oddities
-
-
-def _e8m0(scale: Tensor) -> Tensor:
-    return scale.view(torch.float8_e8m0fnu)
 
 
 def _nibbles(words: Tensor) -> Tensor:
@@ -223,30 +205,35 @@ def _nibbles(words: Tensor) -> Tensor:
     return ((words[..., None] >> shifts & 0xF) - 8).flatten(1)
 
 
+def _scale(dtypes: tuple[str, ...], *shapes: tuple[int, ...], **others: TensorSpec) -> dict[str, TensorSpec]:
+    return {"scale": TensorSpec(dtypes, shapes), **others}
+
+
 _GLOBAL = TensorSpec(("F32",), ((), (1,)))
 
 ENCODINGS = (
-    Encoding("BF16", Format.BF16, ("BF16",), _bf16),
-    Encoding("F16", Format.BF16, ("F16",), _bf16, exact=lambda tensors: tensors["weight"].double()),
-    Encoding("F32", Format.BF16, ("F32",), _bf16, exact=lambda tensors: tensors["weight"].double()),
+    Encoding("BF16", ("BF16",), _bf16),
+    *(Encoding(name, (name,), _bf16, exact=lambda tensors: tensors["weight"].double()) for name in ("F16", "F32")),
     Encoding(
-        "FP8 128x128", Format.FP8_BLOCK, FP8, _fp8_block, (*FLOAT, *E8M0),
-        lambda n, k: (grid := scale_shape((n, k)), (grid[0], 1, grid[1], 1)),
+        "FP8 128x128", FP8, _fp8_block,
+        lambda n, k: _scale((*FLOAT, *E8M0), grid := scale_shape((n, k)), (grid[0], 1, grid[1], 1)),
     ),
-    Encoding("FP8 per row", Format.FP8_ROW, FP8, _fp8_row, FLOAT, lambda n, k: ((n, 1), (n,))),
-    Encoding("FP8 per row (torchao)", Format.FP8_ROW, ("F8_E4M3",), _fp8_row, ("F32", "BF16"), scale_role="row_scale"),
-    Encoding("FP8 per tensor", Format.FP8_ROW, FP8, _fp8_row, FLOAT, lambda n, k: ((), (1,), (1, 1))),
-    Encoding("MXFP8", Format.MXFP8, FP8, _mxfp8, E8M0),
-    Encoding("FP8 packed UE8M0", Format.MXFP8, FP8, _fp8_packed, ("I32",), lambda n, k: ((n, -(-k // 512)),)),
-    Encoding("NVFP4", Format.NVFP4, ("U8",), _nvfp4, ("F8_E4M3",), others={"scale_2": _GLOBAL}),
+    Encoding("FP8 per row", FP8, _fp8_row, lambda n, k: _scale(FLOAT, (n, 1), (n,))),
     Encoding(
-        "NVFP4 (divisor)", Format.NVFP4, ("U8",), _nvfp4, ("F8_E4M3",), others={"global_scale": _GLOBAL},
+        "FP8 per row (torchao)", ("F8_E4M3",), _fp8_row,
+        lambda n, k: {"row_scale": TensorSpec(("F32", "BF16"), ((n, 1),))},
     ),
-    Encoding("MXFP4", Format.MXFP4, ("U8",), _mxfp4, E8M0),
+    Encoding("FP8 per tensor", FP8, _fp8_row, lambda n, k: _scale(FLOAT, (), (1,), (1, 1))),
+    Encoding("MXFP8", FP8, _mxfp8, lambda n, k: _scale(E8M0, (n, -(-k // 32)))),
+    Encoding("FP8 packed UE8M0", FP8, _fp8_packed, lambda n, k: _scale(("I32",), (n, -(-k // 512)))),
+    Encoding("NVFP4", ("U8",), _nvfp4, lambda n, k: _scale(("F8_E4M3",), (n, -(-k // 16)), scale_2=_GLOBAL)),
     Encoding(
-        "INT4", Format.BF16, ("I32",), _int4, FLOAT,
-        lambda n, k: ((n, 1), *((n, k // size) for size in (32, 64, 128, 256) if k % size == 0)),
-        others={"shape": TensorSpec(("I64", "I32"), ((2,),))}, optional=_int4_optional, check=_int4_check,
-        exact=_int4_values,
+        "NVFP4 (divisor)", ("U8",), _nvfp4,
+        lambda n, k: _scale(("F8_E4M3",), (n, -(-k // 16)), global_scale=_GLOBAL),
+    ),
+    Encoding("MXFP4", ("U8",), _mxfp4, lambda n, k: _scale(E8M0, (n, -(-k // 32)))),
+    Encoding(
+        "INT4", ("I32",), _int4, _int4_beside, _int4_optional, _int4_check,
+        lambda tensors: torch.mul(*_int4_parts(tensors)),
     ),
 )  # fmt: skip

@@ -57,7 +57,7 @@ class MatrixPlan:
             faults |= nan_codes(roles["weight"])
             oddities += others
         for role, (expected, found) in faults.items():
-            header = self.headers[next(r for r in (role, "scale_2", self.encoding.scale_role) if r in self.headers)]
+            header = self.headers[next(r for r in (role, "scale_2", "row_scale") if r in self.headers)]
             problems.append(Problem(header.name, header.file, expected, found, BAD_VALUES))
         if matrix is None or faults:
             return None
@@ -214,14 +214,14 @@ class Collector:
         if both.layout is None:
             return both, both
         d, n = self._config.index_head_dim, both.layout.shape[0]
-        block, _ = both.layout.group
-        if d is None or not 0 < d < n or d % block:
+        if d is None:
+            expected = f"index_head_dim, in {CONFIG} or as an argument, to split {FUSED}"
+        elif not 0 < d < n or d % both.layout.group[0]:
             expected = f"{d} rows of wk (index_head_dim), in whole blocks of scales, followed by those of weights_proj"
-            if d is None:
-                expected = f"index_head_dim, in {CONFIG} or as an argument, to split {FUSED}"
-            problems.append(both.wrong(expected))
-            return (replace(both, layout=None),) * 2
-        return replace(both, layout=both.layout.rows(0, d)), replace(both, layout=both.layout.rows(d, n))
+        else:
+            return replace(both, layout=both.layout.rows(0, d)), replace(both, layout=both.layout.rows(d, n))
+        problems.append(both.wrong(expected))
+        return (replace(both, layout=None),) * 2
 
 
 def _plan_matrix(name: str, headers: Mapping[str, Header], problems: list[Problem]) -> MatrixPlan:

@@ -34,8 +34,9 @@ def explain(matrix: str, headers: Mapping[str, Header]) -> list[Problem]:
         return _explain_scales(matrix, headers, candidates)
     dtypes = dict.fromkeys(dtype for encoding in ENCODINGS for dtype in encoding.weight_dtypes)
     expected = f"a weight in {' or '.join(dtypes)}"
-    if foreign := _foreign(headers):
-        first = weight or headers[".qweight"]
+    first = weight or headers.get(".qweight")
+    foreign = {"I8": "INT8", "U32": "MLX"}.get(weight.dtype) if weight else "GPTQ or AWQ"
+    if first and foreign:
         advice = f"{foreign} is not supported: keep the indexer in BF16, or requantize it to FP8 or NVFP4"
         return [Problem(first.name, first.file, expected, str(first), advice)]
     if weight is None:
@@ -48,33 +49,19 @@ def explain(matrix: str, headers: Mapping[str, Header]) -> list[Problem]:
     return [problem, *(_stray(header, []) for role, header in headers.items() if role not in SPELLINGS)]
 
 
-def _foreign(headers: Mapping[str, Header]) -> str:
-    """The format of another quantizer, if it shows and nothing here reads it; else ""."""
-    if "weight" in headers:
-        return {"I8": "INT8", "U32": "MLX"}.get(headers["weight"].dtype, "")
-    codes, scales, zeros = (headers.get(role) for role in (".qweight", ".scales", ".qzeros"))
-    if codes is None:
-        return ""
-    # Both store the transpose of a matrix [N, K]. GPTQ packs K, AWQ packs N; both pack N in qzeros [groups, N / pack].
-    n = scales.shape[-1:] if scales else ()
-    name = "GPTQ or AWQ" if not n else "GPTQ" if codes.shape[1:] == n else "AWQ"
-    return f"{name}, {32 * zeros.shape[1] // n[0]} bit" if zeros and len(zeros.shape) == 2 and n and n[0] else name
-
-
 def _explain_scales(matrix: str, headers: Mapping[str, Header], candidates: list[Encoding]) -> list[Problem]:
     """Problems with the tensors beside a valid weight; names what each candidate would need beside what fits it."""
     misfits = {encoding: encoding.misfits(headers) for encoding in candidates}
     # If the scale fits some candidates, the others are out of the question.
-    rivals = [encoding for encoding in candidates if encoding.scale_role not in misfits[encoding]] or candidates
-    best = min(rivals, key=lambda encoding: len(misfits[encoding]))
-    needs = {
-        rival.name: " and ".join(f"{rival.spelling(role)} {spec}" for role, spec in misfits[rival].items() if spec)
-        for rival in rivals
-    }
-    options = [f"{needed} ({name})" for name, needed in needs.items() if needed]
+    fitting = [each for each in candidates if not misfits[each].get("scale") and not misfits[each].get("row_scale")]
+    best = min(fitting or candidates, key=lambda encoding: len(misfits[encoding]))
+    options = []
+    for encoding in fitting or candidates:
+        if needs := [f"{encoding.spelling(role)} {spec}" for role, spec in misfits[encoding].items() if spec]:
+            options.append(f"{' and '.join(needs)} ({encoding.name})")
     weight = headers["weight"]
     expected = f"beside the {weight} weight {'one of ' if len(options) > 1 else ''}{', '.join(options)}"
-    fitting = [header for role, header in headers.items() if role not in misfits[best]]
+    others = [header for role, header in headers.items() if role not in misfits[best]]
     problems = []
     for role, spec in misfits[best].items():
         header = headers.get(role)
@@ -85,7 +72,7 @@ def _explain_scales(matrix: str, headers: Mapping[str, Header], candidates: list
         elif spec:
             problems.append(Problem(header.name, header.file, expected, str(header)))
         else:
-            problems.append(_stray(header, fitting if role in SPELLINGS else []))
+            problems.append(_stray(header, others if role in SPELLINGS else []))
     return problems
 
 

@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 
 from ..kernels.matrix import DenseMatrix, Fp4Matrix, Fp8Matrix, Matrix
-from .problems import ranges
 
 _LARGEST, _SMALLEST = 2.0**100, 2.0**-100
-_LEAST = 1e-10  # the largest weight of a matrix is never that small, unless its scales are misread
+_LEAST, _MOST = 1e-10, 1e10  # the largest weight of a matrix is in between, unless its scales are misread
 _ALL_ZERO = "values other than 0", "nothing but 0, as in a hole that an unfinished download leaves"
 _SCALES = "scales with a magnitude from 2**-100 to 2**100, smaller or 0 only where all codes are 0"
 
@@ -34,20 +33,23 @@ def judge(matrix: Matrix) -> tuple[Faults, list[str]]:
     if isinstance(matrix, DenseMatrix):
         # Ignoring the sign, bf16 values sort like their bits, with infinity and NaN above all others.
         bits = (matrix.weight.view(torch.int16) & 0x7FFF).amax(1, keepdim=True)
-        sizes = bits.view(torch.bfloat16).float()
-        if not (sizes <= _LARGEST).all():
-            faults["weight"] = "magnitudes up to 2**100", _summary(matrix.weight)
+        values, sizes = matrix.weight, bits.view(torch.bfloat16).float()
     else:
         assert isinstance(matrix, Fp8Matrix | Fp4Matrix)
         sizes = _largest_codes(matrix)
         for role, scale in zip(("scale", "global_scale"), matrix.tensors[1:], strict=False):
             sizes = judge_scale(role, scale.float(), sizes, matrix.group[0] if role == "scale" else 1, faults, oddities)
-    if not faults and (largest := sizes.max().item()) < _LEAST:
-        small = f"weights of a magnitude above {_LEAST}", f"none above {largest:.1e}"
-        faults["weight"] = small if largest else _ALL_ZERO
-    is_zero = sizes == 0
-    if is_zero.any():
-        oddities += _zeros(is_zero, matrix)
+        values = sizes
+    largest = sizes.max().item()  # NaN if one is
+    if not faults and not _LEAST <= largest <= _MOST:
+        expected = f"weights of which the largest is between {_LEAST:.0e} and {_MOST:.0e}"
+        faults["weight"] = (expected, _summary(values)) if largest else _ALL_ZERO
+    is_zero = sizes == 0  # [N, groups of columns]
+    if is_zero.all(1).any():
+        oddities.append("rows of zeros")
+    bands = torch.split(is_zero, matrix.group[0])  # of rows that share scales
+    if torch.stack([band.all(0) & ~band.all() for band in bands]).any():
+        oddities.append("blocks of zeros")
     return faults, oddities
 
 
@@ -59,8 +61,8 @@ def judge_scale(role: str, scale: Tensor, sizes: Tensor, rows: int, faults: Faul
     size = scale.abs().repeat_interleave(rows, 0)[: len(sizes)]
     if not ((size <= _LARGEST) & ((sizes == 0) | (size >= _SMALLEST))).all():
         faults[role] = (_SCALES, _summary(scale)) if scale.any() else _ALL_ZERO
-    if negative := int((scale < 0).sum()):
-        oddities.append(f"{negative} negative values in {role}")
+    if (scale < 0).any():
+        oddities.append(f"negative values in {role}")
     return sizes * size
 
 
@@ -76,21 +78,6 @@ def _largest_codes(matrix: Fp8Matrix | Fp4Matrix) -> Tensor:
     if isinstance(matrix, Fp4Matrix):
         return torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], device=codes.device)[groups.int()]
     return groups.clamp(max=0x7E).view(torch.float8_e4m3fn).float()  # 0x7F is 480 here
-
-
-def _zeros(is_zero: Tensor, matrix: Matrix) -> list[str]:
-    """Rows of zeros, and blocks of zeros in other rows, in words; is_zero is [N, groups of columns]."""
-    rows = is_zero.all(1)
-    found = [f"zeros in rows {ranges(rows.nonzero().flatten().tolist())}"] if rows.any() else []
-    height, width = matrix.group
-    # A block within rows of zeros has been named.
-    bands = [slice(start, start + height) for start in range(0, len(rows), height)]
-    blocks = torch.stack([is_zero[band].all(0) & ~rows[band].all() for band in bands]).nonzero().tolist()
-    if blocks:
-        (i, j), (n, k) = blocks[0], matrix.shape
-        where = f"rows {i * height}-{min(n, (i + 1) * height) - 1}, columns {j * width}-{min(k, (j + 1) * width) - 1}"
-        found.append(f"{len(blocks)} blocks of zeros, the first in {where}")
-    return found
 
 
 def _summary(tensor: Tensor) -> str:

@@ -3,7 +3,7 @@
 The values are worked out element by element from the definition of the format, not by the layouts under test.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import pytest
@@ -11,27 +11,22 @@ import torch
 
 from indexproj.indexer.cli.synthetic import random_e4m3, random_e8m0
 from indexproj.loading import Assembly, CheckpointError
+from indexproj.loading.headers import parse
+from support import problems_of, write_checkpoint
 
+E8M0 = torch.float8_e8m0fnu
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
 
 
 @dataclass
 class Export:
-    """A matrix [N, K].
+    """A matrix [N, K]."""
 
-    Attributes:
-        tensors: last part of the name -> tensor.
-        values: [N, K] fp64.
-        encoding: as the audit names it.
-        is_native: False if loading rounds to bf16.
-        unused: tensors beside them that nobody reads.
-    """
-
-    tensors: dict[str, torch.Tensor]
-    values: torch.Tensor
-    encoding: str
-    is_native: bool = True
-    unused: dict[str, torch.Tensor] = field(default_factory=dict)
+    tensors: dict[str, torch.Tensor]  # by the last part of the name
+    values: torch.Tensor  # [N, K] fp64
+    encoding: str  # as the audit names it
+    is_native: bool = True  # False if loading rounds to bf16
+    unused: dict[str, torch.Tensor] = field(default_factory=dict)  # tensors beside them that nobody reads
 
     @property
     def loaded(self):
@@ -50,43 +45,32 @@ def floats(n, k, dtype, encoding):
     return Export({"weight": values}, values.double(), encoding, encoding == "BF16")
 
 
-def spread_scales(n, k, dtype=torch.float32):
+def scales(n, k, dtype=torch.float32):
     """Factors that differ by up to 2**6, so that one taken for another is a gross error."""
-    return (torch.exp2(6 * torch.rand(n, k)) / 448).to(dtype)
+    return random_e8m0(n, k) if dtype == E8M0 else (torch.exp2(6 * torch.rand(n, k)) / 448).to(dtype)
 
 
-def e4m3(n, k, scale, rows, columns, encoding, stored=None, leaf="weight_scale", fnuz=False, weight="weight"):
-    codes = random_e4m3(n, k)
-    if fnuz:
-        bits = torch.randint(0, 256, (n, k), dtype=torch.uint8)
-        codes = bits.masked_fill(bits == 0x80, 0).view(torch.float8_e4m3fnuz)
-    values = codes.double() * each(scale.float(), rows, columns, (n, k))
-    return Export({weight: codes, leaf: scale if stored is None else stored(scale)}, values, encoding)
+def e4m3(
+    encoding, rows, columns, dtype=torch.float32, stored=torch.clone, leaf="weight_scale", fnuz=False, weight="weight"
+):
+    """Makes exports with a scale for so many rows and columns, None for all; stored maps it to what the file has."""
 
+    def export(n, k):
+        codes = random_e4m3(n, k)
+        if fnuz:
+            bits = torch.randint(0, 256, (n, k), dtype=torch.uint8)
+            codes = bits.masked_fill(bits == 0x80, 0).view(torch.float8_e4m3fnuz)
+        scale = scales(-(-n // (rows or n)), -(-k // (columns or k)), dtype)
+        values = codes.double() * each(scale.float(), rows or n, columns or k, (n, k))
+        return Export({weight: codes, leaf: stored(scale)}, values, encoding)
 
-def fp8_block(n, k, dtype=torch.float32, **options):
-    scale = spread_scales(-(-n // 128), -(-k // 128), dtype)
-    return e4m3(n, k, scale, 128, 128, "FP8 128x128", **{"leaf": "weight_scale_inv", **options})
-
-
-def fp8_block_e8m0(n, k, **options):
-    scale = random_e8m0(-(-n // 128), -(-k // 128))
-    return e4m3(n, k, scale, 128, 128, "FP8 128x128", **{"leaf": "weight_scale_inv", **options})
-
-
-def fp8_row(n, k, dtype=torch.float32, encoding="FP8 per row", **options):
-    return e4m3(n, k, spread_scales(n, 1, dtype), 1, k, encoding, **options)
-
-
-def fp8_tensor(n, k, dtype=torch.float32, shape=()):
-    export = e4m3(n, k, spread_scales(1, 1, dtype), n, k, "FP8 per tensor", lambda scale: scale.view(shape))
-    if shape == ():  # as ModelOpt writes it
-        export.unused["input_scale"] = torch.tensor(0.5)
     return export
 
 
-def mxfp8(n, k, **options):
-    return e4m3(n, k, random_e8m0(n, -(-k // 32)), 1, 32, "MXFP8", **options)
+block = partial(e4m3, "FP8 128x128", 128, 128, leaf="weight_scale_inv")
+row = partial(e4m3, "FP8 per row", 1, None)
+per_tensor = partial(e4m3, "FP8 per tensor", None, None)
+mxfp8 = partial(e4m3, "MXFP8", 1, 32, E8M0)
 
 
 def as_bytes(scale):
@@ -97,15 +81,12 @@ def to_int32(words):
     return torch.where(words < 1 << 31, words, words - (1 << 32)).int()
 
 
-def fp8_packed(n, k):
-    """Exponents packed by arithmetic; those beyond K are set to what would be NaN."""
-
-    def pack(scale):
-        exponents = torch.full((n, 4 * -(-k // 512)), 255, dtype=torch.int64)
-        exponents[:, : scale.shape[1]] = as_bytes(scale)
-        return to_int32((exponents.view(n, -1, 4) * 256 ** torch.arange(4)).sum(-1))
-
-    return e4m3(n, k, random_e8m0(n, -(-k // 128)), 1, 128, "FP8 packed UE8M0", pack, "weight_scale_inv")
+def pack_exponents(scale):
+    """Packs by arithmetic, four exponents to an int32; those beyond K are set to what would be NaN."""
+    n, groups = scale.shape
+    exponents = torch.full((n, 4 * -(-groups // 4)), 255, dtype=torch.int64)
+    exponents[:, :groups] = as_bytes(scale)
+    return to_int32((exponents.view(n, -1, 4) * 256 ** torch.arange(4)).sum(-1))
 
 
 def e2m1(n, k):
@@ -117,15 +98,14 @@ def e2m1(n, k):
 def nvfp4(n, k, is_divisor=False):
     packed, values = e2m1(n, k)
     scale = torch.exp2(6 * torch.rand(n, -(-k // 16))).to(torch.float8_e4m3fn)
-    values = values * each(scale, 1, 16, (n, k))
+    number = 448 * torch.rand(1) + 1
+    factor = 1 / number  # rounded to fp32, as the format's own library does
+    values = values * each(scale, 1, 16, (n, k)) * factor.double()
     if is_divisor:
-        divisor = 448 * torch.rand(1) + 1
-        factor = (1 / divisor).double()  # rounded to fp32, as the format's own library does
-        tensors = {"weight_packed": packed, "weight_scale": scale, "weight_global_scale": divisor}
-        return Export(tensors, values * factor, "NVFP4 (divisor)")
-    factor = torch.rand(()) / 448
-    tensors = {"weight": packed, "weight_scale": scale, "weight_scale_2": factor}
-    return Export(tensors, values * factor.double(), "NVFP4", unused={"input_scale": torch.tensor(0.5)})
+        tensors = {"weight_packed": packed, "weight_scale": scale, "weight_global_scale": number}
+        return Export(tensors, values, "NVFP4 (divisor)")
+    tensors = {"weight": packed, "weight_scale": scale, "weight_scale_2": factor[0]}
+    return Export(tensors, values, "NVFP4", unused={"input_scale": torch.tensor(0.5)})
 
 
 def mxfp4(n, k, weight="weight_packed", stored=as_bytes):
@@ -146,16 +126,14 @@ def pack_int4(numbers, dim):
 
 def int4(n, k, groups=None, zero_point=False, g_idx=False):
     groups = groups or k // 32
-    numbers = torch.randint(-8, 8, (n, k))
-    scale = spread_scales(n, groups, torch.bfloat16)
+    numbers, zeros = torch.randint(-8, 8, (n, k)), torch.randint(-8, 8, (n, groups)) * zero_point
+    scale = scales(n, groups, torch.bfloat16)
     tensors = {"weight_packed": pack_int4(numbers, 1), "weight_scale": scale, "weight_shape": torch.tensor([n, k])}
     group = torch.arange(k) // (k // groups)
     if g_idx:
         group = group[torch.randperm(k)]
         tensors["weight_g_idx"] = group.int()
-    zeros = torch.zeros(n, groups, dtype=torch.int64)
     if zero_point:
-        zeros = torch.randint(-8, 8, (n, groups))
         tensors["weight_zero_point"] = pack_int4(zeros, 0)
     values = (numbers - zeros[:, group]).double() * scale.double()[:, group]
     return Export(tensors, values, "INT4", is_native=False)
@@ -165,19 +143,19 @@ EXPORTS = {
     "bf16": partial(floats, dtype=torch.bfloat16, encoding="BF16"),
     "f16": partial(floats, dtype=torch.float16, encoding="F16"),
     "f32": partial(floats, dtype=torch.float32, encoding="F32"),
-    "fp8_block": fp8_block,
-    "fp8_block_bf16": partial(fp8_block, dtype=torch.bfloat16),
-    "fp8_block_e8m0": fp8_block_e8m0,
-    "fp8_block_u8": partial(fp8_block_e8m0, stored=as_bytes, leaf="scale"),
-    "fp8_block_fnuz": partial(fp8_block, fnuz=True),
-    "fp8_row": fp8_row,
-    "fp8_row_flat": partial(fp8_row, dtype=torch.bfloat16, stored=torch.flatten),
-    "fp8_torchao": partial(fp8_row, encoding="FP8 per row (torchao)", weight="_weight_qdata", leaf="_weight_scale"),
-    "fp8_tensor": fp8_tensor,
-    "fp8_tensor_flat": partial(fp8_tensor, dtype=torch.bfloat16, shape=(1,)),
-    "mxfp8": mxfp8,
-    "mxfp8_u8": partial(mxfp8, stored=as_bytes, leaf="weight_scale_inv"),
-    "fp8_packed": fp8_packed,
+    "fp8_block": block(),
+    "fp8_block_bf16": block(torch.bfloat16),
+    "fp8_block_e8m0": block(E8M0),
+    "fp8_block_u8": e4m3("FP8 128x128", 128, 128, E8M0, as_bytes, "scale"),
+    "fp8_block_fnuz": block(fnuz=True),
+    "fp8_row": row(),
+    "fp8_row_flat": row(torch.float16, torch.flatten),
+    "fp8_torchao": e4m3("FP8 per row (torchao)", 1, None, weight="_weight_qdata", leaf="_weight_scale"),
+    "fp8_tensor": per_tensor(stored=torch.squeeze),
+    "fp8_tensor_flat": per_tensor(torch.bfloat16, torch.flatten),
+    "mxfp8": mxfp8(),
+    "mxfp8_u8": mxfp8(as_bytes, "weight_scale_inv"),
+    "fp8_packed": e4m3("FP8 packed UE8M0", 1, 128, E8M0, pack_exponents, "weight_scale_inv"),
     "nvfp4": nvfp4,
     "nvfp4_divisor": partial(nvfp4, is_divisor=True),
     "mxfp4": mxfp4,
@@ -187,12 +165,16 @@ EXPORTS = {
     "int4_zero_point": partial(int4, zero_point=True),
     "int4_g_idx": partial(int4, zero_point=True, g_idx=True),
 }
-bf16 = EXPORTS["bf16"]
+bf16, fp8_block = EXPORTS["bf16"], EXPORTS["fp8_block"]
 
 
 def named(stem, matrix, export):
     """The tensors by their names in a checkpoint."""
     return {f"{stem}{matrix}.{leaf}": tensor for leaf, tensor in (export.tensors | export.unused).items()}
+
+
+def renamed(tensors, old, new):
+    return {name.replace(old, new): tensor.clone() for name, tensor in tensors.items()}
 
 
 def layer_of(wk, gate="bf16", layer=0, n=(128, 16), k=256):
@@ -215,3 +197,12 @@ def stream_problems(*args, **keywords):
     with pytest.raises(CheckpointError) as caught:
         stream(*args, **keywords)
     return caught.value.problems
+
+
+def refused(path, tensors, config=None):
+    """The problems of a load from files, after checking that a stream of the same tensors has the same ones."""
+    problems = problems_of(write_checkpoint(path, tensors, config=config))
+    layers = {parsed.number for parsed in map(parse, tensors) if parsed.matrix}
+    streamed = stream_problems(dict(sorted(tensors.items())), layers, config or {})
+    assert sorted(map(str, streamed)) == sorted(str(replace(problem, file="")) for problem in problems)
+    return problems

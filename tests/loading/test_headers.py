@@ -32,17 +32,14 @@ def test_parse_projection(middle, leaf):
     assert parse("model.layers.0.self_attn.indexer.wk").role == "."
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
+def test_parse_unrelated_tensors():
+    for name in (
         "model.layers.0.self_attn.indexers_proj.weight", "model.layers.0.self_attn.wk.weight",
         "model.layers.x.self_attn.indexer.wk.weight", "model.layers.٣.self_attn.indexer.wk.weight",
         "model.layers.1234567.self_attn.indexer.wk.weight", "model.layers.0.mlp.indexer.wk.weight",
         "indexer.wk.weight", "mtp.layers.self_attn.indexer.wk.weight", "xmtp.0.attn.indexer.wk.weight",
-    ],
-)  # fmt: skip
-def test_parse_unrelated_tensors(name):
-    assert parse(name) is None
+    ):  # fmt: skip
+        assert parse(name) is None, name
     for leaf in ("wq_b.weight", "k_norm.bias", "wkv.weight", "wk2.weight", "index_kpool_compress_gate"):
         tensor = parse(f"model.layers.0.self_attn.indexer.{leaf}")
         assert (tensor.layer(61), tensor.matrix) == (0, None)

@@ -4,10 +4,8 @@ import pytest
 import torch
 
 from exports import EXPORTS, layer_of, named, stream, stream_problems
-from indexproj.indexer import IndexerProjection
-from indexproj.kernels import reference
 from indexproj.loading import Assembly
-from support import GATE, INDEXER, WK, bf16_layer, fp8_layer, same
+from support import INDEXER, WK, bf16_layer, fp8_layer, same
 
 STEM = INDEXER.format(0)
 CONFIG = {"index_head_dim": 128}
@@ -25,25 +23,19 @@ def equal(weights, others):
     return same(weights.wk, others.wk) and same(weights.gate, others.gate)
 
 
-@pytest.mark.parametrize("is_fused", [False, True])
 @pytest.mark.parametrize("export", EXPORTS)
-def test_reload_keeps_memory(export, is_fused):
-    """Each load gives what a first load of its tensors gives, in the memory of the first one."""
-
-    def tensors():
-        if is_fused:
-            return named(STEM, "wk_weights_proj", EXPORTS[export](144, 256))
-        return layer_of(export, export)
-
-    first, second = tensors(), tensors()
-    assembly = Assembly([0], config=CONFIG)
-    live = send(assembly, first).pop(0)  # the dict belongs to the caller
-    before = pointers(live)
-    for load in (first, second, second, first):
-        fresh = send(Assembly([0], config=CONFIG), load)[0]
-        assert send(assembly, load)[0] is live
-        assert equal(live, fresh)
-        assert pointers(live) == before
+def test_reload_keeps_memory(export):
+    """Each load gives what a first load of its tensors gives, in the memory of the first one, under any names."""
+    apart = [layer_of(export, export) for _ in range(2)]
+    fused = [named(STEM, "wk_weights_proj", EXPORTS[export](144, 256)) for _ in range(2)]
+    for loads in ((*apart, apart[1], apart[0], *fused), (*fused, *apart)):
+        assembly = Assembly([0], config=CONFIG)
+        live = send(assembly, loads[0]).pop(0)  # the dict belongs to the caller
+        before = pointers(live)
+        for load in loads:
+            assert send(assembly, load)[0] is live
+            assert equal(live, stream(load, config=CONFIG)[0])
+            assert pointers(live) == before
 
 
 @pytest.mark.parametrize("make", [bf16_layer, fp8_layer])
@@ -73,41 +65,13 @@ def test_failed_load_changes_nothing(make):
 
 @pytest.mark.parametrize("modes", [(True, False), (False, True)])
 def test_reload_across_inference_mode(modes):
-    assembly = Assembly([0], config=CONFIG)
+    assembly, tensors = Assembly([0]), fp8_layer()
     loaded = []
     for mode in modes:
-        tensors = fp8_layer()
         with torch.inference_mode(mode):
             loaded.append(send(assembly, tensors)[0])
+        tensors = fp8_layer()
     assert loaded[0] is loaded[1]
-    assert equal(loaded[0], send(Assembly([0], config=CONFIG), tensors)[0])
-
-
-@pytest.mark.parametrize("export", ["bf16", "fp8_block"])
-def test_reload_under_fused_names(export):
-    old, new = (layer_of(export, export, n=(128, 128)) for _ in range(2))
-    fused = {
-        name.replace("wk.", "wk_weights_proj."): torch.cat((new[name], new[name.replace("wk.", "weights_proj.")]))
-        for name in new if "wk." in name
-    }  # fmt: skip
-    assembly = Assembly([0], config=CONFIG)
-    live = send(assembly, old)[0]
-    before = pointers(live)
-    for tensors, expected in ((fused, new), (old, old)):
-        assert send(assembly, tensors)[0] is live
-        assert equal(live, send(Assembly([0], config=CONFIG), expected)[0])
-        assert pointers(live) == before
-
-
-def test_reload_reaches_a_module_that_holds_the_weights():
-    old, new = bf16_layer(), bf16_layer()
-    assembly = Assembly([0], config=CONFIG)
-    module = IndexerProjection(send(assembly, old)[0])
-    fused_weight, x = module.weights.fused_weight, torch.randn(2, 256)
-    for tensors in (old, new):
-        send(assembly, tensors)
-        assert torch.equal(fused_weight, torch.cat((tensors[WK], tensors[GATE])))
-        assert torch.equal(reference(x, module.weights)[1], x.double() @ tensors[GATE].double().T)
 
 
 def test_reload_in_another_encoding_is_a_warning(caplog):
