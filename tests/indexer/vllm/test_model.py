@@ -93,20 +93,21 @@ def test_layer_states():
     def after(call, *arguments):
         call(*arguments)
         found, layer.problems = len(layer.problems), []
-        return layer.state.name, found
+        loaded = "EMPTY" if layer.layout is None else "READY"
+        return "UPDATED" if layer.updated else "COLLECTING" if layer.collector else loaded, found
 
     assert after(layer.finish) == ("EMPTY", 1)  # there are no weights
     assert after(layer.offer, *wk) == ("COLLECTING", 0)
     assert after(layer.finish) == ("EMPTY", 2)  # tensors are missing
     assert after(layer.offer, *wk) == ("COLLECTING", 0)
-    assert after(layer.drop) == ("EMPTY", 0)
+    assert after(layer.reset) == ("EMPTY", 0)
     assert [after(layer.offer, *item)[0] for item in (wk, gate, scale)] == ["COLLECTING", "COLLECTING", "UPDATED"]
     assert after(layer.finish) == ("UPDATED", 0)
     assert after(layer.offer, *wk) == ("UPDATED", 1)  # one too many
-    assert after(layer.drop) == ("READY", 0)
+    assert after(layer.reset) == ("READY", 0)
     assert after(layer.finish) == ("READY", 0)
     assert after(layer.offer, *wk) == ("COLLECTING", 0)
     assert after(layer.settle) == ("COLLECTING", 0)  # without its scale
-    assert after(layer.drop) == ("READY", 0)
+    assert after(layer.reset) == ("READY", 0)
     assert after(layer.offer, *gate) == ("COLLECTING", 0)
     assert after(layer.settle) == ("UPDATED", 0)
