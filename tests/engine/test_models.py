@@ -6,11 +6,12 @@ from unittest import mock
 import pytest
 import torch
 from vllm import ModelRegistry
+from vllm.model_executor.layers.quantization.fp8 import Fp8LinearMethod
 from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend
 
 from engine import checkpoints, harness
-from engine.checkpoints import LAYERS, checkpoint, pair, write
-from engine.harness import activations, engine_config, like, load_model, projections
+from engine.checkpoints import BOTH_FP8, FP8, LAYERS, checkpoint, write
+from engine.harness import Worker, X, like, projections
 
 # The module of the class, its name, the architecture under which vLLM looks for it if it is a draft.
 MODELS = {
@@ -38,7 +39,7 @@ RUN_INDEXER = ("deepseek", "glm", "hy-v4-nvidia", "hy-v4-amd")  # the indexers o
 
 @pytest.fixture(params=MODELS)
 def model(request, tmp_path):
-    """A function that builds the model, the tensors of a BF16 checkpoint, and the layers with an indexer."""
+    """Its name, a function that builds it, the tensors of a BF16 checkpoint, and the layers with an indexer."""
     module, name, draft = MODELS[request.param]
     config, tensors = CHECKPOINTS.get(request.param.partition("-")[0], (checkpoints.DEEPSEEK, checkpoints.deepseek))
     tensors = tensors()
@@ -49,12 +50,12 @@ def model(request, tmp_path):
     (tmp_path / "added_tokens.json").write_text('{"<|imgpad|>": 100}')  # dots3-note reads it
 
     def make(tensors, switch):
-        path = write(tmp_path, tensors, config)
-        config_of = engine_config(path, **({"speculative_config": harness.MTP} if draft else {}))
+        path, settings = write(tmp_path, tensors, config), None
         if request.param == "glm5next-mtp":  # vLLM makes drafts of the multimodal model's config only
-            settings = {"draft_model_config": config_of.model_config, "enable_adaptive_verification": False}
-            config_of.speculative_config = mock.MagicMock(**settings)
-        return load_model(config_of, switch, draft=bool(draft))
+            settings = harness.engine_config(path)
+            of_draft = {"draft_model_config": settings.model_config, "enable_adaptive_verification": False}
+            settings.speculative_config = mock.MagicMock(**of_draft)
+        return Worker(path, switch, draft=bool(draft), config=settings).model
 
     with (
         mock.patch.dict(ModelRegistry.models),
@@ -62,29 +63,42 @@ def model(request, tmp_path):
         mock.patch("vllm.models.dots3_note.nvidia.model.Dots3NotePaddedSparseBackend", CPUMLABackend),
     ):
         ModelRegistry.register_model(architecture, getattr(importlib.import_module(module), name))
-        yield make, tensors, [LAYERS] if "mtp" in request.param else list(range(LAYERS))
+        yield request.param, make, tensors, [LAYERS] if "mtp" in request.param else list(range(LAYERS))
 
 
-def test_bf16_agrees_with_stock(model, caplog, request):
-    make, tensors, layers = model
+def test_bf16_agrees_with_stock(model, caplog):
+    name, make, tensors, layers = model
     stock, swapped = make(tensors, "0"), make(tensors, "1")
     assert not [record for record in caplog.records if "wk_weights_proj" in record.getMessage()]  # as not loaded
     assert list(projections(swapped)) == layers
     harness.assert_neighbors_equal(stock, swapped)
-    x, *_ = activations()
     for layer, module in projections(stock).items():
-        expected, found = module(x)[0], projections(swapped)[layer](x)[0]
+        expected, found = module(X)[0], projections(swapped)[layer](X)[0]
         assert like(found) == like(expected)
         harness.assert_close(found, expected, 2**-7)
-    if request.node.callspec.params["model"] in RUN_INDEXER:
+    if name in RUN_INDEXER:
         harness.assert_indexer_inputs_agree(stock, swapped)
 
 
-def test_fp8_stays_fp8(model, request):
-    make, tensors, layers = model
-    is_dots3 = request.node.callspec.params["model"] == "dots3"  # its weights_proj is in FP8 too
-    tensors, truth = checkpoint(pair("fp8_block", "fp8_block" if is_dots3 else "bf16"), tensors)
+def test_fp8_stays_fp8(model):
+    name, make, tensors, layers = model
+    tensors, truth = checkpoint(BOTH_FP8 if name == "dots3" else FP8, tensors)
     swapped = make(tensors, "1")
     assert list(projections(swapped)) == layers
     assert {module.qweight.dtype for module in projections(swapped).values()} == {torch.float8_e4m3fn}
     harness.assert_outputs(swapped, truth)
+
+
+@pytest.mark.parametrize("draft", [False, True], ids=["main", "mtp"])
+@pytest.mark.parametrize("published", ["deepseek-v3.2", "glm-5.2-fp8"])
+def test_fp8_throughout_agrees_with_stock(tmp_path, published, draft):
+    """As published: the neighbors are in FP8 too. k and weights differ by vLLM's rounding of wk to bf16."""
+    path, truth = checkpoints.fp8_checkpoint(tmp_path, published)
+    stock, swapped = (Worker(path, switch, draft=draft).model for switch in ("0", "1"))
+    harness.assert_neighbors_equal(stock, swapped)
+    neighbors = [type(module.quant_method) for name, module in swapped.named_modules() if name.endswith("wq_b")]
+    assert neighbors == len(projections(swapped)) * [Fp8LinearMethod]
+    assert list(projections(swapped)) == ([LAYERS] if draft else list(range(LAYERS)))
+    harness.assert_outputs(swapped, truth)
+    if not draft:
+        harness.assert_indexer_inputs_agree(stock, swapped)
