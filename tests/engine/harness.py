@@ -6,15 +6,8 @@ import os
 import sys
 from unittest import mock
 
-from engine.checkpoints import (
-    Q_RANK,
-    K,
-    M,
-    checkpoint,
-    is_projection,
-    only_projections,
-    write,
-)  # before vLLM: sets the environment
+# Before vLLM: sets the environment.
+from engine.checkpoints import Q_RANK, K, M, checkpoint, is_projection, only_projections, write
 
 # isort: split
 import torch
@@ -98,19 +91,6 @@ def set_model_parallel(tensor_parallel_size=1, pipeline_parallel_size=1):
         initialize_model_parallel(tensor_parallel_size, pipeline_parallel_size)
 
 
-@contextlib.contextmanager
-def plugin(switch):
-    """Registers the plugin, which "0" turns off, and removes its patches on exit."""
-    end_of_reloads = "finalize_layerwise_processing"
-    with (
-        mock.patch.dict(os.environ, {"INDEXPROJ_VLLM": switch}),
-        mock.patch.object(BaseModelLoader, "create_model", BaseModelLoader.create_model),
-        mock.patch.object(layerwise, end_of_reloads, getattr(layerwise, end_of_reloads)),
-    ):
-        vllm_plugin.register()
-        yield
-
-
 def engine_config(path, **arguments):
     defaults = {
         "skip_tokenizer_init": True, "dtype": "bfloat16", "enforce_eager": True, "max_model_len": 128,
@@ -129,7 +109,8 @@ class Worker:
         self.config = config or engine_config(path, **arguments)
         self.model_config = self.config.speculative_config.draft_model_config if draft else self.config.model_config
         self.loader = get_model_loader(self.config.load_config)
-        with plugin(switch), self.environment():
+        self.switch = switch
+        with self.environment():
             self.model = self.loader.create_model(self.config, self.model_config).eval()
         if load:
             self.load()
@@ -137,7 +118,15 @@ class Worker:
 
     @contextlib.contextmanager
     def environment(self):
-        with set_current_vllm_config(self.config), set_default_torch_dtype(torch.bfloat16):
+        """With the plugin, which "0" turns off, and without its patches afterwards."""
+        patched = (BaseModelLoader, "create_model"), (layerwise, "finalize_layerwise_processing")
+        with contextlib.ExitStack() as stack:
+            for owner, name in patched:
+                stack.enter_context(mock.patch.object(owner, name, getattr(owner, name)))
+            stack.enter_context(mock.patch.dict(os.environ, {"INDEXPROJ_VLLM": self.switch}))
+            stack.enter_context(set_current_vllm_config(self.config))
+            stack.enter_context(set_default_torch_dtype(torch.bfloat16))
+            vllm_plugin.register()
             yield
 
     def load(self):
@@ -161,13 +150,15 @@ class Server(Worker):
     def addresses(self):
         return {name: p.data_ptr() for name, p in self.model.named_parameters() if "wk_weights_proj" in name}
 
-    def update(self, tensors):
-        """What a trainer does."""
-        return self.model.load_weights(only_projections(tensors).items())
+    def update(self, *calls):
+        """What a trainer does. Returns the names that the last call returns."""
+        for tensors in calls:
+            loaded = self.model.load_weights(only_projections(tensors).items())
+        return loaded
 
     def reload(self, tensors, is_checkpoint_format=True):
         """vLLM's own reload."""
-        with plugin("1"), self.environment():
+        with self.environment():
             reload_weights(self.config, self.model, tensors.items(), None, is_checkpoint_format)
 
     def reload_and_check(self, makers=None):
@@ -175,19 +166,16 @@ class Server(Worker):
         self.reload(tensors)
         self.check()
 
-    def fill(self, byte):
-        """Overwrites the projections, like a sleep that gives the memory of all parameters away and takes it back."""
-        for module in projections(self.model).values():
-            for parameter in module.parameters():
-                parameter.data.view(torch.uint8).fill_(byte)
-
     def check(self):
         """It computes with the true values, at the addresses that CUDA graphs would hold."""
         assert_outputs(self.model, self.truth)
         assert self.addresses() == self.pointers
         for layer in self.model.indexproj.layers.values():
             used = (*layer.operands.wk.tensors, *layer.operands.gate.tensors)
-            assert set(map(storage, used)) == set(map(storage, layer.module.parameters()))
+            storages = [
+                {t.untyped_storage().data_ptr() for t in tensors} for tensors in (used, layer.module.parameters())
+            ]
+            assert storages[0] == storages[1]
 
 
 def projections(model):
@@ -211,10 +199,6 @@ def indexer_inputs(indexer, rope=None):
 
 def like(tensor):
     return tensor.dtype, tuple(tensor.shape), tensor.stride()
-
-
-def storage(tensor):
-    return tensor.untyped_storage().data_ptr()
 
 
 def bits(tensor):

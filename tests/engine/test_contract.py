@@ -121,10 +121,3 @@ def test_one_launch_replaces_two_gemms(source):
     for old, new in (("torch.mm", "torch.matmul"), (".float()", ".double()"), ("kw, _", "_, kw")):
         with pytest.raises(UnexpectedError, match="expected the statements\nkw, _ = "):
             one_launch(forward.replace(old, new))
-
-
-def test_sm107_table_has_the_projection_of_glm52():
-    """The one linear method that vLLM has tuned for this projection, see docs/vllm.md."""
-    text = text_of(downloaded("0.33.0"), f"{V32}.nvidia.glm52_low_latency_gemm")
-    assert "_SM107_WK_WEIGHTS_PROJECTION = GLM52ProjectionSpec(n=160, k=6144" in text
-    assert "is_device_capability((10, 7)):\n        return GLM52_PROJECTIONS_SM107" in text

@@ -79,14 +79,8 @@ def indexer_class(name, **attributes):
     return type(qualname, (nn.Module,), {"__module__": module, **attributes})
 
 
-class TunedMethod(linear.UnquantizedLinearMethod):
-    pass
-
-
-class Subclass(linear.MergedColumnParallelLinear):
-    pass
-
-
+TUNED = type("TunedMethod", (linear.UnquantizedLinearMethod,), {})
+SUBCLASS = type("Subclass", (linear.MergedColumnParallelLinear,), {})
 exec("def forward(self): pass", SOURCELESS := {})
 NO_SOURCE = indexer_class(vllm_plugin.GLM5NEXT, forward=SOURCELESS["forward"])
 NO_GPU = mock.Mock(side_effect=RuntimeError("expected a GPU"))
@@ -94,7 +88,7 @@ LAYER = r"layers\.1\.self_attn\.indexer\.wk_weights_proj: expected an unquantize
 # Where, which attribute, its new value (... deletes it), the level of the log line, and a pattern of it.
 UNSUPPORTED = {
     "indexer": ("indexer", "__class__", indexer_class("vllm.other.Indexer"), "WARNING", r"layers\.1.*vllm\.other"),
-    "class": ("projection", "__class__", Subclass, "WARNING", LAYER + "Subclass with UnquantizedLinearMethod"),
+    "class": ("projection", "__class__", SUBCLASS, "WARNING", LAYER + "Subclass with UnquantizedLinearMethod"),
     "rows": ("projection", "output_sizes", [16, 128], "WARNING", LAYER + r".*\[16, 128\]"),
     "bias": ("projection", "bias", nn.Parameter(torch.zeros(144)), "WARNING", LAYER + ".*Parameter"),
     "skip_bias_add": ("projection", "skip_bias_add", True, "WARNING", LAYER + ".*'skip_bias_add': True"),
@@ -106,7 +100,7 @@ UNSUPPORTED = {
     "source": ("indexer", "__class__", NO_SOURCE, "WARNING", "could not get source code"),
     "load_weights": ("model", "load_weights", print, "INFO", "load_weights of .* is from builtins"),
     "fp16": ("projection", "weight", nn.Parameter(torch.zeros(144, 256).half()), "INFO", r"is in torch\.float16"),
-    "tuned": ("projection", "quant_method", TunedMethod(), "INFO", "has TunedMethod, which vLLM has tuned"),
+    "tuned": ("projection", "quant_method", TUNED(), "INFO", "has TunedMethod, which vLLM has tuned"),
     "device": ("target", "target_of", NO_GPU, "INFO", "is on cpu, maybe because .*: expected a GPU"),
     "config": ("config", "additional_config", "", "INFO", "additional_config is not a dict"),
     "one layer": ("plugin", "layer_of", lambda name: 1, "WARNING", "expected one indexer per layer"),

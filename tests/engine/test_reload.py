@@ -6,25 +6,12 @@ import pytest
 import torch
 from vllm.model_executor.model_loader.reload import layerwise
 
-from engine.checkpoints import (
-    BF16,
-    BOTH_FP8,
-    FP8,
-    FUSED,
-    INDEXER,
-    INT4,
-    NVFP4,
-    D,
-    checkpoint,
-    only_projections,
-    pair,
-)
-from engine.harness import Server, X, assert_close, assert_outputs, plugin, projections
+from engine.checkpoints import BF16, BOTH_FP8, FP8, FUSED, INDEXER, INT4, NVFP4, D, checkpoint, only_projections, pair
+from engine.harness import Server, X, assert_close, assert_outputs, projections
 from indexproj.loading import CheckpointError
 
-WK, SCALE, GATE = (INDEXER.format(1) + leaf for leaf in ("wk.weight", "wk.weight_scale_inv", "weights_proj.weight"))
-STEM, LAST = WK.removesuffix("weight"), INDEXER.format(1)
-ALL, WK_ROWS, GATE_ROWS = slice(None), slice(0, D), slice(D, None)
+LAST = INDEXER.format(1)
+WK, SCALE, GATE = (LAST + leaf for leaf in ("wk.weight", "wk.weight_scale_inv", "weights_proj.weight"))
 
 
 @pytest.fixture(params=[BF16, FP8], ids=["bf16", "fp8"])
@@ -32,116 +19,93 @@ def server(request, tmp_path):
     return Server(tmp_path, request.param)
 
 
-def everything(name):
-    return True
+def part(tensors, prefix):
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def only(prefix):
-    return lambda name: name.startswith(prefix)
+def without_gate(tensors):
+    return {name: tensor for name, tensor in tensors.items() if name != GATE}
 
 
-def but_gate(name):
-    return name != GATE
+def one_by_one(tensors):
+    return [{name: tensors[name]} for name in reversed(tensors)]
 
 
-def reload_one_per_call(server, tensors):
-    with plugin("1"), server.environment():
+def reload_one_by_one(server, tensors):
+    with server.environment():
         layerwise.initialize_layerwise_reload(server.model)
-        for item in reversed(tensors.items()):
-            server.model.load_weights([item])
+        server.update(*one_by_one(tensors))
         layerwise.finalize_layerwise_reload(server.model, server.model_config)
 
 
-def reload_others(server, tensors):
-    server.reload(only_projections(tensors, False))
-
-
-def update_one_per_call(server, tensors):
-    for name in reversed(tensors):
-        server.update({name: tensors[name]})
-
-
-def update_twice(server, tensors):
-    server.update(tensors)
-    server.update(tensors)
-
-
-def update_fewer_heads(server, tensors):
-    server.update({GATE: tensors[GATE][:8]})
-
-
-def update_sparse(server, tensors):
-    """Unchanged elements are NaN."""
-    tensors[WK][0] = torch.nan
-    server.update(tensors)
-
-
-def step(server, tensors, truth, act, chosen, error, new):
-    """Does it with the chosen tensors. new: layer -> rows that are new afterwards; all others are as they were."""
+def step(server, truth, act, error, new):
+    """new: layer -> rows that have values of `truth` afterwards; all others are as they were."""
     with pytest.raises(CheckpointError, match=error) if error else contextlib.nullcontext():
-        act(server, {name: tensor for name, tensor in tensors.items() if chosen(name)})
+        act()
     for layer, rows in new.items():
         server.truth[layer][rows] = truth[layer][rows]
     server.check()
 
 
-BOTH, NEW = ((BF16, BF16), (FP8, FP8)), {0: ALL, 1: ALL}
-FP8_SCALES, INT4_ZEROS = ((FP8, FP8), (BOTH_FP8, BOTH_FP8)), ((INT4, INT4),)  # may follow
-TO_BF16, TO_NVFP4 = ((FP8, BF16),), ((FP8, NVFP4),)
+ALL, WK_ROWS, GATE_ROWS = slice(None), slice(0, D), slice(D, None)
+SAME, NEW, WAITS = {}, {0: ALL, 1: ALL}, {}
+BOTH = ((BF16, BF16), (FP8, FP8))
+WITH_SCALES = ((FP8, FP8), (BOTH_FP8, BOTH_FP8))
 OTHER_LAYOUT = "expected wk in FP8 128x128.* as in the first load.*INDEXPROJ_VLLM=bf16"
-# Encodings of server and new checkpoint, and the arguments of `step`.
+# Encodings of server and new checkpoint, what is done with the server and the new tensors, the error, and what is new.
 STEPS = {
-    "reload": ((*BOTH, (NVFP4, NVFP4), *INT4_ZEROS), Server.reload, everything, None, NEW),
-    "reload, one tensor per call": (BOTH, reload_one_per_call, everything, None, NEW),
-    "reload without a tensor": (BOTH, Server.reload, but_gate, GATE.replace(".", r"\."), {0: ALL}),
-    "reload without projections": (BOTH, reload_others, everything, None, {}),
-    "reload in BF16": (TO_BF16, Server.reload, everything, OTHER_LAYOUT, {}),
-    "reload in NVFP4": (TO_NVFP4, Server.reload, everything, OTHER_LAYOUT, {}),
-    "update, one tensor per call": (BOTH, update_one_per_call, everything, None, NEW),
-    "update of wk": (BOTH, Server.update, only(STEM), None, {1: WK_ROWS}),
-    "update of weights_proj": (BOTH, Server.update, only(GATE), None, {1: GATE_ROWS}),
-    "update without scale": (FP8_SCALES, Server.update, lambda name: name == WK, None, {}),
-    "update without weight": (FP8_SCALES, Server.update, only(SCALE), None, {}),
-    "update without zero points": (INT4_ZEROS, Server.update, only(STEM), None, {}),
-    "update in BF16": (TO_BF16, Server.update, only(WK), OTHER_LAYOUT, {}),
-    "update, twice": (FP8_SCALES, update_twice, lambda name: name == WK, "one tensor in the role of", {}),
-    "update, fewer heads": (BOTH, update_fewer_heads, everything, "expected 16 in dimension 0 of the matrix", {}),
-    "update, sparse": (BOTH[:1], update_sparse, only(WK), r"layers\.1.*wk\.weight: expected magnitudes", {}),
+    "reload": ((*BOTH, (NVFP4, NVFP4), (INT4, INT4)), lambda s, t: s.reload(t), None, NEW),
+    "reload one by one": (BOTH, reload_one_by_one, None, NEW),
+    "reload without a tensor": (BOTH, lambda s, t: s.reload(without_gate(t)), GATE.replace(".", r"\."), {0: ALL}),
+    "reload without projections": (BOTH, lambda s, t: s.reload(only_projections(t, False)), None, SAME),
+    "reload in BF16": ([(FP8, BF16)], lambda s, t: s.reload(t), OTHER_LAYOUT, SAME),
+    "reload in NVFP4": ([(FP8, NVFP4)], lambda s, t: s.reload(t), OTHER_LAYOUT, SAME),
+    "update one by one": (BOTH, lambda s, t: s.update(*one_by_one(t)), None, NEW),
+    "update of wk": (BOTH, lambda s, t: s.update(part(t, LAST + "wk")), None, {1: WK_ROWS}),
+    "update of weights_proj": (BOTH, lambda s, t: s.update({GATE: t[GATE]}), None, {1: GATE_ROWS}),
+    "update without scale": (WITH_SCALES, lambda s, t: s.update({WK: t[WK]}), None, WAITS),
+    "update without weight": (WITH_SCALES, lambda s, t: s.update({SCALE: t[SCALE]}), None, WAITS),
+    "update without zero points": ([(INT4, INT4)], lambda s, t: s.update(part(t, LAST + "wk")), None, WAITS),
+    "update in BF16": ([(FP8, BF16)], lambda s, t: s.update({WK: t[WK]}), OTHER_LAYOUT, SAME),
+    "update twice": (WITH_SCALES, lambda s, t: s.update(*2 * [{WK: t[WK]}]), "one tensor in the role of", SAME),
+    "update with fewer heads": (BOTH, lambda s, t: s.update({GATE: t[GATE][:8]}), "expected 16 in dimension 0", SAME),
+    # vLLM's sparse updates mark unchanged elements NaN.
+    "update with NaN": ([(BF16, BF16)], lambda s, t: s.update({WK: t[WK] * torch.nan}), f"{WK}: expected magn", SAME),
 }
-CASES = [pytest.param(*pair, rest, id=name) for name, (encodings, *rest) in STEPS.items() for pair in encodings]
+CASES = [pytest.param(*pair, *rest, id=name) for name, (pairs, *rest) in STEPS.items() for pair in pairs]
 
 
-@pytest.mark.parametrize(("makers", "others", "arguments"), CASES)
-def test_weights_arrive(tmp_path, caplog, makers, others, arguments):
+@pytest.mark.parametrize(("makers", "sent", "act", "error", "new"), CASES)
+def test_weights_arrive(tmp_path, caplog, makers, sent, act, error, new):
     """A layer has its new weights or its old ones, in the same memory; and the next reload is clean."""
-    server, (act, _, error, new) = Server(tmp_path, makers), arguments
-    step(server, *checkpoint(others), *arguments)
-    if act is Server.update and not error:
-        assert ("layers 1 keep their old weights" in caplog.text) == (1 not in new)
+    server, (tensors, truth) = Server(tmp_path, makers), checkpoint(sent)
+    step(server, truth, lambda: act(server, tensors), error, new)
+    if not error and new is not NEW:
+        assert ("layers 1 keep their old weights" in caplog.text) == (new is WAITS)
     caplog.clear()
     server.reload_and_check()
     assert not [r for r in caplog.records if "Failed to load weights" in r.getMessage() and "Merged" in r.getMessage()]
 
 
 def test_update_with_parts_of_both_matrices_waits(tmp_path):
-    server, new = Server(tmp_path, BOTH_FP8), checkpoint(BOTH_FP8)
-    step(server, *new, Server.update, but_gate, None, {0: ALL})
-    step(server, *new, Server.update, lambda name: name == GATE, None, {1: ALL})
+    server, (tensors, truth) = Server(tmp_path, BOTH_FP8), checkpoint(BOTH_FP8)
+    step(server, truth, lambda: server.update(without_gate(tensors)), None, {0: ALL})
+    step(server, truth, lambda: server.update({GATE: tensors[GATE]}), None, {1: ALL})
 
 
 def test_update_after_interrupted_update_is_refused(tmp_path):
     """The scale of an interrupted update completes the weight of the next one, whose own scale is then one too many."""
     server, (tensors, truth) = Server(tmp_path, FP8), checkpoint(FP8)
     tensors = {name: tensors[name] for name in (GATE, WK, SCALE)}
-    step(server, tensors, truth, Server.update, only(SCALE), None, {})
-    step(server, tensors, truth, Server.update, everything, "no more tensors for a complete layer", {1: ALL})
-    step(server, tensors, truth, Server.update, everything, None, {1: ALL})
+    server.update({SCALE: tensors[SCALE]})
+    step(server, truth, lambda: server.update(tensors), "no more tensors for a complete layer", {1: ALL})
+    step(server, truth, lambda: server.update(tensors), None, {1: ALL})
 
 
 def test_reload_after_aborted_reload(server):
     """An error, as the tensors of both might meet; and then a clean one."""
     tensors, _ = checkpoint(server.makers)
-    with plugin("1"), server.environment():
+    with server.environment():
         layerwise.initialize_layerwise_reload(server.model)
         server.update(tensors)  # and nothing ends this reload
     with pytest.raises(CheckpointError, match="no more tensors for a complete layer"):
@@ -201,11 +165,16 @@ def test_dummy_weights_then_update(tmp_path):
 @pytest.mark.parametrize("byte", [0, 0x7F])
 def test_reload_after_sleep(server, byte):
     """A reload without the projection keeps it, but refuses to serve memory that no longer holds weights."""
-    server.fill(byte)
+
+    def sleep():
+        for parameter in (p for module in projections(server.model).values() for p in module.parameters()):
+            parameter.data.view(torch.uint8).fill_(byte)
+
+    sleep()
     with pytest.raises(CheckpointError, match=r"layers\.{0-1}\.self_attn\.indexer\.wk_weights_proj"):
-        reload_others(server, checkpoint(server.makers)[0])
+        server.reload(only_projections(checkpoint(server.makers)[0], False))
     server.reload_and_check()
-    server.fill(byte)
+    sleep()
     server.reload_and_check()
 
 
