@@ -70,14 +70,10 @@ def test_make_targets_exist():
     subprocess.run(["make", "-n", *sorted(targets)], cwd=ROOT, check=True, capture_output=True)
 
 
-def test_vllm_page_names_what_is_replaced():
-    for name in (*INDEXERS, "INDEXPROJ_VLLM"):
-        assert name in VLLM + README
-
-
-def test_named_files_exist():
-    for path in re.findall(r"`((?:kernels|loading|indexer|benchmarks|tests)/[\w/.]*)`", README + LOADING + VLLM):
-        assert (ROOT / path).exists(), path
+def test_names_exist():
+    assert not [name for name in (*INDEXERS, "INDEXPROJ_VLLM") if name not in VLLM]
+    paths = re.findall(r"`((?:kernels|loading|indexer|benchmarks|tests)/[\w/.]*)`", README + LOADING + VLLM)
+    assert not [path for path in paths if not (ROOT / path).exists()]
 
 
 def test_imports_only_go_down():

@@ -50,8 +50,8 @@ def test_wheel_contents(run):
                for path in (ROOT / floor).rglob(suffix)]  # fmt: skip
     expected = {f"indexproj/{path.relative_to(ROOT)}".replace("/main/", "/") for path in sources}
     assert {file for file in files if file.startswith("indexproj/") and ".pyc" not in file} == expected
-    assert expected > {f"indexproj/{floor}py.typed" for floor in ("", "kernels/", "loading/", "indexer/")}
-    assert "indexproj/indexer/cli/audit.schema.json" in expected
+    data = {f"indexproj/{floor}py.typed" for floor in ("", "kernels/", "loading/", "indexer/")}
+    assert expected > {*data, "indexproj/indexer/cli/audit.schema.json"}
     assert any(file.endswith("LICENSE") for file in files)
     assert any(file.endswith("bin/indexproj") for file in files)
 
@@ -72,9 +72,7 @@ assert triton.runtime.driver._active is None
 
 
 def test_vllm_entry_point(run):
-    script = (
-        "from importlib.metadata import entry_points as e; print(*(p.value for p in e(group='vllm.general_plugins')))"
-    )
+    script = "import importlib.metadata as m; print(*(p.value for p in m.entry_points(group='vllm.general_plugins')))"
     assert run(script) == ["indexproj.indexer.vllm:register"]
 
 
@@ -83,8 +81,6 @@ def test_requirements_allow_every_triton_that_torch_pins():
     allowed = {r.name: r.specifier for r in requirements if "extra" not in str(r.marker)}
     assert set(allowed) == {"torch", "triton", "safetensors", "numpy", "rich", "typer"}
     pins = {"2.11.0": "3.6.0", "2.12.1": "3.7.0", "2.13.0": "3.7.1", "2.14.1": "3.8.0", "2.15.0": "3.9.0"}
-    for torch, triton in pins.items():
-        assert torch in allowed["torch"]
-        assert triton in allowed["triton"]
+    assert all(torch in allowed["torch"] and triton in allowed["triton"] for torch, triton in pins.items())
     assert "2.16.0" not in allowed["torch"]
     assert "3.10.0" not in allowed["triton"]

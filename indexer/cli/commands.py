@@ -49,24 +49,17 @@ console = Console(width=max(100, shutil.get_terminal_size().columns), highlight=
 
 CheckpointPath = Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint directory or .safetensors file.")]
 HeadDim = Annotated[
-    int | None,
-    typer.Option(
-        "--index-head-dim", metavar="D", help="Rows of wk in wk_weights_proj. Default: index_head_dim in config.json."
-    ),
+    int | None, typer.Option(metavar="D", help="Rows of wk in wk_weights_proj. Default: that of config.json.")
 ]
+DEFAULT_MS = [1, 17, 100]
 
 
-def _version(value: bool) -> None:
-    if value:
+@app.callback(invoke_without_command=True)
+def _options(show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Audit, verify, compile, tune and benchmark the indexer projection of DeepSeek Sparse Attention."""
+    if show:
         print(f"indexproj {version('indexproj')}")
         raise typer.Exit
-
-
-@app.callback()
-def _options(
-    _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
-) -> None:
-    """Audit, verify, compile, tune and benchmark the indexer projection of DeepSeek Sparse Attention."""
 
 
 @app.command()
@@ -124,10 +117,7 @@ def audit(
 def verify(
     checkpoint: CheckpointPath,
     layer: Annotated[list[int] | None, typer.Option(metavar="N", help="Layer; repeatable. Default: all.")] = None,
-    m: Annotated[
-        list[int] | None,
-        typer.Option(metavar="N", min=1, max=65536, help="Rows of x; repeatable. Default: 1, 17 and 100."),
-    ] = None,
+    m: Annotated[list[int], typer.Option(metavar="N", min=1, max=65536, help="Rows of x; repeatable.")] = DEFAULT_MS,
     index_head_dim: HeadDim = None,
 ) -> None:
     """Run the kernels on a checkpoint and compare with fp64.
@@ -147,7 +137,7 @@ def verify(
     found = []
     try:
         with console.status("Loading") as status:
-            for measurement in module.verify(checkpoint, m or (1, 17, 100), device, layer, index_head_dim):
+            for measurement in module.verify(checkpoint, m, device, layer, index_head_dim):
                 found.append(measurement)
                 status.update(f"Layer {measurement.layer}, M = {measurement.m}")
     except (CheckpointError, RuntimeError) as error:  # RuntimeError: an unsupported GPU, or no memory left

@@ -6,7 +6,7 @@ from torch import Tensor
 from vllm.model_executor.layers.linear import LinearMethodBase
 
 from ...kernels import project
-from .model import IndexerLayer, IndexerModel, State
+from .model import IndexerLayer, IndexerModel
 
 
 class IndexerMethod(LinearMethodBase):  # type: ignore[misc]
@@ -30,5 +30,5 @@ class IndexerMethod(LinearMethodBase):  # type: ignore[misc]
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Ends the load of the whole model, see `IndexerModel.finish`. vLLM calls this for every layer."""
-        if self._model.state is not State.READY:
+        if self._model.is_loading:
             self._model.finish()

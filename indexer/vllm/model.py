@@ -5,7 +5,6 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from enum import Enum, auto
 from functools import partial
 from typing import Any
 from weakref import ref
@@ -25,15 +24,6 @@ LOGGER = logging.getLogger("vllm.indexproj")
 LAYOUT = "wk in {}, weights_proj in {}"
 
 
-class State(Enum):
-    """The state of a layer. A model is EMPTY until its first load ends, and COLLECTING during later loads."""
-
-    EMPTY = auto()  # raises if it is used
-    COLLECTING = auto()  # some tensors have come; computes with its old weights, if it has any
-    UPDATED = auto()  # computes with new weights, and refuses more tensors until the load ends
-    READY = auto()
-
-
 class IndexerLayer:
     """The weights of one wk_weights_proj, whose module stays the engine's own.
 
@@ -43,20 +33,25 @@ class IndexerLayer:
     """
 
     def __init__(self, name: str, number: int, module: Any, config: Config, to_bf16: bool) -> None:
-        self.name, self.number, self.module, self.state = name, number, module, State.EMPTY
+        self.name, self.number, self.module = name, number, module
         self.shape: tuple[int, int, int] = (*module.output_sizes, module.weight.shape[1])  # (D, H, K)
-        self.layout: str | None = None  # compiled code guards on this, which changes less than the state
+        self.layout: str | None = None  # None before the first load; compiled code guards on this
         self.weights: ProjectionWeights | None = None  # None if they are in module.weight
-        self.problems: list[Problem] = []  # of the current load
-        self.warnings: list[Problem] = []  # odd or rounded values of the current load
         d, h, k = self.shape
-        self._config = replace(config, index_head_dim=d, index_n_heads=h, hidden_size=k)
+        self._config = replace(config, index_head_dim=d, index_n_heads=h, hidden_size=k, num_nextn_predict_layers=None)
         self._to_bf16, self._device = to_bf16, module.weight.device
-        self._collector: Collector | None = None
-        self._tensors: dict[str, Tensor] = {}
         self._saved: Any = lambda: None  # weak reference to what the last state_dict has
         self._dense: nn.Parameter = module.weight  # during a reload, the engine puts another one into the module
         self._dense.data.fill_(torch.nan)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the current load. Weights that it has completed stay."""
+        self.updated = False  # True: computes with weights of the current load, and refuses more tensors
+        self.collector: Collector | None = None  # if some tensors have come and others must follow
+        self._tensors: dict[str, Tensor] = {}
+        self.problems: list[Problem] = []
+        self.warnings: list[Problem] = []  # odd or rounded values
 
     @property
     def operands(self) -> ProjectionWeights:
@@ -68,52 +63,47 @@ class IndexerLayer:
     def offer(self, part: IndexerTensor, tensor: Tensor) -> None:
         """Takes a tensor of the checkpoint, which may be overwritten afterwards. Finishes if no other can follow."""
         header = Header.of(part.name, tensor, "")
-        if self.state is State.UPDATED:
+        if self.updated:
             self.problems.append(Problem(part.name, "", "no more tensors for a complete layer", str(header)))
             return
-        if self._collector is None:
-            self._collector, self.state = Collector(self._config), State.COLLECTING
+        if self.collector is None:
+            self.collector = Collector(self._config)
         if header.dtype in DTYPES.values():
             self._tensors[part.name] = own(tensor, self._device)
-        self._collector.add(self.number, part, header)
-        if self._collector.is_complete(self.number):
+        self.collector.add(self.number, part, header)
+        if self.collector.is_complete(self.number):
             self.finish()
 
     def finish(self) -> None:
         """Ends a load: uses the collected tensors, or checks the values that the layer holds if none came."""
-        if self._collector is not None:
-            plan, tensors = self._collector.plan(self.number), self._tensors
-            self.drop()
+        if self.collector is not None:
+            plan, tensors = self.collector.plan(self.number), self._tensors
+            self.collector, self._tensors = None, {}
             self.problems += plan.problems
             if not plan.problems and (new := plan.bind(tensors, self.problems, self.warnings)):
                 self._use(new)
-        elif self.state is not State.UPDATED and not self.problems:
+        elif not self.updated and not self.problems:
             held = self.weights or self._split(self._dense)
             if judge(held.wk)[0] or judge(held.gate)[0]:  # nobody wrote to it, or a sleep discarded it
-                self._refuse(f"tensors of {WK} and {GATE}", "none of them, and uninitialized memory")
+                found = "none of them, and uninitialized memory"
+                self.problems.append(Problem(self.name, "", f"tensors of {WK} and {GATE}", found))
             else:
-                self._commit(held, State.READY)
+                self._commit(held)
 
     def settle(self) -> None:
         """Ends a call of an update that has no end: uses what is complete, also one matrix, or refuses its layout."""
-        if self._collector is None:
+        if self.collector is None:
             return
-        plan = self._collector.plan(self.number)
-        if not plan.problems or self._collector.problems[self.number]:  # complete, or a tensor came twice
+        plan = self.collector.plan(self.number)
+        if not plan.problems or self.collector.problems[self.number]:  # complete, or a tensor came twice
             self.finish()
             return
         for side, one, other in ("wk", plan.wk, plan.gate), ("gate", plan.gate, plan.wk):
             if one.encoding and not one.encoding.optional and not other.headers:
-                tensors = self._tensors
-                self.drop()
+                tensors, self.collector, self._tensors = self._tensors, None, {}
                 self.problems += [problem for problem in plan.problems if problem.subject.startswith(one.name)]
                 if not self.problems and (matrix := one.bind(tensors, self.problems, self.warnings)):
                     self._use(replace(self.operands, **{side: matrix}))
-
-    def drop(self) -> None:
-        """Drops the tensors of the current load, and ends UPDATED."""
-        self._collector, self._tensors = None, {}
-        self.state = State.EMPTY if self.layout is None else State.READY
 
     def _split(self, weight: Tensor) -> ProjectionWeights:
         return ProjectionWeights(*map(DenseMatrix, torch.split(weight.data, list(self.shape[:2]))))
@@ -130,14 +120,13 @@ class IndexerLayer:
         else:
             expected = f"{self.layout} as in the first load, whose memory CUDA graphs and compiled code use"
             advice = "send that, or start vLLM with INDEXPROJ_VLLM=bf16 to accept any encoding in reloads"
-            return self._refuse(expected, LAYOUT.format(*new.formats), advice)
-        return self._commit(new, State.UPDATED)
+            self.problems.append(Problem(self.name, "", expected, LAYOUT.format(*new.formats), advice))
+            return
+        self._commit(new)
+        self.updated = True
 
-    def _refuse(self, expected: str, found: str, advice: str = "") -> None:
-        self.problems.append(Problem(self.name, "", expected, found, advice))
-
-    def _commit(self, held: ProjectionWeights, state: State) -> None:
-        self.layout, self.state = LAYOUT.format(*held.formats), state
+    def _commit(self, held: ProjectionWeights) -> None:
+        self.layout = LAYOUT.format(*held.formats)
         self._to_bf16 = self.weights is None  # `weight` stays dense
 
     def _replace_parameter(self, new: ProjectionWeights) -> None:
@@ -168,13 +157,15 @@ class IndexerModel:
         self, model: Any, names: Mapping[int, str], config: Mapping[str, Any], to_bf16: bool, batch_invariant: bool
     ) -> None:
         """Wraps load_weights of the model. names: layer index -> name of its wk_weights_proj. config: config.json."""
-        self.state, self.batch_invariant, self._class = State.EMPTY, batch_invariant, type(model).__name__
+        self.batch_invariant, self._class = batch_invariant, type(model).__name__
+        self.is_serving = False  # the first load has ended
+        self.is_loading = True  # a load has begun, and nothing has ended it
         self.layers: dict[int, IndexerLayer] = {}
         parsed = Config.of(config)
         for number, name in sorted(names.items()):
             self.layers[number] = IndexerLayer(name, number, model.get_submodule(name), parsed, to_bf16)
+        self._num_hidden_layers = parsed.num_hidden_layers
         self.compile_key: dict[str, Any] = {}  # of the engine's cache; gets the formats
-        self._num_hidden_layers = config.get("num_hidden_layers")
         self._reload: Tensor | None = None  # a meta parameter of the last reload
         self._load_weights, model.load_weights = model.load_weights, self.load_weights
 
@@ -186,9 +177,8 @@ class IndexerModel:
         if reload is not None and reload is not self._reload:
             self._abandon()  # leftovers of an update
         self._reload = reload
-        if self.state is State.READY:
-            self.state = State.COLLECTING
-        has_end = self.state is State.EMPTY or reload is not None
+        self.is_loading = True
+        has_end = not self.is_serving or reload is not None
         try:
             with self._parameters_hidden():
                 loaded = self._load_weights(self._others(weights), *args, **kwargs)
@@ -198,11 +188,11 @@ class IndexerModel:
         for layer in self.layers.values():
             if not has_end:
                 layer.settle()
-            if loaded is not None and layer.state is State.UPDATED:
+            if loaded is not None and layer.updated:
                 loaded.update(f"{layer.name}.{name}" for name, _ in layer.module.named_parameters(recurse=False))
         if not has_end:
             self._end()
-            if waiting := [number for number, layer in self.layers.items() if layer.state is State.COLLECTING]:
+            if waiting := [number for number, layer in self.layers.items() if layer.collector]:
                 LOGGER.warning("indexer layers %s keep their old weights until all tensors arrive", ranges(waiting))
         return loaded
 
@@ -211,26 +201,25 @@ class IndexerModel:
         for layer in self.layers.values():
             layer.finish()
         updated = self._end()
-        if self.state is State.EMPTY:
+        if not self.is_serving:
             layouts = "; ".join(dict.fromkeys(str(layer.layout) for layer in self.layers.values()))
             layouts += ", batch-invariant" * self.batch_invariant
             version, count = importlib.metadata.version("indexproj"), len(self.layers)
             self.compile_key.setdefault("indexproj", {})[self._class] = f"{version}: {layouts}"
             LOGGER.info("indexproj %s runs %s indexer projections of %s: %s", version, count, self._class, layouts)
-        self.state = State.READY
+        self.is_serving, self.is_loading = True, False
         return updated
 
     def _end(self) -> list[Any]:
-        """Raises all problems, or logs all warnings. Makes UPDATED layers READY and returns their modules."""
+        """Raises all problems, or logs all warnings. Returns the modules with new weights, which then take others."""
         layers = self.layers.values()
         if problems := [problem for layer in layers for problem in layer.problems]:
             self._abandon()
             raise CheckpointError(problems)
         log((warning for layer in layers for warning in layer.warnings), LOGGER)
-        updated = [layer for layer in layers if layer.state is State.UPDATED]
+        updated = [layer for layer in layers if layer.updated]
         for layer in updated:
-            layer.drop()
-            layer.warnings = []
+            layer.reset()
         return [layer.module for layer in updated]
 
     def _others(self, weights: Iterable[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
@@ -246,21 +235,18 @@ class IndexerModel:
                 self.layers[number].offer(part, tensor)
 
     def _abandon(self) -> None:
-        """Drops the tensors, problems and warnings of the current load. Complete layers keep their new weights."""
         for layer in self.layers.values():
-            layer.drop()
-            layer.problems, layer.warnings = [], []
+            layer.reset()
 
     @contextmanager
     def _parameters_hidden(self) -> Iterator[None]:
         """Hides the parameters from the engine: HY-V4's MTP module would report them as not loaded."""
         hidden = {layer.module: layer.module._parameters for layer in self.layers.values()}
-        for module in hidden:
-            module._parameters = {}
+        for module, parameters in hidden.items():
+            module._parameters = dict.fromkeys(parameters)
         try:
             yield
         finally:
             for module, parameters in hidden.items():
-                if module._parameters:  # registered meanwhile, to replace `weight`
-                    parameters.pop("weight")
-                module._parameters = {**parameters, **module._parameters}
+                if not any(each is not None for each in module._parameters.values()):  # or others have replaced them
+                    module._parameters = parameters

@@ -56,51 +56,42 @@ def register() -> None:
         from vllm.model_executor.model_loader.base_loader import BaseModelLoader
         from vllm.model_executor.model_loader.reload import layerwise
 
-        for owner, name, arguments in (
-            (BaseModelLoader, "create_model", ["self", "vllm_config", "model_config", "prefix"]),
-            (layerwise, "finalize_layerwise_processing", ["model", "model_config"]),
-            (layerwise, "get_layerwise_info", ["layer"]),
+        for function, expected in (
+            (BaseModelLoader.create_model, ["self", "vllm_config", "model_config", "prefix"]),
+            (layerwise.finalize_layerwise_processing, ["model", "model_config"]),
+            (layerwise.get_layerwise_info, ["layer"]),
         ):
-            found = list(inspect.signature(getattr(owner, name)).parameters)
-            if found != arguments:
-                raise UnexpectedError(f"{owner.__name__}.{name}: expected the arguments {arguments}, found {found}")
+            if (found := list(inspect.signature(function).parameters)) != expected:
+                raise UnexpectedError(f"{function.__qualname__}: expected the arguments {expected}, found {found}")
     except (UnexpectedError, AttributeError, ImportError) as error:
         _warn(error)
         return
     if not hasattr(BaseModelLoader.create_model, "is_indexproj"):
-        patch_create_model(BaseModelLoader, to_bf16=switch == "bf16")
-        patch_reload(layerwise)
+        patch(BaseModelLoader, layerwise, to_bf16=switch == "bf16")
 
 
-def patch_create_model(loader: Any, to_bf16: bool) -> None:
-    """Wraps `BaseModelLoader.create_model`, to swap projections before weights are loaded."""
-    original = loader.create_model
+def patch(loader: Any, layerwise: Any, to_bf16: bool) -> None:
+    """Wraps what creates a model, to swap projections before weights are loaded, and what ends a reload."""
+    create, finalize = loader.create_model, layerwise.finalize_layerwise_processing
 
-    @functools.wraps(original)
+    @functools.wraps(create)
     def create_model(self: Any, vllm_config: Any, model_config: Any, prefix: str = "") -> Any:
-        model = original(self, vllm_config, model_config, prefix)
+        model = create(self, vllm_config, model_config, prefix)
         swap(model, vllm_config, model_config, to_bf16)
         return model
 
-    create_model.is_indexproj = True  # type: ignore[attr-defined]
-    loader.create_model = create_model
-
-
-def patch_reload(layerwise: Any) -> None:
-    """Wraps `layerwise.finalize_layerwise_processing`, the end of a reload. Raises after vLLM has ended it."""
-    original = layerwise.finalize_layerwise_processing
-
-    @functools.wraps(original)
+    @functools.wraps(finalize)
     def finalize_layerwise_processing(model: Any, model_config: Any) -> None:
         swapped = getattr(model, "indexproj", None)  # an IndexerModel
         try:
             for module in swapped.finish() if swapped else ():
                 # or vLLM warns that nothing was written to the layer
                 layerwise.get_layerwise_info(module).load_numel_total = 0
-        finally:
-            original(model, model_config)
+        finally:  # an error is raised after vLLM has ended the reload
+            finalize(model, model_config)
 
-    layerwise.finalize_layerwise_processing = finalize_layerwise_processing
+    create_model.is_indexproj = True  # type: ignore[attr-defined]
+    loader.create_model, layerwise.finalize_layerwise_processing = create_model, finalize_layerwise_processing
 
 
 def swap(model: Any, vllm_config: Any, model_config: Any, to_bf16: bool) -> None:
@@ -113,20 +104,15 @@ def swap(model: Any, vllm_config: Any, model_config: Any, to_bf16: bool) -> None
         if reason := _unsupported(model, vllm_config, indexers):
             LOGGER.info("indexproj leaves the indexer projections to vLLM: %s", reason)
             return
-        glm5next = [indexer for indexer in indexers.values() if indexer_name(indexer) == GLM5NEXT]
-        forwards = [MethodType(glm5next_forward(type(indexer).forward), indexer) for indexer in glm5next]
+        glm5next = [indexer for indexer in indexers.values() if GLM5NEXT in class_names(indexer)]
+        forwards = {indexer: MethodType(glm5next_forward(type(indexer).forward), indexer) for indexer in glm5next}
         from vllm import envs
 
         from .method import IndexerMethod
         from .model import IndexerModel
 
-        text: dict[str, Any] = {}
-        config = {"num_hidden_layers": getattr(model_config.hf_text_config, "num_hidden_layers", None)}
-        config["text_config"] = text
-        for values, source in ((text, "hf_text_config"), (config, "hf_config")):
-            for key in ("quantization_config", "compression_config"):
-                if (value := getattr(getattr(model_config, source, None), key, None)) is not None:
-                    values[key] = value.to_dict() if hasattr(value, "to_dict") else value
+        layers = model_config.hf_text_config.num_hidden_layers  # of a multimodal model, wherever it is nested
+        config = {**model_config.hf_config.to_dict(), "num_hidden_layers": layers}
         # A rank that joins gets dummy weights, then the tensors of another rank in order: both need one layout.
         to_bf16 = to_bf16 or vllm_config.parallel_config.enable_elastic_ep
         names = {layer_of(name): name for name in indexers}
@@ -137,7 +123,7 @@ def swap(model: Any, vllm_config: Any, model_config: Any, to_bf16: bool) -> None
     model.indexproj, swapped.compile_key = swapped, vllm_config.additional_config
     for layer in swapped.layers.values():
         layer.module.quant_method = IndexerMethod(layer, swapped)
-    for indexer, forward in zip(glm5next, forwards, strict=True):
+    for indexer, forward in forwards.items():
         indexer.forward = forward
     # For LoRA only: trainers read the mapping to find `.weight`. GLM-5.3-Flash's forward would bypass an adapter.
     mapping = getattr(model, "packed_modules_mapping", None)
@@ -166,10 +152,9 @@ def one_launch(source: str) -> str:
     return found.replace(statements, f"    {ONE_LAUNCH}\n")
 
 
-def indexer_name(indexer: Any) -> str | None:
-    """The entry of INDEXERS that the class of a module is or inherits from; None for all other classes."""
-    names = (f"{base.__module__}.{base.__qualname__}" for base in type(indexer).__mro__)
-    return next((name for name in names if name in INDEXERS), None)
+def class_names(module: Any) -> list[str]:
+    """The full names of the module's class and of those that it inherits from."""
+    return [f"{base.__module__}.{base.__qualname__}" for base in type(module).__mro__]
 
 
 def layer_of(name: str) -> Any:
@@ -187,7 +172,7 @@ def _unsupported(model: Any, vllm_config: Any, indexers: dict[str, Any]) -> str 
     if len(set(map(layer_of, indexers)) - {None}) < len(indexers):
         raise UnexpectedError(f"expected one indexer per layer, found {', '.join(indexers)}")
     for name, indexer in indexers.items():
-        if not indexer_name(indexer):
+        if not set(INDEXERS) & set(class_names(indexer)):
             raise UnexpectedError(f"{name} is in a {type(indexer)}, expected one of {', '.join(INDEXERS)}")
         layer = indexer.wk_weights_proj
         method = getattr(layer, "quant_method", None)

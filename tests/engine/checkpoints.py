@@ -1,11 +1,9 @@
 """Tiny checkpoints of DeepSeek-V3.2 and HY-V4, with real tensor names."""
 
 # ruff: noqa: E402
-import functools
 import json
 import os
 import sys
-import zlib
 from pathlib import Path
 
 # Before vLLM and Triton are imported:
@@ -17,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from exports import EXPORTS, named
-from indexproj.indexer.cli.synthetic import random_weight
+from indexproj.indexer.cli.synthetic import quantize_blocks, random_weight
+from indexproj.indexer.models import MODELS
 from indexproj.loading.headers import parse
 
 M, K, D, H = 5, 256, 128, 16
@@ -35,28 +34,23 @@ DEEPSEEK = {
     "qk_nope_head_dim": NOPE, "qk_rope_head_dim": ROPE, "v_head_dim": V,
     "intermediate_size": INNER, "moe_intermediate_size": INNER, "n_routed_experts": 2, "n_shared_experts": 1,
     "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1000,
-    "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 10000.0,
-    "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 1,
+    "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "hidden_act": "silu",
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0,
 }  # fmt: skip
-NO_ROPE = {name: setting for name, setting in DEEPSEEK.items() if name != "rope_theta"}
-ROPE_PARAMETERS = {"rope_type": "default", "rope_theta": 10000.0}
+DENSE = {**DEEPSEEK, "mlp_layer_types": ["dense"] * LAYERS, "indexer_types": ["full"] * LAYERS}
 HY_V4 = {
-    **{name: setting for name, setting in NO_ROPE.items() if name != "first_k_dense_replace"},
-    "architectures": ["HYV4ForCausalLM"], "model_type": "hy_v4", "mlp_layer_types": ["dense"] * LAYERS,
-    "layer_types": ["deepseek_sparse_attention"] * LAYERS, "indexer_types": ["full"] * LAYERS,
-    "rope_parameters": ROPE_PARAMETERS, "enable_ihc": False, "gated_mla": False, "learnable_sink": False,
-    "pad_token_id": 0,
+    **DENSE, "architectures": ["HYV4ForCausalLM"], "model_type": "hy_v4",
+    "layer_types": ["deepseek_sparse_attention"] * LAYERS,
+    "enable_ihc": False, "gated_mla": False, "learnable_sink": False,
 }  # fmt: skip
 GLM5NEXT = {
-    **NO_ROPE, "model_type": "glm5_next_text", "qk_rope_head_dim": 0, "index_kpool": 4,
-    "layer_types": ["indexed_attention"] * LAYERS, "mlp_layer_types": ["dense"] * LAYERS,
-    "indexer_types": ["full"] * LAYERS, "indexer_rope_interleave": True,
-    "mhc": False, "mla_use_nope": True, "pad_token_id": 0,
+    **DENSE, "model_type": "glm5_next_text", "qk_rope_head_dim": 0, "layer_types": ["indexed_attention"] * LAYERS,
+    "index_kpool": 4, "indexer_rope_interleave": True, "mhc": False, "mla_use_nope": True,
 }  # fmt: skip
 DOTS3 = {
-    **NO_ROPE, "model_type": "dots3_note", "layer_types": ["full_attention"] * LAYERS,
-    "rope_parameters": ROPE_PARAMETERS, "attention_gate_type": "headwise", "apply_mla_qkv_lora_rescale": False,
-    "swa_kv_lora_rank": KV_RANK, "swa_qk_rope_head_dim": ROPE,
+    **DEEPSEEK, "model_type": "dots3_note", "layer_types": ["full_attention"] * LAYERS, "swa_kv_lora_rank": KV_RANK,
+    "attention_gate_type": "headwise", "apply_mla_qkv_lora_rescale": False, "swa_qk_rope_head_dim": ROPE,
 }  # fmt: skip
 
 
@@ -66,22 +60,18 @@ def pair(wk, gate="bf16"):
 
 
 BF16, FP8, FUSED = pair("bf16"), pair("fp8_block"), {"wk_weights_proj": EXPORTS["bf16"]}
-ENCODINGS = {"bf16": BF16, "fp8": FP8, "nvfp4": pair("nvfp4"), "int4": pair("int4")}
-
-
-@functools.cache
-def value(name, *shape):
-    """bf16 values that depend on the name only; 1-D tensors are around 1."""
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    if len(shape) == 1:
-        return 1 + 0.1 * torch.randn(shape, generator=generator)
-    return random_weight(*shape, generator).bfloat16()
+BOTH_FP8, NVFP4, INT4 = pair("fp8_block", "fp8_block"), pair("nvfp4"), pair("int4")
 
 
 def values(prefix, **shapes):
-    """`prefix` + name + ".weight" -> tensor; "__" in a name stands for a dot."""
-    names = {name: f"{prefix}{name.replace('__', '.')}.weight" for name in shapes}
-    return {names[name]: value(names[name], *shape) for name, shape in shapes.items()}
+    """`prefix` + name + ".weight" -> random bf16 values, in 1-D around 1; "__" in a name stands for a dot."""
+    return {f"{prefix}{name.replace('__', '.')}.weight": value(*shape) for name, shape in shapes.items()}
+
+
+def value(*shape):
+    if len(shape) == 1:
+        return 1 + 0.1 * torch.randn(shape)
+    return random_weight(*shape, torch.default_generator).bfloat16()
 
 
 def decoder_layer(prefix):
@@ -94,7 +84,7 @@ def decoder_layer(prefix):
         **values(f"{prefix}mlp.", gate_proj=(INNER, K), up_proj=(INNER, K), down_proj=(K, INNER)),
         **values(prefix, input_layernorm=(K,), post_attention_layernorm=(K,)),
         **values(indexer, k_norm=(D,), weights_proj=(H, K), wk=(D, K), wq_b=(H * D, Q_RANK)),
-        f"{indexer}k_norm.bias": value(f"{indexer}k_norm.bias", D),
+        f"{indexer}k_norm.bias": value(D),
     }
 
 
@@ -122,8 +112,8 @@ def glm5next():
     for layer in range(LAYERS + 1):
         stem = f"model.layers.{layer}.self_attn."
         tensors |= values(stem, q_b_proj=(HEADS * NOPE, Q_RANK), kv_a_proj_with_mqa=(KV_RANK, K))
-        tensors[f"{stem}indexer.index_kpool_compress_gate"] = value(f"{stem}gate", D, K)
-        tensors[f"{stem}indexer.index_kpool_compress_ape"] = value(f"{stem}ape", 4, D).float()
+        tensors[f"{stem}indexer.index_kpool_compress_gate"] = value(D, K)
+        tensors[f"{stem}indexer.index_kpool_compress_ape"] = value(4, D).float()
     return tensors
 
 
@@ -139,34 +129,35 @@ def is_projection(name):
     return ".indexer.wk" in name or ".indexer.weights_proj" in name
 
 
-def checkpoint(makers, tensors=None, lost=()):
-    """A checkpoint with new tensors for every projection.
+def checkpoint(makers, tensors=None):
+    """A checkpoint with new tensors for every projection, and layer -> [D + H, K] fp64, the values to be loaded.
 
-    Args:
-        makers: name of a matrix -> function that makes an Export from (n, k).
-        tensors: the checkpoint to change; `deepseek()` by default.
-        lost: suffixes of the names to leave out.
-
-    Returns:
-        Its tensors, and layer index -> [D + H, K] fp64, the values that should be loaded.
+    makers: name of a matrix -> function that makes an Export from (n, k). tensors: by default those of `deepseek()`.
     """
     tensors = deepseek() if tensors is None else tensors
-    result, truth = {name: tensor for name, tensor in tensors.items() if not is_projection(name)}, {}
+    result, truth = only_projections(tensors, False), {}
     for stem in dict.fromkeys(name[: name.index("indexer.") + 8] for name in tensors if is_projection(name)):
         exports = {name: make(ROWS[name], K) for name, make in makers.items()}
-        layer = parse(stem + "wk").layer(LAYERS)
-        truth[layer] = torch.cat([export.loaded for export in exports.values()])
+        truth[parse(stem + "wk").layer(LAYERS)] = torch.cat([export.loaded for export in exports.values()])
         for name, export in exports.items():
-            result |= {name: tensor for name, tensor in named(stem, name, export).items() if not name.endswith(lost)}
+            result |= named(stem, name, export)
     return result, truth
 
 
-def only_projections(tensors):
-    return {name: tensor for name, tensor in tensors.items() if is_projection(name)}
+def only_projections(tensors, which=True):
+    """The tensors of projections, or with which=False all others."""
+    return {name: tensor for name, tensor in tensors.items() if is_projection(name) == which}
 
 
-def without_projections(tensors):
-    return {name: tensor for name, tensor in tensors.items() if not is_projection(name)}
+def fp8_checkpoint(directory, model="deepseek-v3.2"):
+    """A checkpoint that is FP8 throughout, as the model is published: its path, and the values of its projections."""
+    wide = ("embed_tokens.", "lm_head.", "weights_proj.", "eh_proj.", "shared_head.")  # matrices that stay BF16
+    tensors, truth = checkpoint(FP8)
+    for name, tensor in list(tensors.items()):
+        if tensor.ndim == 2 and tensor.dtype == torch.bfloat16 and not any(part in name for part in wide):
+            tensors[name], tensors[f"{name}_scale_inv"] = quantize_blocks(tensor.float())
+    config = {**DEEPSEEK, "quantization_config": MODELS[model].config["quantization_config"]}
+    return write(directory, tensors, config), truth
 
 
 def write(directory: Path, tensors, config=DEEPSEEK) -> Path:

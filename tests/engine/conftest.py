@@ -14,9 +14,9 @@ else:
     from vllm.logger import configure_logging
 
     @pytest.fixture(scope="session", autouse=True)
-    def _worker():
+    def _worker(tmp_path_factory):
         configure_logging(LoggingConfig())  # or the first config that is created does, and undoes the next line
         logging.getLogger("vllm").propagate = True  # to pytest
         gc.freeze()  # every load of vLLM collects garbage, 0.4 s among all that is imported by now
-        with harness.cpu_worker(), harness.missing_modules():
+        with harness.cpu_worker(tmp_path_factory.mktemp("worker") / "rendezvous"):
             yield

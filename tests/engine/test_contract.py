@@ -9,21 +9,58 @@ from pathlib import Path
 import pytest
 import vllm
 
-from indexproj.indexer.vllm.plugin import GLM5NEXT, INDEXERS, MODEL_FILES, UnexpectedError, one_launch
+from indexproj.indexer.vllm.plugin import GLM5NEXT, INDEXERS, MODEL_FILES, ONE_LAUNCH, UnexpectedError, one_launch
 
-VERSIONS = ["0.31.0", "0.32.0", "0.33.0"]
 LAYERS, LOADER = "vllm.model_executor.layers", "vllm.model_executor.model_loader"
-V32, GLM5NEXT_MODEL = "vllm.models.deepseek_v32.nvidia", "vllm.models.glm5next.common.model"
+V32, GLM, DOTS3 = "vllm.models.deepseek_v32", "vllm.models.glm5next.common.model", "vllm.models.dots3_note.nvidia"
 DOWNLOADS = Path(__file__).parent.parent.parent / "build/vllm"
-USERS = {
-    *MODEL_FILES,
-    *(name.rpartition(".")[0] for name in INDEXERS),
-    "vllm.models.deepseek_v32.nvidia.model",  # load_weights of the inner model
-    "vllm.models.deepseek_v32.amd.model",
-    "vllm.models.deepseek_v32.amd.rocm",  # calls the module
-    "vllm._aiter_ops",  # in a comment
-    "vllm.compilation.passes.fusion.allreduce_rms_fusion",
-} - {"vllm.model_executor.models.glm4_1v", "vllm.models.dots3_note.nvidia.multimodal"}
+# Besides the modules of INDEXERS: load_weights of inner models, a caller, a comment, and a fusion pass.
+USERS = {*MODEL_FILES, *(name.rpartition(".")[0] for name in INDEXERS), f"{V32}.nvidia.model", f"{V32}.amd.model"}
+USERS |= {f"{V32}.amd.rocm", "vllm._aiter_ops", "vllm.compilation.passes.fusion.allreduce_rms_fusion"}
+USERS -= {"vllm.model_executor.models.glm4_1v", f"{DOTS3}.multimodal"}
+CREATES = (
+    "self.wk_weights_proj = MergedColumnParallelLinear(hidden_size, [self.head_dim, self.n_head], bias=False, "
+    "quant_config=None, disable_tp=True, prefix=f'{prefix}.wk_weights_proj')"
+)
+PROCESS = ("method = getattr(module, 'quant_method', None)", "isinstance(quant_method, QuantizeMethodBase)")
+# Module, class, function or method -> parts of its code.
+SOURCE = {
+    **{name: ["def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]])"] for name in MODEL_FILES},
+    f"{GLM}.Glm5NextForConditionalGeneration": ["Generation(Glm4vForConditionalGeneration, "],
+    # dots3-note: Indexer of deepseek_v2 in layers that are numbered as in the checkpoint
+    f"{DOTS3}.model": ["class Dots3NoteFullAttention(DeepseekV2MLAAttention)"],
+    f"{DOTS3}.multimodal.Dots3NoteForCausalLM": ["'model.': 'language_model.model.'"],
+    **{f"{name}.__init__": [CREATES, "self.head_dim = config.index_head_dim", "self.n_head = config.index_n_heads"]
+       for name in INDEXERS},
+    # create_model and the end of reloads, and their arguments, which `register` checks
+    f"{LOADER}.base_loader.BaseModelLoader.create_model": [
+        "(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str='')"
+    ],
+    f"{LOADER}.base_loader.BaseModelLoader.load_model": ["model = self.create_model("],
+    f"{LOADER}.reload.layerwise.get_layerwise_info": ["(layer: torch.nn.Module)"],
+    f"{LOADER}.reload.layerwise.finalize_layerwise_processing": [
+        "(model: torch.nn.Module, model_config: ModelConfig)",
+        "if info.load_numel_total > 0:\n                logger.warning(",
+    ],
+    f"{LOADER}.reload.layerwise.finalize_layerwise_reload": ["finalize_layerwise_processing(*args, **kwargs)"],
+    f"{LOADER}.reload.types.LayerReloadingInfo": ["load_numel_total: int | None"],
+    # a reload makes new parameters on the meta device
+    f"{LOADER}.reload.layerwise.initialize_layerwise_reload": ["restore_layer_on_meta(layer, info)"],
+    # every linear method processes its weights; those made for a GPU are subclasses
+    f"{LOADER}.utils.process_weights_after_loading": [*PROCESS, "quant_method.process_weights_after_loading(module)"],
+    f"{V32}.nvidia.glm52_low_latency_gemm": ["class GLM52LowLatencyLinearMethod(UnquantizedLinearMethod)"],
+    # ranks that get weights from others, and the weight cache
+    "vllm.config.parallel": ["enable_elastic_ep: bool = False"],
+    "vllm.distributed.elastic_ep.elastic_execute.batch_transfer_weights": ["model.state_dict()"],
+    f"{LAYERS}.quantization.base_config.QuantizeMethodBase": ["supports_pre_processed_weights: bool = False"],
+    # the key of the compile cache
+    "vllm.config.vllm.VllmConfig.compute_hash": ["json.dumps(additional_config, sort_keys=True)"],
+    "vllm.envs": ["VLLM_BATCH_INVARIANT: bool"],
+    # how a linear layer computes
+    f"{LAYERS}.linear.ColumnParallelLinear.forward": ["self.quant_method.apply(self, input_, bias)"],
+    f"{LAYERS}.linear.UnquantizedLinearMethod": ["class UnquantizedLinearMethod(LinearMethodBase)"],
+    "vllm.lora.layers.utils._get_lora_device": ["base_layer.qweight.device"],
+}  # fmt: skip
 
 
 def installed():
@@ -42,7 +79,7 @@ def downloaded(version):
         return {name: archive.read(name).decode() for name in archive.namelist() if name.endswith(".py")}
 
 
-@pytest.fixture(scope="module", params=VERSIONS)
+@pytest.fixture(scope="module", params=["0.31.0", "0.32.0", "0.33.0"])
 def source(request):
     """Path -> text of vLLM's modules."""
     return installed() if vllm.__version__.startswith(request.param) else downloaded(request.param)
@@ -54,10 +91,14 @@ def text_of(source, name):
     cut = next(n for n in range(len(parts), 0, -1) if f"{'/'.join(parts[:n])}.py" in source)
     node = ast.parse(source[f"{'/'.join(parts[:cut])}.py"])
     for part in parts[cut:]:
-        nodes = [child for child in node.body if getattr(child, "name", None) == part]
-        assert nodes, f"{name} does not exist"
-        node = nodes[0]
+        (node,) = [child for child in node.body if getattr(child, "name", None) == part][:1]
     return ast.unparse(node)
+
+
+@pytest.mark.parametrize("name", SOURCE)
+def test_source_contains(source, name):
+    text = text_of(source, name)
+    assert not [part for part in SOURCE[name] if part not in text]
 
 
 def test_no_other_file_uses_wk_weights_proj(source):
@@ -65,76 +106,14 @@ def test_no_other_file_uses_wk_weights_proj(source):
     assert {path for path, text in source.items() if "wk_weights_proj" in text} == paths
 
 
-@pytest.mark.parametrize("name", INDEXERS)
-def test_indexer_creates_wk_weights_proj(source, name):
-    init = text_of(source, f"{name}.__init__")
-    assert (
-        "self.wk_weights_proj = MergedColumnParallelLinear(hidden_size, [self.head_dim, self.n_head], bias=False, "
-        "quant_config=None, disable_tp=True, prefix=f'{prefix}.wk_weights_proj')"
-    ) in init
-    assert "self.head_dim = config.index_head_dim" in init
-    assert "self.n_head = config.index_n_heads" in init
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        *((module, "def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]])") for module in MODEL_FILES),
-        (f"{GLM5NEXT_MODEL}.Glm5NextForConditionalGeneration", "Generation(Glm4vForConditionalGeneration, "),
-        # create_model and the end of reloads, and their arguments, which `register` checks
-        (
-            f"{LOADER}.base_loader.BaseModelLoader.create_model",
-            "(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str='')",
-        ),
-        (
-            f"{LOADER}.reload.layerwise.finalize_layerwise_processing",
-            "(model: torch.nn.Module, model_config: ModelConfig)",
-        ),
-        (f"{LOADER}.reload.layerwise.get_layerwise_info", "(layer: torch.nn.Module)"),
-        (f"{LOADER}.base_loader.BaseModelLoader.load_model", "model = self.create_model("),
-        (f"{LOADER}.reload.layerwise.finalize_layerwise_reload", "finalize_layerwise_processing(*args, **kwargs)"),
-        (f"{LOADER}.reload.types.LayerReloadingInfo", "load_numel_total: int | None"),
-        (
-            f"{LOADER}.reload.layerwise.finalize_layerwise_processing",
-            "if info.load_numel_total > 0:\n                logger.warning(",
-        ),
-        # a reload makes new parameters on the meta device
-        (f"{LOADER}.reload.layerwise.initialize_layerwise_reload", "restore_layer_on_meta(layer, info)"),
-        # dots3-note: Indexer of deepseek_v2 in layers that are numbered as in the checkpoint
-        ("vllm.models.dots3_note.nvidia.model", "class Dots3NoteFullAttention(DeepseekV2MLAAttention)"),
-        ("vllm.models.dots3_note.nvidia.multimodal.Dots3NoteForCausalLM", "'model.': 'language_model.model.'"),
-        # linear methods made for a GPU are subclasses
-        (f"{V32}.glm52_low_latency_gemm", "class GLM52LowLatencyLinearMethod(UnquantizedLinearMethod)"),
-        # every linear method processes its weights
-        (f"{LOADER}.utils.process_weights_after_loading", "quant_method = getattr(module, 'quant_method', None)"),
-        (f"{LOADER}.utils.process_weights_after_loading", "isinstance(quant_method, QuantizeMethodBase)"),
-        (f"{LOADER}.utils.process_weights_after_loading", "quant_method.process_weights_after_loading(module)"),
-        # ranks that get weights from others, and the weight cache
-        ("vllm.config.parallel", "enable_elastic_ep: bool = False"),
-        ("vllm.distributed.elastic_ep.elastic_execute.batch_transfer_weights", "model.state_dict()"),
-        (f"{LAYERS}.quantization.base_config.QuantizeMethodBase", "supports_pre_processed_weights: bool = False"),
-        # the key of the compile cache
-        ("vllm.config.vllm.VllmConfig.compute_hash", "json.dumps(additional_config, sort_keys=True)"),
-        ("vllm.envs", "VLLM_BATCH_INVARIANT: bool"),
-        # how a linear layer computes
-        (f"{LAYERS}.linear.ColumnParallelLinear.forward", "self.quant_method.apply(self, input_, bias)"),
-        (f"{LAYERS}.linear.UnquantizedLinearMethod", "class UnquantizedLinearMethod(LinearMethodBase)"),
-        ("vllm.lora.layers.utils._get_lora_device", "base_layer.qweight.device"),
-    ],
-)
-def test_source_contains(source, name, text):
-    assert text in text_of(source, name)
-
-
 def test_multimodal_model_inherits_load_weights(source):
-    assert "def load_weights" not in text_of(source, f"{GLM5NEXT_MODEL}.Glm5NextForConditionalGeneration")
+    assert "def load_weights" not in text_of(source, f"{GLM}.Glm5NextForConditionalGeneration")
 
 
 def test_one_launch_replaces_two_gemms(source):
     forward = text_of(source, f"{GLM5NEXT}.forward")
     changed = one_launch(forward)
-    launch = "k, weights = self.wk_weights_proj.quant_method.k_and_gate(self.wk_weights_proj, hidden_states)"
-    before, after = changed.split(f"    {launch}\n")
+    before, after = changed.split(f"    {ONE_LAUNCH}\n")
     assert forward.startswith(before)
     assert forward.endswith(after.rstrip())
     assert "_wp_fp32" not in changed
@@ -142,10 +121,3 @@ def test_one_launch_replaces_two_gemms(source):
     for old, new in (("torch.mm", "torch.matmul"), (".float()", ".double()"), ("kw, _", "_, kw")):
         with pytest.raises(UnexpectedError, match="expected the statements\nkw, _ = "):
             one_launch(forward.replace(old, new))
-
-
-def test_sm107_table_has_the_projection_of_glm52():
-    """The one linear method that vLLM has tuned for this projection, see docs/vllm.md."""
-    text = text_of(downloaded("0.33.0"), f"{V32}.glm52_low_latency_gemm")
-    assert "_SM107_WK_WEIGHTS_PROJECTION = GLM52ProjectionSpec(n=160, k=6144" in text
-    assert "is_device_capability((10, 7)):\n        return GLM52_PROJECTIONS_SM107" in text

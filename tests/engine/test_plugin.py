@@ -2,7 +2,6 @@
 
 import logging
 import re
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -12,8 +11,8 @@ from vllm.model_executor.layers import linear
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.reload import layerwise
 
-from engine.checkpoints import BF16, checkpoint, only_projections, write
-from engine.harness import Created, projections
+from engine.checkpoints import BF16, checkpoint, write
+from engine.harness import Worker
 from indexproj.indexer.vllm import plugin as vllm_plugin
 from indexproj.kernels import target
 from indexproj.loading import CheckpointError
@@ -28,37 +27,45 @@ def test_unknown_switch_raises(monkeypatch):
         vllm_plugin.register()
 
 
-UNKNOWN_FUNCTIONS = [
-    (BaseModelLoader, "create_model", None),
-    (BaseModelLoader, "create_model", lambda self, vllm_config, model_config: None),
-    (layerwise, "finalize_layerwise_processing", lambda model: None),
-    (layerwise, "get_layerwise_info", None),
-]
-
-
-@pytest.mark.parametrize(("owner", "name", "function"), UNKNOWN_FUNCTIONS)
-def test_unknown_vllm_is_not_patched(monkeypatch, caplog, owner, name, function):
-    if function:
-        monkeypatch.setattr(owner, name, function)
-    else:
-        monkeypatch.delattr(owner, name)
+@pytest.mark.parametrize(
+    ("owner", "name", "function", "found"),
+    [
+        (BaseModelLoader, "create_model", ..., "create_model"),
+        (BaseModelLoader, "create_model", lambda self, vllm_config, model_config: None, "['self', 'vllm_config', 'mod"),
+        (layerwise, "finalize_layerwise_processing", lambda model: None, "['model']"),
+        (layerwise, "get_layerwise_info", ..., "get_layerwise_info"),
+    ],
+)
+def test_unknown_vllm_is_not_patched(monkeypatch, caplog, owner, name, function, found):
+    change(monkeypatch, owner, name, function)
     before = dict(vars(BaseModelLoader)), dict(vars(layerwise))
     vllm_plugin.register()
     assert before == (dict(vars(BaseModelLoader)), dict(vars(layerwise)))
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert record.getMessage().startswith(UNKNOWN)
-    assert name in record.getMessage()
+    assert found in record.getMessage()
+
+
+def change(monkeypatch, owner, name, value):
+    """Sets an attribute; `...` deletes it."""
+    if value is ...:
+        monkeypatch.delattr(owner, name)
+    else:
+        monkeypatch.setattr(owner, name, value)
 
 
 @pytest.fixture
-def stock(tmp_path):
+def stock(tmp_path, caplog):
     """A model of vLLM, before it is swapped and before its weights are loaded."""
-    return Created(write(tmp_path, checkpoint(BF16)[0]), "0")
+    worker = Worker(write(tmp_path, checkpoint(BF16)[0]), "0", load=False)
+    caplog.set_level(logging.INFO, "vllm.indexproj")
+    caplog.clear()
+    return worker
 
 
-def swap(stock, model_config=None):
-    vllm_plugin.swap(stock.model, stock.config, model_config or stock.config.model_config, False)
+def swap(stock):
+    vllm_plugin.swap(stock.model, stock.config, stock.model_config, False)
 
 
 def test_model_without_indexer_is_not_logged(caplog):
@@ -72,25 +79,16 @@ def indexer_class(name, **attributes):
     return type(qualname, (nn.Module,), {"__module__": module, **attributes})
 
 
-def unsupported_device(device):
-    raise RuntimeError("expected a GPU")
-
-
-class TunedMethod(linear.UnquantizedLinearMethod):
-    pass
-
-
-class Subclass(linear.MergedColumnParallelLinear):
-    pass
-
-
+TUNED = type("TunedMethod", (linear.UnquantizedLinearMethod,), {})
+SUBCLASS = type("Subclass", (linear.MergedColumnParallelLinear,), {})
 exec("def forward(self): pass", SOURCELESS := {})
 NO_SOURCE = indexer_class(vllm_plugin.GLM5NEXT, forward=SOURCELESS["forward"])
+NO_GPU = mock.Mock(side_effect=RuntimeError("expected a GPU"))
 LAYER = r"layers\.1\.self_attn\.indexer\.wk_weights_proj: expected an unquantized MergedColumn.* with .*found "
 # Where, which attribute, its new value (... deletes it), the level of the log line, and a pattern of it.
 UNSUPPORTED = {
     "indexer": ("indexer", "__class__", indexer_class("vllm.other.Indexer"), "WARNING", r"layers\.1.*vllm\.other"),
-    "class": ("projection", "__class__", Subclass, "WARNING", LAYER + "Subclass with UnquantizedLinearMethod"),
+    "class": ("projection", "__class__", SUBCLASS, "WARNING", LAYER + "Subclass with UnquantizedLinearMethod"),
     "rows": ("projection", "output_sizes", [16, 128], "WARNING", LAYER + r".*\[16, 128\]"),
     "bias": ("projection", "bias", nn.Parameter(torch.zeros(144)), "WARNING", LAYER + ".*Parameter"),
     "skip_bias_add": ("projection", "skip_bias_add", True, "WARNING", LAYER + ".*'skip_bias_add': True"),
@@ -102,9 +100,10 @@ UNSUPPORTED = {
     "source": ("indexer", "__class__", NO_SOURCE, "WARNING", "could not get source code"),
     "load_weights": ("model", "load_weights", print, "INFO", "load_weights of .* is from builtins"),
     "fp16": ("projection", "weight", nn.Parameter(torch.zeros(144, 256).half()), "INFO", r"is in torch\.float16"),
-    "tuned": ("projection", "quant_method", TunedMethod(), "INFO", "has TunedMethod, which vLLM has tuned"),
-    "device": ("target", "target_of", unsupported_device, "INFO", "is on cpu, maybe because .*: expected a GPU"),
+    "tuned": ("projection", "quant_method", TUNED(), "INFO", "has TunedMethod, which vLLM has tuned"),
+    "device": ("target", "target_of", NO_GPU, "INFO", "is on cpu, maybe because .*: expected a GPU"),
     "config": ("config", "additional_config", "", "INFO", "additional_config is not a dict"),
+    "one layer": ("plugin", "layer_of", lambda name: 1, "WARNING", "expected one indexer per layer"),
 }
 
 
@@ -112,36 +111,22 @@ UNSUPPORTED = {
 def test_unsupported_model_is_not_swapped(stock, monkeypatch, caplog, owner, name, value, level, pattern):
     last = stock.model.model.layers[1].self_attn.indexer
     owners = {"indexer": last, "projection": last.wk_weights_proj, "model": stock.model, "config": stock.config}
-    owner = {**owners, "linear": linear, "target": target}[owner]
-    if value is ...:
-        monkeypatch.delattr(owner, name)
-    else:
-        monkeypatch.setattr(owner, name, value)
+    change(monkeypatch, {**owners, "linear": linear, "target": target, "plugin": vllm_plugin}[owner], name, value)
     before = stock.model.load_weights
-    with caplog.at_level(logging.INFO, "vllm.indexproj"):
-        swap(stock)
+    swap(stock)
     (record,) = caplog.records
     assert record.levelname == level
     assert record.getMessage().startswith(UNKNOWN if level == "WARNING" else LEFT)
     assert re.search(pattern, record.getMessage())
     assert stock.model.load_weights == before
     assert not hasattr(stock.model, "indexproj")
-    assert type(projections(stock.model)[0].quant_method).__name__ != "IndexerMethod"
+    assert type(last.wk_weights_proj.quant_method).__name__ != "IndexerMethod"
 
 
-def test_two_indexers_of_one_layer_are_not_swapped(stock, caplog):
-    stock.model.other = nn.ModuleDict({"layers": nn.ModuleDict({"1": nn.ModuleDict({"indexer": nn.Module()})})})
-    stock.model.other["layers"]["1"]["indexer"].wk_weights_proj = nn.Identity()
+def test_quantization_config_has_a_veto(stock):
+    stock.model_config.hf_config.quantization_config = {"rotation_config": {"block_size": 32}}
     swap(stock)
-    assert "expected one indexer per layer" in caplog.text
-
-
-@pytest.mark.parametrize("where", ["hf_config", "hf_text_config"])
-def test_quantization_config_has_a_veto(stock, where):
-    config = SimpleNamespace(hf_text_config=SimpleNamespace(num_hidden_layers=2), hf_config=SimpleNamespace())
-    getattr(config, where).quantization_config = {"rotation_config": {"block_size": 32}}
-    swap(stock, config)
-    stock.model.load_weights(only_projections(checkpoint(BF16)[0]).items())
+    stock.load()
     with pytest.raises(CheckpointError, match="rotation_config"):
         stock.process()
 
@@ -149,16 +134,13 @@ def test_quantization_config_has_a_veto(stock, where):
 def test_log_line_and_compile_key(stock, caplog):
     """additional_config is a part of the key of vLLM's compile cache."""
     stock.config.additional_config["other"] = 1
-    with caplog.at_level(logging.INFO, "vllm.indexproj"):
-        swap(stock)
-        stock.load()
-        stock.process()
-    (record,) = [record for record in caplog.records if record.name == "vllm.indexproj"]
+    swap(stock)
+    stock.load()
+    stock.process()
     layouts = "wk in BF16, weights_proj in BF16"
-    assert record.getMessage() == f"indexproj 0.1.0 runs 2 indexer projections of DeepseekV3ForCausalLM: {layouts}"
-    assert stock.config.additional_config == {
-        "other": 1, "indexproj": {"DeepseekV3ForCausalLM": f"0.1.0: {layouts}"}
-    }  # fmt: skip
+    assert f"indexproj 0.1.0 runs 2 indexer projections of DeepseekV3ForCausalLM: {layouts}" in caplog.messages
+    expected = {"other": 1, "indexproj": {"DeepseekV3ForCausalLM": f"0.1.0: {layouts}"}}
+    assert stock.config.additional_config == expected
     assert "wk_weights_proj" not in stock.model.packed_modules_mapping  # LoRA is off
     with mock.patch.object(stock.model.indexproj, "finish") as finish:
         stock.process()  # every layer calls this, but finish is for all of them

@@ -29,29 +29,18 @@ def test_expects_projection_weights():
 
 
 @pytest.mark.parametrize("pair", ["FP8 128x128, BF16", "BF16, BF16"])
-def test_weights_move_with_the_model(pair):
-    model = torch.nn.ModuleDict({"indexer": IndexerProjection(weights(pair, SHAPE))})
-    model.to("meta")
-    assert model["indexer"].weights.device.type == "meta"
-    assert (model["indexer"].weights.fused_weight is not None) == (pair == "BF16, BF16")
-
-
-@pytest.mark.parametrize("pair", ["FP8 128x128, BF16", "BF16, BF16"])
-def test_dtype_conversion_keeps_the_weights(pair):
+def test_weights_move_with_the_model_and_keep_their_dtype(pair):
     module = IndexerProjection(weights(pair, SHAPE))
-    before = module.weights
-    module.half()
-    assert same(module.weights.wk, before.wk)
-    assert same(module.weights.gate, before.gate)
-    module.to("meta", torch.float32)
-    assert module.weights.device.type == "meta"
-    assert module.weights.gate.weight.dtype == torch.bfloat16
-
-
-def test_no_parameters_and_no_state():
-    module = IndexerProjection(weights("FP8 128x128, BF16", SHAPE))
     assert not module.state_dict()
     assert not list(module.parameters())
+    before, model = module.weights, torch.nn.ModuleDict({"indexer": module})
+    model.half()
+    assert same(module.weights.wk, before.wk)
+    assert same(module.weights.gate, before.gate)
+    model.to("meta", torch.float32)
+    assert module.weights.device.type == "meta"
+    assert module.weights.gate.weight.dtype == torch.bfloat16
+    assert (module.weights.fused_weight is not None) == (pair == "BF16, BF16")
 
 
 def test_unknown_attribute_of_the_package():

@@ -52,9 +52,7 @@ def test_help_imports_neither_torch_nor_triton():
 
 
 @pytest.mark.parametrize(
-    "command",
-    [[Path(sys.executable).with_name("indexproj")], [sys.executable, "-m", "indexproj"]],
-    ids=["script", "-m"],
+    "command", [[Path(sys.executable).with_name("indexproj")], [sys.executable, "-m", "indexproj"]]
 )
 def test_version(command):
     output = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
