@@ -101,7 +101,8 @@ def test_interrupted_and_killed_runs_keep_results(folder, monkeypatch, error):
             yield {"suite": suite, "contender": str(number), "how": "device", "us": [1.0]}
         if error == "interrupted":
             os.kill(os.getpid(), signal.SIGTERM)
-        raise RuntimeError(f"{error}\nmore")
+        else:
+            raise RuntimeError(f"{error}\nmore")
 
     monkeypatch.setattr(bench, "measure", measure)
     assert run(*SMALL, code=2).stderr == f"bench: {error}\n"
