@@ -27,8 +27,7 @@ def folder(tmp_path):
 
 
 def test_tables_and_plots(folder):
-    result = invoke("report", folder)
-    assert result.exit_code == 0, result.output
+    invoke("report", folder, code=0)
     text = (folder / "report.md").read_text()
     assert "- GPU made-up GPU, clocks.sm 1980 MHz, torch 2.13.0, date today" in text
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| 1 ")]
@@ -64,8 +63,7 @@ OTHER_GPU = '{"machine": {"GPU": "another GPU"}, "versions": {}, "date": "today"
 def test_bad_results(folder, line):
     with (folder / "results.jsonl").open("a") as file:
         file.write(line + "\n")
-    result = invoke("report", folder)
-    assert result.exit_code == 2
+    result = invoke("report", folder, code=2)
     expected = "results.jsonl, line 16: expected a result of `indexproj bench`"
     if line == OTHER_GPU:
         expected = "expected results of one GPU, found another GPU, made-up GPU; use a folder each"
