@@ -81,10 +81,11 @@ def same(a, b):
     )
 
 
-def invoke(*arguments):
-    """Runs a command in this process."""
+def invoke(*arguments, code=None):
+    """Runs a command in this process; it must exit with that code, if one is given."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert isinstance(result.exception, SystemExit | None), result.exception
+    assert code in (None, result.exit_code), result.output
     return result
 
 

@@ -1,5 +1,6 @@
 """`indexproj bench` and `report` on a made-up GPU: everything but the GPU and the clock is real."""
 
+import functools
 import json
 import os
 import re
@@ -30,10 +31,7 @@ def folder(monkeypatch, tmp_path, mm_to_fp32):
     return tmp_path / "results"
 
 
-def run(*arguments, code=0):
-    result = invoke("bench", *arguments)
-    assert result.exit_code == code, result.output
-    return result
+run = functools.partial(invoke, "bench", code=0)
 
 
 def lines(folder):
@@ -59,7 +57,7 @@ def test_every_contender_in_turn(folder, shape, pair, weights_bytes, out_bytes):
     moved, rows = weights_bytes + 3 * 2 * 256, sum(fake_gpu.SHAPES[shape][:-1])
     assert [r.get("bytes") for r in results[:3]] == [moved + 3 * 2 * out_bytes, moved + 3 * 2 * rows, None]
     assert f"## projection, {shape}, {pair}" in out
-    run("--minutes", 0)
+    run(*SMALL, "--minutes", 0)
     assert len(lines(folder)) == 14 + 4  # appended; no time for more than ceilings
 
 
@@ -101,14 +99,15 @@ def test_interrupted_and_killed_runs_keep_results(folder, monkeypatch, error):
             yield {"suite": suite, "contender": str(number), "how": "device", "us": [1.0]}
         if error == "interrupted":
             os.kill(os.getpid(), signal.SIGTERM)
-        raise RuntimeError(f"{error}\nmore")
+        else:
+            raise RuntimeError(f"{error}\nmore")
 
     monkeypatch.setattr(bench, "measure", measure)
     assert run(*SMALL, code=2).stderr == f"bench: {error}\n"
     assert seen == [3, 4, 5]
     with (folder / "results.jsonl").open("a") as file:
         file.write('{"suite": "proj')  # the process was killed here
-    run("--minutes", 0)
+    run(*SMALL, "--minutes", 0)
     assert len(report.read(folder)) == 6 + 4
 
 
@@ -123,7 +122,7 @@ def test_interrupted_and_killed_runs_keep_results(folder, monkeypatch, error):
         (("--ab", "no-such-python", "--ab", "python3"), "No such file or directory: 'no-such-python'"),
         (("--ab", "false", "--ab", SIDE), "A: false: expected a Python that has indexproj and prints nothing else, fo"),
         (("--ab", "echo Welcome", "--ab", SIDE), "A: echo Welcome: expected a Python that has indexproj and prints no"),
-        (("--ab", '{"regime": "gem"}', "--ab", SIDE), "KernelConfig.__init__() missing 2 required positional"),
+        (("--ab", '{"regime": "gem"}', "--ab", SIDE, *SMALL), "KernelConfig.__init__() missing 2 required positional"),
         (("--output", __file__), "File exists"),
         (("--output", "full"), "No space left on device"),
         (("--counters", *SMALL), "No such file or directory: 'ncu'"),

@@ -1,15 +1,12 @@
 """`indexproj report`: tables and plots of results that nobody measured."""
 
 import json
-from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
 
 from indexproj.benchmarks import report
 from support import invoke
-
-DOCS = (Path(__file__).parents[2] / "docs/benchmarks.md").read_text()
 
 
 @pytest.fixture
@@ -30,8 +27,7 @@ def folder(tmp_path):
 
 
 def test_tables_and_plots(folder):
-    result = invoke("report", folder)
-    assert result.exit_code == 0, result.output
+    invoke("report", folder, code=0)
     text = (folder / "report.md").read_text()
     assert "- GPU made-up GPU, clocks.sm 1980 MHz, torch 2.13.0, date today" in text
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| 1 ")]
@@ -41,7 +37,6 @@ def test_tables_and_plots(folder):
     assert "not supported" in text
     assert text.index("| 1 ") < text.index("| 16 ") < text.index("| 64 ")
     assert (folder / "projection-glm-5-fp8-128x128-bf16.png").read_bytes().startswith(b"\x89PNG")
-    assert "made-up" not in DOCS
     (group,) = list(report.groups(report.read(folder)).values())[1:]
     axes = Figure().subplots()
     report.draw(axes, {key: how["device"] for key, how in group.items() if "us" in how["device"]}, rate=3000.0)
@@ -68,8 +63,7 @@ OTHER_GPU = '{"machine": {"GPU": "another GPU"}, "versions": {}, "date": "today"
 def test_bad_results(folder, line):
     with (folder / "results.jsonl").open("a") as file:
         file.write(line + "\n")
-    result = invoke("report", folder)
-    assert result.exit_code == 2
+    result = invoke("report", folder, code=2)
     expected = "results.jsonl, line 16: expected a result of `indexproj bench`"
     if line == OTHER_GPU:
         expected = "expected results of one GPU, found another GPU, made-up GPU; use a folder each"

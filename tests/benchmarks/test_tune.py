@@ -1,5 +1,6 @@
 """`indexproj tune`: its candidates, the search for the fastest with a made-up clock, and the table that it keeps."""
 
+import functools
 import itertools
 import json
 import math
@@ -24,7 +25,11 @@ SM_90, GPU = TARGETS["sm_90"], "NVIDIA H100 80GB HBM3"
 SPLIT = KernelConfig("split_k", 16, 64, 7, slices=4, num_warps=2)
 
 
-@pytest.mark.parametrize("name", TARGETS)
+# Also GPUs without an estimate of their own.
+OTHERS = [Target("cuda", 86, 84), Target("cuda", 103, 160), Target("cuda", 121, 48), Target("hip", "gfx90a", 104)]
+
+
+@pytest.mark.parametrize("target", [*TARGETS.values(), *OTHERS], ids=lambda target: target.name)
 @pytest.mark.parametrize(
     ("shape", "pair"),
     [
@@ -33,20 +38,21 @@ SPLIT = KernelConfig("split_k", 16, 64, 7, slices=4, num_warps=2)
         if fits(shape, pair)
     ],
 )
-def test_candidates_start_with_default(name, shape, pair):
+def test_candidates_start_with_default(target, shape, pair):
     *ns, k = shape = SHAPES[shape]
     everything = set()
     for m in MS:
-        found = candidates(m, shape, parse_pair(pair), TARGETS[name])
-        assert found[0] == choose(m, shape, parse_pair(pair), TARGETS[name])
+        found = candidates(m, shape, parse_pair(pair), target)
+        assert found[0] == choose(m, shape, parse_pair(pair), target)
         assert 2 < len(set(found)) == len(found) <= 40
         for config in found:
             steps = -(-k // (config.split_k * config.block_k * config.slices))
             assert (config.split_k - 1) * steps * config.block_k * config.slices < k  # no split without work
-            assert math.prod(config.grid(m, *ns)) <= 4 * max(TARGETS[name].sm_count, m)
+            assert math.prod(config.grid(m, *ns)) <= 4 * max(target.sm_count, m)
         everything |= set(found)
-    regimes = {"split_k", "prefill"} if len(ns) == 3 else {"gemv", "split_k", "prefill"}
-    assert {config.regime for config in everything} == regimes
+    regimes = {config.regime for config in everything}
+    # Three matrices have too many rows for gemv, and on few SMs for split_k.
+    assert regimes == {"gemv", "split_k", "prefill"} if len(ns) == 2 else regimes - {"split_k"} == {"prefill"}
     assert len(everything) <= 120  # 16 cores compile all pairs in less than a minute
 
 
@@ -57,13 +63,6 @@ def test_candidates_fill_the_gpu_and_alternate_regimes():
     programs = [math.prod(c.grid(m, 128, 64)) for m in MS for c in candidates(m, DEEPSEEK, FP8, SM_90)]
     assert 132 / 4 <= min(programs) < 132 / 3
     assert KernelConfig("split_k", 16, 64, 4, 2, 8, 32, 8) not in found  # 6 * 4 programs, a fifth of a wave
-
-
-def test_candidates_for_gpus_without_an_estimate_of_their_own():
-    for arch in (86, 89, 103, 121, "gfx90a"):
-        target = Target("hip" if isinstance(arch, str) else "cuda", arch, sm_count=100)
-        for m in (1, 64, 4096):
-            assert choose(m, GLM, DENSE, target) in tune.candidates(m, GLM, DENSE, target)
 
 
 class Clock:
@@ -95,8 +94,8 @@ def find(clock, choices, times, always=1, seconds=1e9):
 
 
 def test_search_measures_finalists_again_in_turn(clock):
-    # "b" looks fastest at first, and "c" in the long run; one slow round of "d" does not matter.
-    b, d = [1.0] * (FIRST_ROUNDS + 1) + [5.0] * (LAST_ROUNDS + 1), [4.0, 90.0, 4.0, 4.0]
+    # "b" looks fastest at first, and "c" in the long run, without a round that does not count; "d" has slow rounds.
+    b, d = [*[1.0] * (FIRST_ROUNDS + 1), 0.5, *[1.0] * 4, *[5.0] * (LAST_ROUNDS - 4)], [4.0, 90.0, 4.0, 4.0]
     times = {"a": 9.0, "b": itertools.cycle(b), "c": 3.0, "d": itertools.cycle(d), "e": 8.0}
     found, tried = find(clock, times, times)
     assert list(found.items()) == [("c", 3.0), ("d", 4.0), ("b", 5.0), ("a", 9.0)]
@@ -186,10 +185,7 @@ def h100(monkeypatch, tmp_path, mm_to_fp32):
     return asked
 
 
-def run(*arguments, code=0):
-    result = invoke("tune", *arguments)
-    assert result.exit_code == code, result.output
-    return result
+run = functools.partial(invoke, "tune", code=0)
 
 
 def entries_of(path):

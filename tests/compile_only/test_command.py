@@ -3,31 +3,27 @@
 import json
 import shlex
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import triton
-from typer.testing import CliRunner
 
-from indexproj.__main__ import app
 from indexproj.benchmarks.compiled import configs, signature
 from indexproj.indexer.models import SHAPES, fits
 from indexproj.kernels import TARGETS, launch, project
 from indexproj.kernels.formats import parse_pair
 from indexproj.kernels.target import INTERPRETED
 from stub import stub_driver
-from support import GLM, weights
+from support import GLM, invoke, weights
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 disables compilation")
 FP8 = "FP8 128x128, BF16"
 SM_90 = ["compile", "--target", "sm_90"]
 
 
-def run(*arguments, code=0):
-    result = CliRunner().invoke(app, [*map(str, arguments)])
-    assert result.exit_code == code, result.output
-    return result
+run = partial(invoke, code=0)
 
 
 def test_compile_table_and_json():
