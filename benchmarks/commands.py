@@ -22,7 +22,7 @@ W8A8_WK = "FP8 128x128"  # the format of wk that `activation` is defined for
 _SHAPES = "; ".join(f"{name} (N={'+'.join(map(str, ns))}, K={k})" for name, (*ns, k) in SHAPES.items())
 _SHAPE_HELP = f"Shape of a published model; repeatable. Default: all. {_SHAPES}."
 _PAIR_HELP = f"Formats of the matrices, quoted; repeatable. Default: all. {'; '.join(PAIRS)}."
-_GPU_HELP = "sm_80, sm_90, sm_100, sm_120, gfx942 or gfx950; repeatable. Default: all."
+_GPU_HELP = "sm_80, sm_90, sm_100, sm_120, gfx942 or gfx950; repeatable."
 _SM_HELP = "SMs or compute units. Default: those of the largest such GPU."
 _AB_HELP = "Compare two sides, in turn: a KernelConfig in JSON, or a command that starts a Python. Give it twice."
 _CONTENDER_HELP = "indexproj, torch linear or another name in the results; repeatable. Default: all."
@@ -34,6 +34,7 @@ Pairs = Annotated[list[str] | None, typer.Option("--pair", metavar="PAIR", help=
 @app.command("compile")
 def compile_(
     target: Annotated[list[str] | None, typer.Option(metavar="GPU", help=_GPU_HELP)] = None,
+    all_targets: Annotated[bool, typer.Option("--all", help="All of these GPUs.")] = False,
     sm_count: Annotated[int | None, typer.Option(min=1, metavar="N", help=_SM_HELP)] = None,
     shape: Shapes = None,
     pair: Pairs = None,
@@ -53,6 +54,8 @@ def compile_(
     from ..kernels.dispatch import OUTS
     from .compiled import CASES, Case, rows
 
+    if bool(target) == all_targets:
+        fail("compile: expected either --target or --all")
     targets = [TARGETS[name] for name in _chosen("--target", target, TARGETS)]
     if sm_count and len(targets) > 1:
         fail(f"compile: --sm-count needs exactly one --target, got {', '.join(target or TARGETS)}")

@@ -132,7 +132,12 @@ class Sampler:
 
         def contender(x: Tensor, matrices: Matrices) -> Call:
             operands = tuple(matrix.operands for matrix in matrices)
-            return lambda: (run(x, operands, buffers), buffers)[1]
+
+            def call() -> Sequence[Tensor]:
+                run(x, operands, buffers)
+                return buffers
+
+            return call
 
         return contender
 

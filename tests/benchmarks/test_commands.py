@@ -20,6 +20,8 @@ SM_90 = ("--target", "sm_90")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ((), "expected either --target or --all"),
+        (("--all", *SM_90), "expected either --target or --all"),
         (("--target", "sm_70"), "--target must be one of sm_80; sm_90; sm_100; sm_120; gfx942; gfx950; got sm_70"),
         ((*SM_90, "--shape", "glm"), "--shape must be one of deepseek-v3.2; glm-5; deepseek-v4-pro; deepseek-v4-flash"),
         ((*SM_90, "--pair", "INT4, BF16"), "got INT4, BF16"),
@@ -28,7 +30,7 @@ SM_90 = ("--target", "sm_90")
         ((*SM_90, "--activation", "fp8", "--shape", "deepseek-v4-pro"), "--activation needs wk in FP8 128x128"),
         ((*SM_90, "--cache", __file__), "compile: [Errno 17] File exists"),
         ((*SM_90, "--target", "sm_100", "--sm-count", "78"), "exactly one --target, got sm_90, sm_100"),
-        (("--sm-count", "78"), "--sm-count needs exactly one --target"),
+        (("--all", "--sm-count", "78"), "--sm-count needs exactly one --target"),
         ((*SM_90, "--sm-count", "0"), "Invalid value for '--sm-count'"),
         (SM_90, "compile: TRITON_INTERPRET=1 is set"),
     ],
