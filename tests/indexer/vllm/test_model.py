@@ -28,7 +28,7 @@ class Model(nn.Module):
         super().__init__()
         self.prefix = nn.ModuleDict({"layers": nn.ModuleDict({str(number): Linear() for number in layers})})
         names = {number: f"prefix.layers.{number}" for number in layers}
-        self.indexproj = IndexerModel(self, names, {"num_hidden_layers": 4}, False, False)
+        self.indexproj = IndexerModel(self, names, Config(num_hidden_layers=4), False, False)
 
     def load_weights(self, weights):
         return {name for name, _ in weights}
