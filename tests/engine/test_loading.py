@@ -167,11 +167,6 @@ def test_error_lists_the_problems_of_all_layers(fp8, empty):
         assert re.match(pattern, str(found))
 
 
-def test_empty_model_raises(empty):
-    with pytest.raises(RuntimeError, match="no weights have been loaded"):
-        projections(empty.model)[0](X)
-
-
 def test_load_after_interrupted_load(fp8, empty):
     """Otherwise the scale of one load would meet the weight of the next."""
     _, tensors, truth = fp8
@@ -221,20 +216,22 @@ def test_dense_weight_is_freed(empty):
     assert {reference() for reference in dense} == {None}
 
 
-def test_weight_cache_refuses_the_model(empty):
-    """Its clients know `.weight` only, and leave it uninitialized if the daemon has none."""
+def test_empty_model_is_refused(empty):
+    """Also by the weight cache: its clients know `.weight` only, and leave it uninitialized if the daemon has none."""
+    with pytest.raises(RuntimeError, match="no weights have been loaded"):
+        projections(empty.model)[0](X)
     with pytest.raises(UnsupportedQuantForIPCError, match="IndexerMethod"):
         check_ipc_quant_support(empty.model)
 
 
 def test_elastic_ep_ranks_have_the_same_layout(fp8):
-    """A new rank gets dummy weights, and then the tensors of another rank in order."""
+    """A new rank gets dummy weights, and then the tensors of another rank in order, into those of its state_dict."""
     layouts = []
     for load_format in ("auto", "dummy"):
         config = engine_config(fp8[0], load_format=load_format)
         config.parallel_config.enable_elastic_ep = True
         model = Worker(None, config=config).model
-        layouts.append([(name, tensor.dtype, tensor.shape) for name, tensor in model.state_dict().items()])
+        layouts.append([(name, tensor.dtype, tensor.shape) for name, tensor in model.named_parameters()])
         assert hasattr(model, "indexproj")
     assert layouts[0] == layouts[1]
 

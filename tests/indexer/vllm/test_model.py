@@ -78,6 +78,13 @@ def test_uninitialized_rows_are_refused(rows):
     assert [problem.subject for problem in caught.value.problems] == ["prefix.layers.0", "prefix.layers.1"]
 
 
+def test_sizes_are_those_of_the_module():
+    model = Model(0)
+    model.load_weights(bf16_layer(h=8).items())
+    with pytest.raises(CheckpointError, match="expected 16 in dimension 0 of the matrix"):
+        model.indexproj.finish()
+
+
 def test_layer_states():
     """What each call leaves: the state, and the number of problems."""
     layer = IndexerLayer("layer", 0, Linear(), Config(), to_bf16=False)
