@@ -6,9 +6,7 @@ IndexerProjection is imported on first use: `verify` must choose between GPU and
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .module import IndexerProjection
-
-__all__ = ["IndexerProjection"]
+    from .module import IndexerProjection as IndexerProjection
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,6 @@
 
 import math
 import os
-from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,15 @@ from ...loading.problems import ranges
 
 
 def audit(path: Path, index_head_dim: int | None = None) -> dict[str, Any]:
-    """The report that audit.schema.json describes. Reads headers only; problems are part of it, never raised.
+    """The report that audit.schema.json describes, with Problem and Header where it has the dicts of their attributes.
 
-    index_head_dim is D, to split `wk_weights_proj`; from config.json by default.
+    Reads headers only. index_head_dim is D, to split `wk_weights_proj`; from config.json by default.
     """
     report: dict[str, Any] = {"checkpoint": str(path), "loads": False, "layers": [], "counts": None, "warnings": []}
     try:
         checkpoint = Checkpoint(path)
     except CheckpointError as error:
-        return {**report, "problems": _plain(error.problems)}
+        return {**report, "problems": error.problems}
     plan = Plan.of(checkpoint, index_head_dim)
     report["loads"] = not plan.problems
     for number, layer in plan.layers.items():
@@ -37,12 +36,12 @@ def audit(path: Path, index_head_dim: int | None = None) -> dict[str, Any]:
         "all_tensors": checkpoint.tensors,
         "unread_shards": len(checkpoint.unread),
     }
-    warnings = list(plan.warnings)
+    report |= {"warnings": [*plan.warnings], "problems": plan.problems}
     if not os.path.lexists(checkpoint.path / CONFIG):
         advice = "sizes, missing layers, rotations and unusual scale formats are not checked"
-        warnings.append(Problem(CONFIG, "", "the model's config beside the tensors", "no such file", advice))
-    report["warnings"] = _plain(warnings)
-    return {**report, "problems": _plain(plan.problems)}
+        missing = Problem(CONFIG, "", "the model's config beside the tensors", "no such file", advice)
+        report["warnings"].append(missing)
+    return report
 
 
 def _matrix(plan: MatrixPlan) -> dict[str, Any]:
@@ -53,12 +52,8 @@ def _matrix(plan: MatrixPlan) -> dict[str, Any]:
         "shape": list(plan.shape) or None,
         "kept_bytes": layout.nbytes if layout else 0,
         "upcast_bytes": 2 * math.prod(plan.shape) if layout else 0,
-        "tensors": _plain(plan.headers.values()),
+        "tensors": list(plan.headers.values()),
     }
-
-
-def _plain(items: Iterable[Any]) -> list[dict[str, Any]]:
-    return [dict(vars(item)) for item in items]
 
 
 def audit_table(layers: list[dict[str, Any]]) -> Table:

@@ -89,17 +89,16 @@ def audit(
     Reads headers only; values are checked at load. Encodings marked "to BF16" are decoded and rounded at load, all
     others keep their codes in memory. "runs" is "no" for a layer that reuses the tokens selected by an earlier one.
     """
-    from ...loading import CheckpointError, Problem
+    from ...loading import CheckpointError
     from ...loading.problems import summarize
     from . import audit as module
 
     report = module.audit(checkpoint, index_head_dim)
     if as_json:
-        print(json.dumps(report, indent=2))
+        print(json.dumps(report, indent=2, default=vars))
         raise typer.Exit(0 if report["loads"] else 2)
-    if report["layers"]:
-        console.print(module.audit_table(report["layers"]))
     if counts := report["counts"]:
+        console.print(module.audit_table(report["layers"]))
         console.print(
             f"{len(report['layers'])} layers with an indexer. {counts['all_tensors']} tensors: "
             f"{counts['projection_tensors']} of the projection, {counts['other_indexer_tensors']} others of indexers.",
@@ -107,10 +106,10 @@ def audit(
         )
         if counts["unread_shards"]:
             console.print(f"{counts['unread_shards']} shards without projection tensors are missing or unreadable.")
-    for warning in summarize(Problem(**warning) for warning in report["warnings"]):
+    for warning in summarize(report["warnings"]):
         complain(f"warning: {warning}", style="yellow")
     if report["problems"]:
-        fail(str(CheckpointError(Problem(**problem) for problem in report["problems"])))
+        fail(str(CheckpointError(report["problems"])))
 
 
 @app.command()

@@ -47,7 +47,7 @@ def write_fixture(name: str, directory: Path, layers: int | None = None) -> list
 def _layer(model: Model, layer: int) -> dict[str, Tensor]:
     """All tensors of the indexer, and one beside it."""
     d, h, k = SHAPES[model.shape]
-    generator = torch.Generator().manual_seed(layer)
+    generator = torch.Generator().manual_seed(1 + layer)  # `verify` draws x with seed 0
     wk, gate = random_weight(d, k, generator), random_weight(h, k, generator)
     wq_b, norm = torch.ones(h * d, model.config["q_lora_rank"]), getattr(torch, model.norm_dtype)
     tensors = {"k_norm.weight": torch.ones(d, dtype=norm), "k_norm.bias": torch.zeros(d, dtype=norm)}

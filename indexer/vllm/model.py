@@ -88,7 +88,7 @@ class IndexerLayer:
                 found = "none of them, and uninitialized memory"
                 self.problems.append(Problem(self.name, "", f"tensors of {WK} and {GATE}", found))
             else:
-                self._commit(held)
+                self.layout = LAYOUT.format(*held.formats)
 
     def settle(self) -> None:
         """Ends a call of an update that has no end: uses what is complete, also one matrix, or refuses its layout."""
@@ -109,7 +109,7 @@ class IndexerLayer:
         return ProjectionWeights(*map(DenseMatrix, torch.split(weight.data, list(self.shape[:2]))))
 
     def _use(self, new: ProjectionWeights) -> None:
-        if self._to_bf16:
+        if self._to_bf16 or (self.layout and self.weights is None):  # `weight` stays dense
             new = new.to_bf16()
         if self.weights is None and new.fused_weight is not None:
             self._dense.data.copy_(new.fused_weight)
@@ -122,12 +122,7 @@ class IndexerLayer:
             advice = "send that, or start vLLM with INDEXPROJ_VLLM=bf16 to accept any encoding in reloads"
             self.problems.append(Problem(self.name, "", expected, LAYOUT.format(*new.formats), advice))
             return
-        self._commit(new)
-        self.updated = True
-
-    def _commit(self, held: ProjectionWeights) -> None:
-        self.layout = LAYOUT.format(*held.formats)
-        self._to_bf16 = self.weights is None  # `weight` stays dense
+        self.layout, self.updated = LAYOUT.format(*new.formats), True
 
     def _replace_parameter(self, new: ProjectionWeights) -> None:
         self.module._parameters.pop("weight", None)
@@ -153,18 +148,15 @@ class IndexerLayer:
 class IndexerModel:
     """All projections of one model. `layers` maps a layer index to its IndexerLayer."""
 
-    def __init__(
-        self, model: Any, names: Mapping[int, str], config: Mapping[str, Any], to_bf16: bool, batch_invariant: bool
-    ) -> None:
-        """Wraps load_weights of the model. names: layer index -> name of its wk_weights_proj. config: config.json."""
-        self.batch_invariant, self._class = batch_invariant, type(model).__name__
+    def __init__(self, model: Any, names: Mapping[int, str], config: Config, to_bf16: bool, invariant: bool) -> None:
+        """Wraps load_weights of the model. names: layer index -> name of its wk_weights_proj."""
+        self.batch_invariant, self._class = invariant, type(model).__name__
         self.is_serving = False  # the first load has ended
         self.is_loading = True  # a load has begun, and nothing has ended it
         self.layers: dict[int, IndexerLayer] = {}
-        parsed = Config.of(config)
         for number, name in sorted(names.items()):
-            self.layers[number] = IndexerLayer(name, number, model.get_submodule(name), parsed, to_bf16)
-        self._num_hidden_layers = parsed.num_hidden_layers
+            self.layers[number] = IndexerLayer(name, number, model.get_submodule(name), config, to_bf16)
+        self._num_hidden_layers = config.num_hidden_layers
         self.compile_key: dict[str, Any] = {}  # of the engine's cache; gets the formats
         self._reload: Tensor | None = None  # a meta parameter of the last reload
         self._load_weights, model.load_weights = model.load_weights, self.load_weights
@@ -176,8 +168,7 @@ class IndexerModel:
         reload = next((parameter for parameter in parameters if parameter.is_meta), None)
         if reload is not None and reload is not self._reload:
             self._abandon()  # leftovers of an update
-        self._reload = reload
-        self.is_loading = True
+        self._reload, self.is_loading = reload, True
         has_end = not self.is_serving or reload is not None
         try:
             with self._parameters_hidden():

@@ -108,11 +108,12 @@ def swap(model: Any, vllm_config: Any, model_config: Any, to_bf16: bool) -> None
         forwards = {indexer: MethodType(glm5next_forward(type(indexer).forward), indexer) for indexer in glm5next}
         from vllm import envs
 
+        from ...loading.config import Config
         from .method import IndexerMethod
         from .model import IndexerModel
 
         layers = model_config.hf_text_config.num_hidden_layers  # of a multimodal model, wherever it is nested
-        config = {**model_config.hf_config.to_dict(), "num_hidden_layers": layers}
+        config = Config.of({**model_config.hf_config.to_dict(), "num_hidden_layers": layers})
         # A rank that joins gets dummy weights, then the tensors of another rank in order: both need one layout.
         to_bf16 = to_bf16 or vllm_config.parallel_config.enable_elastic_ep
         names = {layer_of(name): name for name in indexers}

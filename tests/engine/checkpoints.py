@@ -1,4 +1,4 @@
-"""Tiny checkpoints of DeepSeek-V3.2 and HY-V4, with real tensor names."""
+"""Tiny checkpoints of DeepSeek-V3.2, HY-V4, GLM-5.3-Flash and dots3-note, with real tensor names."""
 
 # ruff: noqa: E402
 import json
@@ -40,9 +40,8 @@ DEEPSEEK = {
 }  # fmt: skip
 DENSE = {**DEEPSEEK, "mlp_layer_types": ["dense"] * LAYERS, "indexer_types": ["full"] * LAYERS}
 HY_V4 = {
-    **DENSE, "architectures": ["HYV4ForCausalLM"], "model_type": "hy_v4",
-    "layer_types": ["deepseek_sparse_attention"] * LAYERS,
-    "enable_ihc": False, "gated_mla": False, "learnable_sink": False,
+    **DENSE, "architectures": ["HYV4ForCausalLM"], "model_type": "hy_v4", "enable_ihc": False, "gated_mla": False,
+    "layer_types": ["deepseek_sparse_attention"] * LAYERS, "learnable_sink": False,
 }  # fmt: skip
 GLM5NEXT = {
     **DENSE, "model_type": "glm5_next_text", "qk_rope_head_dim": 0, "layer_types": ["indexed_attention"] * LAYERS,

@@ -161,8 +161,8 @@ class Server(Worker):
         with self.environment():
             reload_weights(self.config, self.model, tensors.items(), None, is_checkpoint_format)
 
-    def reload_and_check(self, makers=None):
-        tensors, self.truth = checkpoint(makers or self.makers)
+    def reload_and_check(self):
+        tensors, self.truth = checkpoint(self.makers)
         self.reload(tensors)
         self.check()
 
@@ -172,10 +172,8 @@ class Server(Worker):
         assert self.addresses() == self.pointers
         for layer in self.model.indexproj.layers.values():
             used = (*layer.operands.wk.tensors, *layer.operands.gate.tensors)
-            storages = [
-                {t.untyped_storage().data_ptr() for t in tensors} for tensors in (used, layer.module.parameters())
-            ]
-            assert storages[0] == storages[1]
+            parameters = {parameter.untyped_storage().data_ptr() for parameter in layer.module.parameters()}
+            assert {tensor.untyped_storage().data_ptr() for tensor in used} == parameters
 
 
 def projections(model):

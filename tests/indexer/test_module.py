@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-import indexproj.indexer
 from indexproj.indexer import IndexerProjection
 from indexproj.kernels import Fp8Matrix
 from indexproj.loading import CheckpointError
@@ -41,8 +40,3 @@ def test_weights_move_with_the_model_and_keep_their_dtype(pair):
     assert module.weights.device.type == "meta"
     assert module.weights.gate.weight.dtype == torch.bfloat16
     assert (module.weights.fused_weight is not None) == (pair == "BF16, BF16")
-
-
-def test_unknown_attribute_of_the_package():
-    with pytest.raises(AttributeError, match="no attribute 'Projection'"):
-        indexproj.indexer.Projection  # noqa: B018

@@ -7,7 +7,7 @@ import jsonschema
 import pytest
 import torch
 
-from exports import EXPORTS, named
+from exports import EXPORTS, layer_of, named
 from indexproj.indexer.cli import fixture
 from indexproj.loading import Problem
 from indexproj.loading.problems import ranges
@@ -50,9 +50,8 @@ def audit_json(path, *options):
 
 def test_audit_every_encoding(tmp_path):
     layers = {}
-    for layer, make in enumerate(EXPORTS.values()):
-        stem = INDEXER.format(layer)
-        layers |= named(stem, "wk", make(128, 256)) | named(stem, "weights_proj", EXPORTS["bf16"](16, 256))
+    for layer, name in enumerate(EXPORTS):
+        layers |= layer_of(name, layer=layer)
     path = write_checkpoint(tmp_path, layers)
     report = audit_json(path)
     for layer, make in zip(report["layers"], EXPORTS.values(), strict=True):
@@ -67,8 +66,7 @@ def test_audit_every_encoding(tmp_path):
 def test_audit_table_fits_100_columns(tmp_path):
     tensors = {}
     for layer in (9, 10):
-        for matrix, n in (("wk", 256), ("weights_proj", 128)):
-            tensors |= named(INDEXER.format(layer), matrix, EXPORTS["fp8_packed"](n, 16384))
+        tensors |= layer_of("fp8_packed", "fp8_packed", layer, (256, 128), 16384)
     path = write_checkpoint(tmp_path, tensors, config={"num_hidden_layers": 10, "index_head_dim": 256})
     lines = invoke("audit", path).stdout.splitlines()
     assert "10 (MTP) │ FP8 packed UE8M0 │ FP8 packed UE8M0 │ 6.49 │      12.58 │ 256, 128, 16384" in lines[-2]
@@ -87,8 +85,7 @@ def test_audit_problems(tmp_path):
 
 
 def test_audit_unread_shards(tmp_path):
-    neighbour = {"model.embed_tokens.weight": torch.ones(1)}
-    path = write_checkpoint(tmp_path, bf16_layer(), neighbour)
+    path = write_checkpoint(tmp_path, bf16_layer(), {"model.embed_tokens.weight": torch.ones(1)})
     (path / "model-00002-of-00002.safetensors").unlink()
     result = invoke("audit", path)
     assert result.exit_code == 0

@@ -20,6 +20,8 @@ from support import fp8_layer, invoke, write_checkpoint
         (["audit", "{tiny}/config.json"], "or a .safetensors file, found another file\n"),
         (["audit", "{tiny}/.."], "expected model.safetensors.index.json or model.safetensors, found no .safetensors"),
         (["fixture", "glm-9", "new"], "expected one of deepseek-v3.2, glm-5-bf16, glm-5.2-fp8, got 'glm-9'"),
+        (["fixture", "glm-5.2-fp8", "new", "--layers", "0"], "glm-5.2-fp8 has 1 to 22 indexer layers, got 0"),
+        (["fixture", "glm-5.2-fp8", "new", "--layers", "23"], "glm-5.2-fp8 has 1 to 22 indexer layers, got 23"),
         (["fixture", "glm-5.2-fp8", "{tiny}/config.json/x"], "Not a directory"),
         (["fixture", "glm-5.2-fp8", "{tiny}"], "is not an empty directory"),
         (["benchmark"], "No such command"),
@@ -28,6 +30,7 @@ from support import fp8_layer, invoke, write_checkpoint
 def test_bad_input_exits_with_2(tmp_path, arguments, message):
     tiny = write_checkpoint(tmp_path / "tiny", fp8_layer(), config={})
     result = invoke(*(argument.format(tiny=tiny) for argument in arguments))
+    assert not Path("new").exists()
     assert result.exit_code == 2
     assert message in result.stderr
     assert message[-1] != "\n" or len(result.stderr.splitlines()) == 1

@@ -28,7 +28,7 @@ class Model(nn.Module):
         super().__init__()
         self.prefix = nn.ModuleDict({"layers": nn.ModuleDict({str(number): Linear() for number in layers})})
         names = {number: f"prefix.layers.{number}" for number in layers}
-        self.indexproj = IndexerModel(self, names, {"num_hidden_layers": 4}, False, False)
+        self.indexproj = IndexerModel(self, names, Config(num_hidden_layers=4), False, False)
 
     def load_weights(self, weights):
         return {name for name, _ in weights}
@@ -76,6 +76,13 @@ def test_uninitialized_rows_are_refused(rows):
     with pytest.raises(CheckpointError) as caught:
         model.indexproj.finish()
     assert [problem.subject for problem in caught.value.problems] == ["prefix.layers.0", "prefix.layers.1"]
+
+
+def test_sizes_are_those_of_the_module():
+    model = Model(0)
+    model.load_weights(bf16_layer(h=8).items())
+    with pytest.raises(CheckpointError, match="expected 16 in dimension 0 of the matrix"):
+        model.indexproj.finish()
 
 
 def test_layer_states():
