@@ -70,6 +70,16 @@ def test_resources(name, case, between):
             assert faults(TARGETS[name], problem.ns, m, config, binary) == [], config
 
 
+@pytest.mark.parametrize("name", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("pair", ["BF16, BF16", "FP8 128x128, BF16", "MXFP8, MXFP8", "NVFP4, NVFP4", "MXFP4, MXFP4"])
+def test_resources_with_a_factor(pair, name):
+    """One config per regime, also with older versions of Triton, see test_older.py."""
+    problem = replace(signature(DEEPSEEK, parse_pair(pair)), factors=(1.0, 0.0110485))
+    for m in (4, 16, 1000, 8192):
+        config = choose(m, DEEPSEEK, problem.formats, TARGETS[name])
+        assert faults(TARGETS[name], problem.ns, m, config, binary_of(name, config, problem)) == [], config
+
+
 @pytest.mark.parametrize("ns", [(128, 32, 128), (128, 256)], ids=["three matrices", "384 rows"])
 @pytest.mark.parametrize("activation", [None, "fp8"])
 @pytest.mark.parametrize("name", TARGETS)
