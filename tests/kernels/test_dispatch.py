@@ -55,16 +55,12 @@ def test_every_m_has_a_regime_and_every_split_has_work(name, shape, dtype, quant
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_few_kernels_serve_all_batch_sizes(name):
-    assert len({choose(m, DEEPSEEK, FP8, TARGETS[name]) for m in (*range(1, 600), *range(600, 65537, 100))}) <= 15
-
-
-@pytest.mark.parametrize("name", TARGETS)
-def test_batch_invariant_sums_have_the_same_order_for_every_m(name):
-    ms = (*range(1, 600), 1000, 4096, 65536)
+    """And batch-invariant sums have the same order for every M."""
+    ms = (*range(1, 600), *range(600, 65537, 100))
+    assert len({choose(m, DEEPSEEK, FP8, TARGETS[name]) for m in ms}) <= 15
     configs = [choose(m, DEEPSEEK, FP8, TARGETS[name], batch_invariant=True) for m in ms]
-    assert {(c.regime, c.block_k, c.block_n, c.slices, c.split_k, c.num_warps) for c in configs} == {
-        ("split_k", 64, 16, 8, 14, 8)
-    }
+    (order,) = {(c.regime, c.block_k, c.block_n, c.slices, c.split_k, c.num_warps) for c in configs}
+    assert order == ("split_k", 64, 16, 8, 14, 8)
     assert [c.loop_splits for c in configs] == [m > 64 for m in ms]
 
 

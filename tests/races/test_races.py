@@ -5,7 +5,6 @@ Bounds are those of a tensor's memory. Not covered: what lies below Triton's IR,
 
 import dataclasses
 import importlib
-import importlib.util
 import shutil
 import sys
 import types
@@ -18,11 +17,9 @@ from indexproj.indexer.cli.synthetic import random_matrix
 from indexproj.kernels import TARGETS, Format, KernelConfig
 from indexproj.kernels import launch as original
 from indexproj.kernels.reference import quantize
+from numerics import relative_error
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("ttsem") is None,
-    reason="ttsem has an environment of its own; `make test-races` makes it",
-)
+pytest.importorskip("ttsem", reason="ttsem has an environment of its own; `make test-races` makes it")
 
 # Configs, and rows of x that their blocks do not divide. Of K = 200 the last split gets nothing.
 LAUNCHES = {
@@ -54,19 +51,14 @@ def run(ttsem, monkeypatch):
         monkeypatch.setattr(module, "workspace", workspace)  # the real one returns larger buffers
         monkeypatch.setattr(module, "target_of", lambda device: TARGETS["sm_90"])
         constants = module.constants  # ttsem runs no inline assembly
-        monkeypatch.setattr(
-            module,
-            "constants",
-            lambda *args: {key: key != "PACKED" and each for key, each in constants(*args).items()},
-        )
+        monkeypatch.setattr(module, "constants", lambda *a: {k: k != "PACKED" and v for k, v in constants(*a).items()})
         module.plan_of.cache_clear()
         labels = labels.split(", ")
-        is_w8a8 = labels[0] == "W8A8"
         formats = [Format(label.replace("W8A8", "FP8 128x128")) for label in labels]
         matrices = [random_matrix(f, n, k).map(torch.clone) for f, n in zip(formats, (40, 9, 24), strict=False)]
         x = torch.randn(m, k, dtype=torch.bfloat16)
         xs, activations = [x.double()] * len(labels), [None] * len(labels)
-        if is_w8a8:
+        if labels[0] == "W8A8":
             xs[0], activations[0] = quantize(x, ue8m0=False), "fp8"
             config = dataclasses.replace(config, block_k=2 * config.block_k)
         outs = tuple(torch.full((m, matrix.shape[0]), torch.nan) for matrix in matrices)
@@ -77,8 +69,7 @@ def run(ttsem, monkeypatch):
         signature = module.Signature(x.device, x.dtype, k, ns, own, tuple(activations), factors, dtypes)
         module.launch(x, tuple(matrix.operands for matrix in matrices), outs, signature, config)
         exact = [taken @ matrix.dequantize(torch.float64).T for taken, matrix in zip(xs, matrices, strict=True)]
-        errors = [(out - truth).abs().max() / truth.abs().max() for out, truth in zip(outs, exact, strict=True)]
-        return torch.stack(errors).max().item(), torch.cat(counters).tolist() if counters else []
+        return relative_error(outs, exact), torch.cat(counters).tolist() if counters else []
 
     return launch
 
