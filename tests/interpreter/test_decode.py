@@ -1,11 +1,12 @@
-"""Decoding is exact: with identity activations the outputs are the decoded weights, bit for bit."""
+"""Decoding is exact: with the identity as x outputs are the decoded weights, and as wk x in e4m3, bit for bit."""
 
 import dataclasses
 
 import pytest
 import torch
 
-from indexproj.kernels import Format, Fp4Matrix, ProjectionWeights, choose, launch, project, reference, tile
+from indexproj.kernels import Format, Fp4Matrix, Fp8Matrix, ProjectionWeights, choose, launch, project, reference, tile
+from indexproj.kernels.reference import quantize
 from indexproj.kernels.target import INTERPRETED, target_of
 from numerics import relative_error, run
 from support import dense, random_matrix, weights
@@ -76,3 +77,15 @@ def test_sums_of_gemv_over_all_of_k():
     x = 1 + torch.rand(4, 7168)  # sums grow: a running sum loses digits
     w = ProjectionWeights(w.wk, dense(8, 7168).map(torch.abs))
     assert relative_error(project(x.bfloat16(), w)[1:], reference(x.bfloat16(), w)[1:]) <= 3e-7
+
+
+@pytest.mark.parametrize("ue8m0", [False, True])
+def test_w8a8_rounds_every_bf16_value_as_torch_does(ue8m0):
+    """With the identity as wk, k is x in e4m3."""
+    x = torch.arange(0x7F80).to(torch.int16).view(BF16)
+    x = torch.cat((x, -x)).view(-1, 128)  # groups of neighbors
+    x = torch.cat((x, x.T.reshape(-1, 128)))  # groups of distant values
+    eye = Fp8Matrix(torch.eye(128).to(torch.float8_e4m3fn), torch.ones(1, 1))
+    w = ProjectionWeights(eye, dense(16, 128))
+    k, _ = project(x, w, k_dtype=torch.float32, activation="fp8_ue8m0" if ue8m0 else "fp8")
+    assert torch.equal(k, quantize(x, ue8m0).float())

@@ -17,29 +17,72 @@ from numerics import largest_row_error, relative_error, run, surrounded, uneven
 from support import ALL_PAIRS, DEEPSEEK, GLM, dense, random_matrix, weights
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-FP8, FP4 = "FP8 128x128, BF16", "NVFP4, NVFP4"
+FP8, FP4, BOTH_FP8 = "FP8 128x128, BF16", "NVFP4, NVFP4", "FP8 128x128, FP8 128x128"
 full = pytest.mark.full
 MIXED = [(Format.FP8_BLOCK, Format.BF16), (Format.NVFP4, Format.MXFP8)]
 
-# Pair, shape, M, dtype of x. K cuts groups of 16 and 32; a full K takes the interpreter long.
+# Pair, shape, M, dtype of x, activation. K cuts groups of 16 and 32; a full K takes the interpreter long.
 FEW_ROWS, MORE_ROWS = (2, 5, 9, 33, 65, 257), (3, 8, 16, 31, 63, 127, 129, 255, 511, 1000, 2047, 4096)
-RAGGED = [(128, 32, 200), (40, 9, 61)]
-CASES = [(FP8, DEEPSEEK, 17, BF16), (FP4, GLM, 100, BF16), *product([FP8], RAGGED, FEW_ROWS, [BF16])]
-CASES += product(ALL_PAIRS, [(100, 9, 344)], (1, 31, 100), [BF16])
-WIDER = [*product(ALL_PAIRS, [GLM], [17], [BF16]), *product((FP8, FP4), [DEEPSEEK], [2], [BF16])]
-WIDER += [*product([FP8], [DEEPSEEK], (1, 64, 100), [FP16]), *product([FP8], RAGGED, MORE_ROWS, [BF16])]
-WIDER += product([FP8], [(128, 16, 129)], FEW_ROWS + MORE_ROWS, [BF16])
-WIDER += product(ALL_PAIRS, [(100, 9, 88), (100, 9, 1000)], (1, 31, 100), [BF16])
+RAGGED, W8A8 = [(128, 32, 200), (40, 9, 61)], ("fp8", "fp8_ue8m0")
+CASES = [(FP8, DEEPSEEK, 17, BF16, None), (FP4, GLM, 100, BF16, None)]
+CASES += product([FP8], RAGGED, FEW_ROWS, [BF16], [None])
+CASES += product(ALL_PAIRS, [(100, 9, 344)], (1, 31, 100), [BF16], [None])
+CASES += product([FP8], [(128, 32, 1000), (40, 9, 61)], (1, 5, 67), [BF16], W8A8)
+WIDER = [*product(ALL_PAIRS, [GLM], [17], [BF16], [None]), *product((FP8, FP4), [DEEPSEEK], [2], [BF16], [None])]
+WIDER += [*product([FP8], [DEEPSEEK], (1, 64, 100), [FP16], [None]), *product([FP8], RAGGED, MORE_ROWS, [BF16], [None])]
+WIDER += product([FP8], [(128, 16, 129)], FEW_ROWS + MORE_ROWS, [BF16], [None])
+WIDER += product(ALL_PAIRS, [(100, 9, 88), (100, 9, 1000)], (1, 31, 100), [BF16], [None])
+WIDER += product([FP8], [(150, 9, 520)], (1, 5, 67), [BF16], W8A8)
+WIDER += product([FP8], [(150, 9, 520), (128, 32, 1000), (40, 9, 61)], (17, 300), [BF16], W8A8)
+WIDER += [*product([FP8], [GLM], (1, 17, 100), [BF16], W8A8), *product([BOTH_FP8], [GLM], (1, 17, 100), [FP16], W8A8)]
 
 
 @pytest.mark.parametrize(
-    ("pair", "shape", "m", "dtype"), [*CASES, *(pytest.param(*case, marks=full) for case in WIDER)], ids=str
+    ("pair", "shape", "m", "dtype", "activation"),
+    [*CASES, *(pytest.param(*case, marks=full) for case in WIDER)],
+    ids=str,
 )
 @pytest.mark.usefixtures("poison")
-def test_project_against_fp64(pair, shape, m, dtype):
-    """NaN surrounds every tensor of the weights."""
-    w, x = surrounded(weights(pair, shape)), torch.randn(m, shape[2], dtype=dtype)
-    assert relative_error(project(x, w, k_dtype=FP32), reference(x, w)) <= 2e-6
+def test_project_against_fp64(pair, shape, m, dtype, activation):
+    """NaN surrounds every tensor of the weights. In W8A8 groups of x differ, and all rows count alike."""
+    w = surrounded(weights(pair, shape))
+    x = uneven(m, shape[2]).to(dtype).nan_to_num() if activation else torch.randn(m, shape[2], dtype=dtype)
+    outputs, exact = project(x, w, k_dtype=FP32, activation=activation), reference(x, w, activation)
+    assert (largest_row_error if activation else relative_error)(outputs, exact) <= 2e-6
+
+
+GEMV = KernelConfig("gemv", block_m=4, block_k=128, slices=8)
+CONFIGS = [
+    KernelConfig("split_k", block_m=8, block_k=64, slices=2),
+    KernelConfig("split_k", block_m=16, block_k=128, slices=2, block_n=32),
+    KernelConfig("split_k", block_m=16, block_k=64, slices=8, loop_splits=True),
+    KernelConfig("split_k", block_m=16, block_k=128, slices=1, loop_splits=True, block_n=32),
+    KernelConfig("prefill", block_m=16, block_k=64, block_n=0),
+    KernelConfig("prefill", block_m=16, block_k=128, block_n=0),
+    KernelConfig("prefill", block_m=32, block_k=128, block_n=32),
+]
+
+
+# Splits that divide K, that do not, and that leave the last programs without steps.
+@pytest.mark.parametrize(
+    ("config", "split_k"),
+    [(GEMV, 1), *product(CONFIGS, (1, 3)), *(pytest.param(*c, marks=full) for c in product(CONFIGS, (2, 5, 16)))],
+    ids=str,
+)
+@pytest.mark.parametrize("pair", MIXED, ids=str)
+@pytest.mark.usefixtures("poison")
+def test_splits_of_k(pair, config, split_k):
+    """The gate has the same bits with and without W8A8."""
+    w = surrounded(ProjectionWeights(*map(random_matrix, pair, (40, 9), (1000, 1000))))
+    x = uneven(5 if config == GEMV else 19, 1000)
+    config = dataclasses.replace(config, split_k=split_k)
+    plain = run(x, w, config)
+    assert largest_row_error(plain, reference(x, w)) <= 2e-6
+    if pair == MIXED[0] and config.block_k * config.slices % 128 == 0:
+        rounded = run(x, w, config, activation="fp8")
+        assert largest_row_error(rounded, reference(x, w, "fp8")) <= 2e-6
+        assert not torch.equal(plain[0], rounded[0])
+        assert torch.equal(plain[1], rounded[1])
 
 
 @pytest.mark.parametrize("m", [3, 20, 100])
@@ -51,27 +94,6 @@ def test_addresses_that_are_no_multiples_of_16(pair, m):
     out = torch.full((m * 111 + 1,), torch.nan)[1:].view(m, 111)[:, 1:110]
     assert all(tensor.data_ptr() % 16 for tensor in (x, out, w.wk.tensors[0]))
     assert relative_error(project(x, w, out=out), reference(x, w)) <= 2e-6
-
-
-# Splits that divide K, that do not, and that leave the last programs without steps.
-@pytest.mark.parametrize("split_k", [1, 3, *(pytest.param(split, marks=full) for split in (2, 5, 16))])
-@pytest.mark.parametrize(
-    "config",
-    [
-        KernelConfig("split_k", block_m=8, block_k=64, slices=2, num_stages=2),
-        KernelConfig("split_k", block_m=16, block_k=128, slices=1, num_stages=2, block_n=32),
-        KernelConfig("split_k", block_m=16, block_k=64, slices=2, num_stages=2, loop_splits=True),
-        KernelConfig("prefill", block_m=16, block_k=64, block_n=0),
-        KernelConfig("prefill", block_m=64, block_k=128, block_n=32),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("pair", MIXED, ids=str)
-@pytest.mark.usefixtures("poison")
-def test_splits_of_k(pair, config, split_k):
-    w = surrounded(ProjectionWeights(*map(random_matrix, pair, (128, 32), (1000, 1000))))
-    x = torch.randn(19, 1000, dtype=BF16)
-    assert relative_error(run(x, w, dataclasses.replace(config, split_k=split_k)), reference(x, w)) <= 2e-6
 
 
 @pytest.mark.parametrize(("m", "regimes"), [(5, {"gemv", "split_k"}), (40, {"split_k", "prefill"})])
