@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from indexproj.indexer.cli.synthetic import quantize_blocks, random_weight
-from indexproj.kernels import DenseMatrix, Format, Fp4Matrix, Fp8Matrix, ProjectionWeights, reference
+from indexproj.kernels import DenseMatrix, Format, Fp4Matrix, Fp8Matrix, ProjectionWeights
 from indexproj.kernels.formats import operand_layout, parse_pair
 from indexproj.kernels.weights import joined
 from support import dense, random_matrix, same, weights
@@ -169,13 +169,6 @@ def test_joined_needs_consecutive_slices_of_one_tensor():
     assert torch.equal(joined((buffer[:16], buffer[16:20]), 0), buffer[:20])
     for first, other in ((buffer[:16], buffer[18:20]), (buffer[4:20], buffer[:4]), (buffer[:16], buffer.clone()[16:])):
         assert joined((first, other), 0) is None
-
-
-def test_reference_multiplies_decoded_weights():
-    w = weights("FP8 128x128, BF16", (128, 16, 64))
-    k, gate = reference(torch.eye(64, dtype=BF16), w)
-    assert torch.equal(k.T, w.wk.dequantize(FP64))
-    assert torch.equal(gate.T, w.gate.weight.double())
 
 
 def test_operands_follow_the_memory_of_parameters():
