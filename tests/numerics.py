@@ -1,8 +1,10 @@
 """What the numerical tests of the kernels share."""
 
+from dataclasses import replace
+
 import torch
 
-from indexproj.kernels.launch import Signature, launch
+from indexproj.kernels.launch import launch, signature_of
 
 
 def relative_error(outputs, exact, dims=(0, 1)):
@@ -21,11 +23,8 @@ def largest_row_error(outputs, exact):
 
 def run(x, w, config=None, activation=None):
     """fp32 outputs of one launch with a given config."""
-    *ns, k = w.shape
-    outs = tuple(torch.full((len(x), n), torch.nan, device=x.device) for n in ns)
-    signature = Signature(
-        x.device, x.dtype, k, tuple(ns), w.formats, (activation, None), (1.0, 1.0), (torch.float32, torch.float32)
-    )
+    outs = tuple(torch.full((len(x), n), torch.nan, device=x.device) for n in w.shape[:2])
+    signature = replace(signature_of(w, *[torch.float32] * 2), x_dtype=x.dtype, activations=(activation, None))
     launch(x, (w.wk.operands, w.gate.operands), outs, signature, config)
     return outs
 
