@@ -11,7 +11,7 @@ import triton.language as tl
 
 from indexproj.benchmarks.compiled import CASES, Binary, compile_kernel, configs, faults, signature, warm_up
 from indexproj.benchmarks.estimate import l2_bytes
-from indexproj.kernels import TARGETS, choose
+from indexproj.kernels import TARGETS, KernelConfig, choose
 from indexproj.kernels.formats import parse_pair
 from indexproj.kernels.target import INTERPRETED
 from support import DEEPSEEK, GLM
@@ -19,7 +19,8 @@ from support import DEEPSEEK, GLM
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 disables compilation")
 
 DENSE, FP8 = parse_pair("BF16, BF16"), parse_pair("FP8 128x128, BF16")
-FP16 = {"x_dtype": torch.float16, "dtypes": (torch.float16, torch.float32)}
+FP32 = torch.float32
+FP16 = {"x_dtype": torch.float16, "dtypes": (torch.float16, FP32)}
 SIGNATURES = {", ".join(filter(None, case)): case.signature() for case in CASES} | {
     "fp16 x": replace(signature(DEEPSEEK, FP8), **FP16),
     "fp16 x, fp8": replace(signature(DEEPSEEK, FP8, "fp8"), **FP16),
@@ -46,9 +47,6 @@ def binaries(name, problem):
         yield config, m, binary_of(name, config, problem)
 
 
-CASE_PARAMS = [pytest.param(case, marks=[pytest.mark.full] if case in WIDER else []) for case in SIGNATURES]
-
-
 def split_between(config, selected):
     """Whether dispatch also selects both more and fewer splits for the same tile: the same code, other loop counts."""
     splits = [other.split_k for other in selected if replace(other, split_k=1) == replace(config, split_k=1)]
@@ -67,6 +65,16 @@ def test_resources(name, case, between):
         if split_between(config, selected) == between:
             binary = binary_of(name, config, problem)
             assert faults(TARGETS[name], problem.ns, m, config, binary) == [], config
+
+
+@pytest.mark.parametrize("name", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("pair", ["BF16, BF16", "FP8 128x128, BF16", "MXFP8, MXFP8", "NVFP4, NVFP4", "MXFP4, MXFP4"])
+def test_resources_with_a_factor(pair, name):
+    """One config per regime, also with older versions of Triton, see test_older.py."""
+    problem = replace(signature(DEEPSEEK, parse_pair(pair)), factors=(1.0, 0.0110485))
+    for m in (4, 16, 1000, 8192):
+        config = choose(m, DEEPSEEK, problem.formats, TARGETS[name])
+        assert faults(TARGETS[name], problem.ns, m, config, binary_of(name, config, problem)) == [], config
 
 
 @pytest.mark.parametrize("ns", [(128, 32, 128), (128, 256)], ids=["three matrices", "384 rows"])
@@ -106,20 +114,11 @@ def test_instructions_per_step_of_prefill(name, pair, limit):
         assert 0 < binary_of(name, config, problem).step * 64 / config.block_m <= limit
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        "deepseek-v3.2, FP8 128x128, BF16",
-        "deepseek-v3.2, NVFP4, NVFP4",
-        "fp16 x",
-        "deepseek-v3.2, FP8 128x128, BF16, fp8",
-    ],
-)
+@pytest.mark.parametrize("case", ["FP8 128x128, BF16", "NVFP4, NVFP4", "FP8 128x128, BF16, fp8", "fp16 x"])
 @pytest.mark.parametrize("name", TARGETS)
 def test_batch_invariant_instructions(name, case):
     """A row meets the same instructions in a batch of any size."""
-    problem = SIGNATURES.get(case) or SIGNATURES[f"deepseek-v3.2, {case}"]
-    problem = replace(problem, batch_invariant=True)
+    problem = replace(SIGNATURES.get(f"deepseek-v3.2, {case}") or SIGNATURES[case], batch_invariant=True)
     found = list(binaries(name, problem))
     assert len({(config.block_k, config.slices, config.split_k) for config, _, _ in found}) == 1
     assert len({frozenset(binary.mma) for _, _, binary in found}) == 1
@@ -129,35 +128,28 @@ def test_batch_invariant_instructions(name, case):
 
 
 FINE = {"registers": 64, "spills": 0, "scratch": 0, "shared_memory": 1024, "threads": 256, "assembly": "HMMA LDG.E.128"}
+LOAD = "/*0000*/ LDG.E.128 R4, desc[R2.64] ;\n/*0000*/ IADD R4, R4, R4 ;\n"
 
 
 @pytest.mark.parametrize(
-    ("changes", "fault"),
+    ("m", "changes", "expected"),
     [
-        ({}, None),
-        ({"spills": 2}, "2 spills"),
-        ({"scratch": 8}, "8 bytes of local memory"),
-        ({"shared_memory": 228 * 1024}, "bytes of shared memory"),
-        ({"assembly": "LDG.E.128"}, "matrix instructions: {}"),
-        ({"assembly": "HMMA LDG.E.64"}, "the widest load has 8 bytes"),
-        ({"registers": 136}, "168 programs, but the GPU runs 132"),
-        ({"shared_memory": 120 * 1024}, "168 programs, but the GPU runs 132"),
+        (16, {}, []),
+        (16, {"spills": 2}, ["2 spills"]),
+        (16, {"scratch": 8}, ["8 bytes of local memory"]),
+        (16, {"shared_memory": 228 * 1024}, ["bytes of shared memory", "168 programs"]),
+        (16, {"assembly": "LDG.E.128"}, ["matrix instructions: {}"]),
+        (16, {"assembly": "HMMA LDG.E.64"}, ["the widest load has 8 bytes"]),
+        (16, {"registers": 136}, ["168 programs, but the GPU runs 132"]),
+        (16, {"shared_memory": 120 * 1024}, ["168 programs, but the GPU runs 132"]),
+        (1, {"assembly": LOAD * 7 + "BAR.SYNC" * 11}, ["7 groups of loads, limit 3", "11 barriers, limit 5"]),
     ],
 )
-def test_faults_of_made_up_binaries(changes, fault):
-    config = choose(16, DEEPSEEK, FP8, TARGETS["sm_90"])
-    found = faults(TARGETS["sm_90"], DEEPSEEK[:2], 16, config, Binary(**FINE | changes))
-    assert any(fault in line for line in found) if fault else found == []
-
-
-def test_faults_of_made_up_gemv():
-    config = choose(1, DEEPSEEK, FP8, TARGETS["sm_90"])
-    loads = "\n".join(
-        f"/*{number:04x}*/ LDG.E.128 R4, desc[R2.64] ;\n/*0000*/ IADD R4, R4, R4 ;" for number in range(7)
-    )
-    binary = Binary(**FINE | {"assembly": loads + " BAR.SYNC" * 11})
-    found = faults(TARGETS["sm_90"], DEEPSEEK[:2], 1, config, binary)
-    assert found == ["7 groups of loads, limit 3 per matrix", "11 barriers, limit 5 per matrix"]
+def test_faults_of_made_up_binaries(m, changes, expected):
+    config = choose(m, DEEPSEEK, FP8, TARGETS["sm_90"])
+    found = faults(TARGETS["sm_90"], DEEPSEEK[:2], m, config, Binary(**FINE | changes))
+    assert len(found) == len(expected)
+    assert all(fault in line for fault, line in zip(expected, found, strict=True))
 
 
 def test_load_widths_in_sass_and_amdgcn():
@@ -176,47 +168,45 @@ def test_dense_loads_are_16_bytes(name):
             assert sum(binary.loads.values()) - binary.loads[16] <= partials, config
 
 
-def arrivals_in(config):
-    """Where the code of a kernel for two matrices increments an arrival counter."""
-    return 0 if not config.has_workspace else 2 if config.block_n else 1
+def arrivals(name, atomic, store):
+    """Where programs count themselves in: the code since the last store of partial sums, the atomic, the code after."""
+    for config, _, binary in binaries(name, signature(DEEPSEEK, FP8)):
+        before, *parts = re.split(rf"(\b\w*{atomic}\S*)", binary.assembly)
+        assert len(parts) == 2 * (0 if not config.has_workspace else 2 if config.block_n else 1), config
+        for counter, after in zip(parts[::2], parts[1::2], strict=True):
+            yield re.split(store, before)[-1], counter, after
+            before = after
 
 
 @pytest.mark.parametrize("name", AMD)
 def test_memory_order_of_partials_amd(name):
-    for config, _, binary in binaries(name, signature(DEEPSEEK, FP8)):
-        before, *arrivals = re.split(r"_atomic_add", binary.assembly)
-        assert len(arrivals) == arrivals_in(config), config
-        for after in arrivals:
-            since_last_store = before.rpartition("_store_dword")[2]
-            waited, barrier, _ = since_last_store.partition("s_barrier")
-            assert barrier, config
-            assert "s_waitcnt vmcnt(0)" in waited, config
-            assert "buffer_wbl2 sc1" in before.rpartition("s_barrier")[2], config  # release, device-wide
-            assert "buffer_inv sc1" in after, config  # acquire
-            before = after
+    for since_store, _, after in arrivals(name, "_atomic_add", "_store_dword"):
+        waited, barrier, _ = since_store.partition("s_barrier")
+        assert barrier
+        assert "s_waitcnt vmcnt(0)" in waited
+        assert "buffer_wbl2 sc1" in since_store.rpartition("s_barrier")[2]  # release, device-wide
+        assert "buffer_inv sc1" in after  # acquire
 
 
 @pytest.mark.parametrize("name", NVIDIA)
 def test_memory_order_of_partials_nvidia(name):
-    for config, _, binary in binaries(name, signature(DEEPSEEK, FP8)):
-        before, *arrivals = re.split(r"(\bATOMG\S*)", binary.assembly)
-        assert len(arrivals) == 2 * arrivals_in(config), config
-        for counter, after in zip(arrivals[::2], arrivals[1::2], strict=True):
-            since_last_store = re.split(r"\bSTG\b", before)[-1]
-            assert "BAR.SYNC" in since_last_store, config
-            assert "MEMBAR.ALL.GPU" in since_last_store.rpartition("BAR.SYNC")[2], config
-            assert counter.endswith("STRONG.GPU"), config
-            assert "CCTL.IVALL" in after.partition("LDG")[0], config
-            before = after
+    for since_store, counter, after in arrivals(name, "ATOMG", r"\bSTG\b"):
+        assert "BAR.SYNC" in since_store
+        assert "MEMBAR.ALL.GPU" in since_store.rpartition("BAR.SYNC")[2]
+        assert counter.endswith("STRONG.GPU")
+        assert "CCTL.IVALL" in after.partition("LDG")[0]
 
 
 @pytest.mark.parametrize("name", AMD)
-def test_buffer_loads_amd(name):
-    """For tensors up to 2 GB, as Triton's launcher would compile."""
-    config = choose(16, DEEPSEEK, FP8, TARGETS[name])
-    binary = binary_of(name, config, signature(DEEPSEEK, FP8))
-    assert count(binary, r"\bbuffer_load_") > 0
-    assert count(binary, r"\bglobal_load_") == 0
+def test_loads_and_registers_amd(name):
+    """Buffer loads for tensors up to 2 GB, as Triton's launcher would compile; one wave's registers for gemv."""
+    for m in (1, 4, 16):
+        config = choose(m, DEEPSEEK, FP8, TARGETS[name])
+        binary = binary_of(name, config, signature(DEEPSEEK, FP8))
+        assert (count(binary, "; Occupancy: 1\n") > 0) == (config.regime == "gemv")
+        if m == 16:
+            assert count(binary, r"\bbuffer_load_") > 0
+            assert count(binary, r"\bglobal_load_") == 0
 
 
 FLOAT_ATOMIC = r"\b(?:RED|ATOM)[\w.]*\.F\d"
@@ -256,16 +246,27 @@ def test_activation_scales_use_ieee_division(name, asm, division, m):
     assert "div.full" not in text
 
 
-@pytest.mark.parametrize("name", ["sm_90", "sm_100", "sm_120"])
-def test_pdl_is_off_by_default(name):
-    for m in (4, 16):
-        config = choose(m, DEEPSEEK, FP8, TARGETS[name])
+def first_use_of_x(ptx):
+    """The first load from x, whose addresses are computed from the first parameter, or what waits for it before."""
+    addresses = {"_param_0"}
+    for line in ptx.splitlines():
+        result, *operands = re.findall(r"%\w+|_param_0\b", line) or [""]
+        if "griddepcontrol.wait" in line or ("global" in line and addresses & set(re.findall(r"\[ (%\w+)", line))):
+            return line.strip()
+        if addresses & set(operands):
+            addresses.add(result)
+    return None
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_pdl_is_off_by_default_and_waits_before_x(name):
+    """Ignored where unsupported."""
+    many_steps = KernelConfig("split_k", block_m=16, block_k=64, split_k=2, num_stages=2, slices=4)
+    for config in (*(choose(m, DEEPSEEK, FP8, TARGETS[name]) for m in (4, 16)), many_steps):
         for pdl in (False, True):
-            binary = binary_of(name, replace(config, pdl=pdl), signature(DEEPSEEK, FP8))
-            assert (count(binary, "ACQBULK") > 0) == (count(binary, "PREEXIT") > 0) == pdl
-
-
-def test_pdl_is_ignored_where_unsupported():
-    for name in ("sm_80", "gfx942"):
-        config = replace(choose(4, DEEPSEEK, FP8, TARGETS[name]), pdl=True)
-        assert count(binary_of(name, config, signature(DEEPSEEK, FP8)), "ACQBULK|PREEXIT") == 0
+            kernel = warm_up(TARGETS[name], replace(config, pdl=pdl), signature(DEEPSEEK, FP8))
+            has_pdl = pdl and TARGETS[name].is_cuda(90)
+            binary = Binary.of(kernel, TARGETS[name])
+            assert (count(binary, "ACQBULK") > 0) == (count(binary, "PREEXIT") > 0) == has_pdl
+            if has_pdl:
+                assert first_use_of_x(kernel.asm["ptx"]) == "griddepcontrol.wait ;"

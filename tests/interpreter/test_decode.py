@@ -1,4 +1,4 @@
-"""Decoding is exact: with identity activations the outputs are the decoded weights, bit for bit."""
+"""Decoding is exact: with the identity as x outputs are the decoded weights, and as wk x in e4m3, bit for bit."""
 
 import dataclasses
 
@@ -6,17 +6,24 @@ import pytest
 import torch
 
 from indexproj.kernels import Format, Fp4Matrix, Fp8Matrix, ProjectionWeights, choose, launch, project, reference, tile
+from indexproj.kernels.reference import quantize
 from indexproj.kernels.target import INTERPRETED, target_of
 from numerics import relative_error, run
-from support import DEEPSEEK, dense, random_matrix, weights
+from support import dense, random_matrix, weights
 
+BF16 = torch.bfloat16
 REGIMES = {"gemv": 4, "split_k": 64, "prefill": 300}
 
 
-def config_of(regime, w):
+def assert_identity(regime, w, step=1, dtype=BF16):
+    """With each step-th unit vector as a row of x, outputs are these columns of the decoded weights."""
     config = choose(REGIMES[regime], w.shape, w.formats, target_of(w.device))
     assert config.regime == regime
-    return config
+    picked = torch.arange(0, w.shape[2], step)
+    x = torch.zeros(len(picked), w.shape[2], dtype=dtype)
+    x[torch.arange(len(picked)), picked] = 1
+    for output, matrix in zip(run(x, w, config), (w.wk, w.gate), strict=True):
+        assert torch.equal(output.T, matrix.dequantize()[:, picked])
 
 
 def all_codes(format, n, k):
@@ -27,28 +34,11 @@ def all_codes(format, n, k):
 
 
 @pytest.mark.parametrize("regime", REGIMES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.full)])
+@pytest.mark.parametrize("dtype", [BF16, pytest.param(torch.float16, marks=pytest.mark.full)])
 @pytest.mark.parametrize("format", list(Format)[1:], ids=str)
 def test_identity_returns_the_decoded_weights(format, dtype, regime):
     w = ProjectionWeights(all_codes(format, 130, 300), all_codes(format, 16, 300))  # a ragged second block of rows
-    picked = torch.arange(0, 300, 77 if regime == "gemv" else 1)
-    k, gate = run(torch.eye(300, dtype=dtype)[picked], w, config_of(regime, w))
-    assert torch.equal(k.T, w.wk.dequantize()[:, picked])
-    assert torch.equal(gate.T, w.gate.dequantize()[:, picked])
-
-
-@pytest.mark.parametrize("regime", REGIMES)
-def test_identity_of_fnuz_codes(regime):
-    """All codes of e4m3fnuz but NaN, against torch's own values of them."""
-    codes = torch.arange(256).to(torch.uint8)
-    codes[0x80] = 0
-    fnuz = codes.view(4, 64).repeat(4, 1).view(torch.float8_e4m3fnuz)
-    scale = torch.exp2(torch.arange(16.0)).view(16, 1)
-    matrix = Fp8Matrix.from_e4m3fnuz(fnuz, scale)
-    w = ProjectionWeights(matrix, matrix)
-    picked = torch.arange(0, 64, 1 if regime != "gemv" else 21)
-    k, _ = run(torch.eye(64, dtype=torch.bfloat16)[picked], w, config_of(regime, w))
-    assert torch.equal(k.T, (fnuz.float() * scale)[:, picked])
+    assert_identity(regime, w, 77 if regime == "gemv" else 1, dtype)
 
 
 @pytest.mark.parametrize("regime", REGIMES)
@@ -58,22 +48,9 @@ def test_outermost_e8m0_scales_are_exact(format, scale, regime):
     matrix = random_matrix(format, 16, 64)
     ones = torch.full_like(matrix.codes.view(torch.uint8), 0x22 if isinstance(matrix, Fp4Matrix) else 0x38)
     e8m0 = torch.full_like(matrix.scale.view(torch.uint8), scale).view(torch.float8_e8m0fnu)
-    w = ProjectionWeights(*[type(matrix)(ones.view(matrix.codes.dtype), e8m0)] * 2)
-    k, gate = run(torch.eye(64, dtype=torch.bfloat16)[:2], w, config_of(regime, w))
-    assert torch.equal(k, torch.full_like(k, 2.0 ** (scale - 127)))
-    assert torch.equal(gate, k)
-
-
-@pytest.mark.parametrize(("regime", "step"), [("gemv", 2711), ("split_k", 113), ("prefill", 113)])
-@pytest.mark.full
-def test_identity_at_full_k(regime, step):
-    w = weights("FP8 128x128, BF16", DEEPSEEK)
-    picked = torch.arange(0, 7168, step)  # unit vectors in every split and scale block
-    eye = torch.zeros(len(picked), 7168, dtype=torch.bfloat16)
-    eye[torch.arange(len(picked)), picked] = 1
-    k, gate = run(eye, w, config_of(regime, w))
-    assert torch.equal(k.T, w.wk.dequantize()[:, picked])
-    assert torch.equal(gate.T, w.gate.dequantize()[:, picked])
+    matrix = type(matrix)(ones.view(matrix.codes.dtype), e8m0)
+    assert (matrix.dequantize() == 2.0 ** (scale - 127)).all()
+    assert_identity(regime, ProjectionWeights(matrix, matrix), 32)
 
 
 def both_halves(codes):
@@ -89,7 +66,7 @@ def test_prefill_with_packed_decoding(pair, monkeypatch):
     constants = launch.constants
     monkeypatch.setattr(launch, "constants", lambda *a: {k: k == "PACKED" or v for k, v in constants(*a).items()})
     launch.plan_of.cache_clear()
-    w, x = weights(pair, (40, 9, 344)), torch.randn(100, 344, dtype=torch.bfloat16)
+    w, x = weights(pair, (40, 9, 344)), torch.randn(100, 344, dtype=BF16)
     assert relative_error(project(x, w, k_dtype=torch.float32), reference(x, w)) <= 2e-6
     launch.plan_of.cache_clear()
 
@@ -100,3 +77,15 @@ def test_sums_of_gemv_over_all_of_k():
     x = 1 + torch.rand(4, 7168)  # sums grow: a running sum loses digits
     w = ProjectionWeights(w.wk, dense(8, 7168).map(torch.abs))
     assert relative_error(project(x.bfloat16(), w)[1:], reference(x.bfloat16(), w)[1:]) <= 3e-7
+
+
+@pytest.mark.parametrize("ue8m0", [False, True])
+def test_w8a8_rounds_every_bf16_value_as_torch_does(ue8m0):
+    """With the identity as wk, k is x in e4m3."""
+    x = torch.arange(0x7F80).to(torch.int16).view(BF16)
+    x = torch.cat((x, -x)).view(-1, 128)  # groups of neighbors
+    x = torch.cat((x, x.T.reshape(-1, 128)))  # groups of distant values
+    eye = Fp8Matrix(torch.eye(128).to(torch.float8_e4m3fn), torch.ones(1, 1))
+    w = ProjectionWeights(eye, dense(16, 128))
+    k, _ = project(x, w, k_dtype=torch.float32, activation="fp8_ue8m0" if ue8m0 else "fp8")
+    assert torch.equal(k, quantize(x, ue8m0).float())

@@ -1,19 +1,23 @@
 """What reaches the CUDA driver: Triton's real launcher on a driver that runs nothing."""
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
 import triton
+from torch.nn.functional import linear
 from triton.compiler import CompilationError
 
-from indexproj.kernels import TARGETS, KernelConfig, choose, project
+from indexproj.kernels import TARGETS, DenseMatrix, KernelConfig, ProjectionWeights, choose, project
 from indexproj.kernels import launch as module
+from indexproj.kernels.formats import parse_pair
 from stub import stub_driver
-from support import ALL_PAIRS, DEEPSEEK, weights
+from support import ALL_PAIRS, DEEPSEEK, GLM, weights
 
-SM90 = TARGETS["sm_90"]
-FP8 = "FP8 128x128, BF16"
+FP8, DENSE = "FP8 128x128, BF16", "BF16, BF16"
+BF16, FP32 = torch.bfloat16, torch.float32
+SPLIT = KernelConfig("split_k", block_m=16, block_k=64, split_k=6, slices=4, num_warps=4, num_stages=2)
 
 
 @pytest.fixture(scope="module")
@@ -27,35 +31,53 @@ def _no_plans():
     module.plan_of.cache_clear()
 
 
+@pytest.fixture
+def tuned(monkeypatch):
+    """A table that prefers torch for BF16 with one output tensor, or what is put into it."""
+    table = {(16, GLM, parse_pair(FP8)): (SPLIT, ()), (16, GLM, parse_pair(DENSE)): (SPLIT, ((BF16, BF16),))}
+    monkeypatch.setattr(module, "table_of", lambda device: table)
+    return table
+
+
+@pytest.fixture
+def products(monkeypatch):
+    counter = mock.Mock(wraps=torch.mm)
+    monkeypatch.setattr(torch, "mm", counter)
+    return counter
+
+
 def x_of(m, k=DEEPSEEK[2]):
-    return torch.zeros(m, k, dtype=torch.bfloat16)
+    return torch.zeros(m, k, dtype=BF16)
+
+
+def grid_of(driver, *arguments, **options):
+    """The grid of the one launch of `project`."""
+    before = driver.launches
+    project(*arguments, **options)
+    assert driver.launches == before + 1
+    return driver.grid
+
+
+def default_grid(m, w):
+    return choose(m, w.shape, w.formats, TARGETS["sm_90"]).grid(m, *w.shape[:-1])
 
 
 @pytest.mark.parametrize("pair", ALL_PAIRS)
 def test_projection_is_one_launch(driver, pair):
     w = weights(pair, (128, 16, 512))
-    for m in (2, 16, 100):
-        for _ in range(2):
-            before = driver.launches
-            project(x_of(m, 512), w)
-            assert driver.launches == before + 1
-            assert driver.grid == choose(m, w.shape, w.formats, SM90).grid(m, 128, 16)
-
-
-def test_zero_rows_launch_nothing(driver):
+    for m in (2, 2, 16, 16, 100, 100):
+        assert grid_of(driver, x_of(m, 512), w) == default_grid(m, w)
     before = driver.launches
-    project(x_of(0), weights("BF16, BF16", DEEPSEEK))
+    project(x_of(0, 512), w)
     assert driver.launches == before
 
 
 @pytest.mark.parametrize("m", [16, 64])
 def test_direct_launch_passes_what_tritons_launcher_passes(driver, m):
-    w = weights(FP8, DEEPSEEK)
-    out = torch.empty(m, 192, dtype=torch.bfloat16)
-    workspaces = set()
+    w, out, workspaces = weights(FP8, DEEPSEEK), torch.empty(m, 192, dtype=BF16), set()
+    config = choose(m, w.shape, w.formats, TARGETS["sm_90"])
     for x in (x_of(m), x_of(m), x_of(m - 1)):  # compiled, kept, and another M of the same plan
-        project(x, w, out=out[: len(x)])
-        assert driver.grid == choose(m, w.shape, w.formats, SM90).grid(len(x), 128, 64)
+        assert grid_of(driver, x, w, out=out[: len(x)]) == config.grid(len(x), 128, 64)
         own = (x, *w.wk.tensors, w.gate.weight, out, out[:, 128:])
         assert driver.pointers[:6] == tuple(tensor.data_ptr() for tensor in own)
         workspaces.add(driver.pointers[6:])
@@ -79,69 +101,113 @@ def test_profilers_see_every_launch(driver, side):
 
 
 def test_kept_kernel_never_gets_unaligned_or_far_memory(driver, monkeypatch):
-    class Never:
-        @property
-        def run(self):
-            raise AssertionError("the kept kernel ran")
+    def shift(tensor):
+        """The same tensor one byte or more off."""
+        flat = tensor.view(-1).view(torch.uint8)
+        return torch.cat((flat[: tensor.itemsize], flat)).view(tensor.dtype)[1:].view(tensor.shape)
 
-    w = weights(FP8, DEEPSEEK)
-    around = torch.zeros(16, DEEPSEEK[2] + 8, dtype=torch.bfloat16)
-    far = torch.empty(15 * 2**25 + 7168, dtype=torch.bfloat16).as_strided((16, 7168), (2**25, 1))  # never touched
+    w, x = weights(FP8, DEEPSEEK), x_of(16)
+    far = torch.empty(15 * 2**25 + 7168, dtype=BF16).as_strided((16, 7168), (2**25, 1))  # never touched
     odd = {
-        "stride of x": lambda: project(around[:, : DEEPSEEK[2]], w),
-        "address of x": lambda: project(torch.zeros(16 * 7168 + 1, dtype=torch.bfloat16)[1:].view(16, 7168), w),
-        "reach of x": lambda: project(far, w),
-        "stride of out": lambda: project(x_of(16), w, out=torch.empty(16, 200, dtype=torch.bfloat16)[:, :192]),
-        "address of out": lambda: project(x_of(16), w, out=torch.empty(16, 208, dtype=torch.bfloat16)[:, 1:193]),
-        "address of weights": lambda: project(x_of(16), shifted(w)),
+        "stride of x": (torch.zeros(16, 7168 + 8, dtype=BF16)[:, :7168], w, None),
+        "address of x": (shift(x), w, None),
+        "reach of x": (far, w, None),
+        "stride of out": (x, w, torch.empty(16, 200, dtype=BF16)[:, :192]),
+        "address of out": (x, w, torch.empty(16, 208, dtype=BF16)[:, 1:193]),
+        "address of weights": (x, w.map(shift), None),
     }
-    original = module.Plan._run_compiled
-    monkeypatch.setattr(
-        module.Plan, "_run_compiled", lambda self, *args: setattr(self, "_compiled", Never()) or original(self, *args)
-    )
-    for options in ({}, {"out": torch.empty(16, 192, dtype=torch.bfloat16)}):
-        project(x_of(16), w, **options)
+    kept = mock.Mock(side_effect=AssertionError("the kept kernel ran"))
+    monkeypatch.setattr(module.Plan, "_run_compiled", kept)
+    for options in ({}, {"out": torch.empty(16, 192, dtype=BF16)}):
+        project(x, w, **options)
         with pytest.raises(AssertionError, match="the kept kernel ran"):
-            project(x_of(16), w, **options)
-    for name, run in odd.items():
-        launches = driver.launches
-        run()
-        assert driver.launches == launches + 1, name
-
-
-def shifted(w):
-    """The same weights with every tensor one byte or more off."""
-    return w.map(lambda t: torch.cat((t.view(-1)[:1].view(torch.uint8), t.view(-1).view(torch.uint8))).view(t.dtype)[1:]
-                 .view(t.shape))  # fmt: skip
+            project(x, w, **options)
+    for name, (own_x, own_w, out) in odd.items():
+        assert grid_of(driver, own_x, own_w, out=out), name
 
 
 def test_each_signature_and_bucket_has_its_own_plan(driver):
-    w = weights(FP8, DEEPSEEK)
-    project(x_of(16), w)
-    for number, options in enumerate(
-        (
-            {"k_dtype": torch.float32},
-            {"gate_dtype": torch.bfloat16},
-            {"gate_scale": 0.5},
-            {"batch_invariant": True},
-            {"activation": "fp8"},
-        ),
-        2,
-    ):
-        project(x_of(16), w, **options)
+    w, x, other = weights(FP8, DEEPSEEK), x_of(16), weights("FP8 128x128, FP8 128x128", DEEPSEEK)
+    options = [{"k_dtype": FP32}, {"gate_dtype": BF16}, {"gate_scale": 0.5}, {"batch_invariant": True}]
+    calls = [(x, w, each) for each in ({}, *options, {"activation": "fp8"})]
+    for number, (*arguments, named) in enumerate([*calls, (x_of(40), w, {}), (x.half(), w, {}), (x, other, {})], 1):
+        project(*arguments, **named)
         assert module.plan_of.cache_info().currsize == number
-    project(x_of(40), w)
-    project(x_of(16).half(), w)
-    project(x_of(16), weights("FP8 128x128, FP8 128x128", DEEPSEEK))
-    assert module.plan_of.cache_info().currsize == 9
     for m in range(9, 17):
         project(x_of(m), w)
     assert module.plan_of.cache_info().currsize == 9
 
 
 def test_config_with_half_a_scale_group_of_x_does_not_compile(driver):
-    w, outs = weights(FP8, DEEPSEEK), (torch.empty(16, 128, dtype=torch.bfloat16), torch.empty(16, 64))
-    signature = replace(module.signature_of(w, torch.bfloat16, torch.float32), activations=("fp8", None))
+    w, outs = weights(FP8, DEEPSEEK), (torch.empty(16, 128, dtype=BF16), torch.empty(16, 64))
+    signature = replace(module.signature_of(w, BF16, FP32), activations=("fp8", None))
     with pytest.raises(CompilationError) as caught:
         module.launch(x_of(16), (w.wk.operands, w.gate.operands), outs, signature, KernelConfig("prefill", 16, 64))
     assert "static_assert" in str(caught.value.__cause__.__cause__.__cause__)
+
+
+# With a tuned table.
+
+
+@pytest.mark.parametrize("gate_dtype", [FP32, BF16])
+def test_launch_uses_the_tuned_config(driver, tuned, gate_dtype):
+    w, x = weights(FP8, GLM), x_of(17, GLM[2])
+    assert SPLIT.grid(16, 128, 32) != default_grid(16, w)
+    for m in (9, 9, 16):
+        assert grid_of(driver, x[:m], w, gate_dtype=gate_dtype) == SPLIT.grid(m, 128, 32)
+    for m in (8, 17):  # other powers of two
+        assert grid_of(driver, x[:m], w) == default_grid(m, w)
+    for options in ({"batch_invariant": True}, {"activation": "fp8"}):
+        assert grid_of(driver, x[:16], w, **options) == default_grid(16, w)
+    assert grid_of(driver, x[:16].half(), w) == default_grid(16, w)
+    assert grid_of(driver, x[:16], weights("NVFP4, NVFP4", GLM)) == default_grid(16, w)  # not measured
+
+
+@pytest.mark.usefixtures("tuned")
+def test_launch_with_a_given_config_ignores_the_table(driver):
+    config, w = KernelConfig("gemv", block_m=8, block_k=128, slices=8), weights(DENSE, GLM)
+    outs, signature = torch.empty(16, 160, dtype=BF16).split((128, 32), 1), module.signature_of(w, BF16, BF16)
+    module.launch(x_of(16, GLM[2]), (w.wk.operands, w.gate.operands), outs, signature, config)
+    assert driver.grid == config.grid(16, 128, 32) != SPLIT.grid(16, 128, 32)
+
+
+@pytest.mark.parametrize("row", [160, 200], ids=["contiguous", "row-strided"])
+@pytest.mark.usefixtures("tuned")
+def test_torch_mm_runs_where_it_was_faster(driver, row, products):
+    w, x = weights(DENSE, GLM), torch.randn(13, GLM[2]).bfloat16()
+    out, before = torch.full((13, row), torch.nan, dtype=BF16)[:, :160], driver.launches
+    k, gate = project(x, w, out=out)
+    assert (products.call_count, driver.launches) == (1, before)  # both in one GEMM, as in vLLM
+    assert torch.equal(out, linear(x, w.fused_weight))
+    assert torch.equal(torch.cat((k, gate), 1), out)
+    inputs = x.requires_grad_(), [*w.wk.operands, *w.gate.operands], ["BF16", "BF16"]
+    torch.ops.indexproj.project_out(*inputs, again := torch.empty_like(out))
+    assert products.call_count == 2
+    assert torch.equal(again, out)
+
+
+@pytest.mark.usefixtures("tuned")
+def test_torch_mm_is_left_out(driver, products):
+    """For outputs or weights apart, for gate_scale, as torch would round before it multiplies, and if not allowed."""
+    w, x, out = weights(DENSE, GLM), x_of(13, GLM[2]), torch.empty(13, 160, dtype=BF16)
+    apart = ProjectionWeights(*(DenseMatrix(matrix.weight.clone()) for matrix in (w.wk, w.gate)))
+    calls = [(w, {"gate_dtype": BF16}), (apart, {"out": out}), (w, {"out": out, "gate_scale": 0.5})]
+    for each, options in (*calls, *calls):
+        assert grid_of(driver, x, each, **options) == SPLIT.grid(13, 128, 32)
+    torch.use_deterministic_algorithms(True)
+    try:
+        grid_of(driver, x, w, out=out)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert products.call_count == 0
+    project(x, w, out=out)
+    assert products.call_count == 1
+
+
+@pytest.mark.usefixtures("mm_to_fp32")
+def test_torch_mm_gives_the_gate_in_fp32(driver, tuned):
+    tuned[16, GLM, parse_pair(DENSE)] = SPLIT, ((BF16, FP32),)
+    w, x, before = weights(DENSE, GLM), torch.randn(13, GLM[2]).bfloat16(), driver.launches
+    _, gate = project(x, w)
+    assert driver.launches == before
+    assert torch.equal(gate, x.float() @ w.gate.weight.float().T)

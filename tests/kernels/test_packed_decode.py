@@ -2,26 +2,27 @@
 
 import re
 
+import pytest
 import torch
 
 from indexproj.kernels import Fp4Matrix, Fp8Matrix
-from indexproj.kernels.tile import DECODE_E2M1_PTX, DECODE_E4M3_PTX
+from indexproj.kernels.tile import DECODE_E2M1_PTX, DECODE_E4M3_PTX, decode_e2m1_packed, decode_e4m3_packed
 
 
-def bf16(bits):
-    return torch.tensor(bits, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).double()
+def halves(word):
+    return word & 0xFFFF, word >> 16
 
 
-def bits(value):
-    rounded = value.to(torch.bfloat16)
-    assert torch.equal(rounded.double(), value)  # exact products need no rounding
-    return rounded.view(torch.int16).int().item() & 0xFFFF
+def bits_of(values):
+    """Of bf16 values that need no rounding."""
+    rounded = values.bfloat16()
+    assert torch.equal(rounded.double(), values.double())
+    return (rounded.view(torch.int16).int().flatten() & 0xFFFF).tolist()
 
 
-def fma_bf16x2(a, b, c):
-    low, high = (
-        bits(bf16(a >> shift & 0xFFFF) * bf16(b >> shift & 0xFFFF) + bf16(c >> shift & 0xFFFF)) for shift in (0, 16)
-    )
+def fma_bf16x2(*words):
+    a, b, c = (torch.tensor(halves(word)).to(torch.int16).view(torch.bfloat16).double() for word in words)
+    low, high = bits_of(a * b + c)
     return high << 16 | low
 
 
@@ -43,44 +44,36 @@ OPERATIONS = {
 }
 
 
-def execute(ptx, **registers):
+def execute(ptx, constraints, codes):
+    """The bf16 bits in each output. One without & takes the register of the codes, as the compiler may decide."""
+    *outputs, _ = constraints.split(",")
+    place = {f"${i}": f"${i}" if "&" in output else f"${len(outputs)}" for i, output in enumerate(outputs)}
+    registers = {f"${len(outputs)}": int.from_bytes(bytes(codes), "little")}
     for line in re.sub(r"\.reg[^;]*;|[{}]", "", ptx).split(";"):
         if line.strip():
             operation, operands = line.split(maxsplit=1)
-            to, *sources = (operand.strip() for operand in operands.split(","))
+            to, *sources = (place.get(operand.strip(), operand.strip()) for operand in operands.split(","))
             values = [registers[name] if name in registers else int(name, 0) for name in sources]
             registers[to] = OPERATIONS[operation](*values)
-    return registers
+    return [halves(registers[place[f"${i}"]]) for i in range(len(outputs))]
 
 
-def halves(*words):
-    return [half for word in words for half in (word & 0xFFFF, word >> 16)]
+CODES = torch.arange(256, dtype=torch.uint8).view(1, 256)
+E4M3 = Fp8Matrix(CODES.view(torch.float8_e4m3fn), torch.ones(1, 1))
+E2M1 = Fp4Matrix(CODES, torch.ones(1, 16).to(torch.float8_e8m0fnu))
 
 
-def as_bits(values):
-    return (values.to(torch.bfloat16).view(torch.int16).int().flatten() & 0xFFFF).tolist()
-
-
-def four_codes():
+@pytest.mark.parametrize(
+    ("ptx", "decoder", "matrix", "per_code"),
+    [(DECODE_E4M3_PTX, decode_e4m3_packed, E4M3, 1), (DECODE_E2M1_PTX, decode_e2m1_packed, E2M1, 2)],
+    ids=["e4m3", "e2m1"],
+)
+def test_ptx_decodes_every_code(ptx, decoder, matrix, per_code):
     """Every code in every place of a register."""
+    (constraints,), expected = re.findall(r'"(=.*,r)"', decoder.src), bits_of(matrix.dequantize())
     for code in range(256):
-        yield code, (code + 77) % 256, 255 - code, (code * 5 + 3) % 256
-
-
-def test_ptx_decodes_every_e4m3_code():
-    codes = torch.arange(256, dtype=torch.uint8)
-    matrix = Fp8Matrix(codes.view(1, 256).view(torch.float8_e4m3fn), torch.ones(1, 1))
-    expected = as_bits(matrix.dequantize())
-    for four in four_codes():
-        found = execute(DECODE_E4M3_PTX.value, **{"$2": int.from_bytes(bytes(four), "little")})
-        assert halves(found["$0"], found["$1"]) == [expected[code] for code in four]
-
-
-def test_ptx_decodes_every_e2m1_code():
-    codes = torch.arange(256, dtype=torch.uint8).view(1, 256)
-    scale = torch.ones(1, 16).to(torch.float8_e8m0fnu)
-    expected = as_bits(Fp4Matrix(codes, scale).dequantize())
-    for four in four_codes():
-        found = execute(DECODE_E2M1_PTX.value, **{"$4": int.from_bytes(bytes(four), "little")})
-        assert halves(found["$0"], found["$1"]) == [expected[2 * code] for code in four]
-        assert halves(found["$2"], found["$3"]) == [expected[2 * code + 1] for code in four]
+        codes = code, (code + 77) % 256, 255 - code, (code * 5 + 3) % 256
+        found = execute(ptx.value, constraints, codes)
+        for half in range(per_code):
+            values = found[2 * half] + found[2 * half + 1]
+            assert list(values) == [expected[per_code * each + half] for each in codes]

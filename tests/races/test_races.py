@@ -5,7 +5,6 @@ Bounds are those of a tensor's memory. Not covered: what lies below Triton's IR,
 
 import dataclasses
 import importlib
-import importlib.util
 import shutil
 import sys
 import types
@@ -18,11 +17,9 @@ from indexproj.indexer.cli.synthetic import random_matrix
 from indexproj.kernels import TARGETS, Format, KernelConfig
 from indexproj.kernels import launch as original
 from indexproj.kernels.reference import quantize
+from numerics import relative_error
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("ttsem") is None,
-    reason="ttsem has an environment of its own; `make test-races` makes it",
-)
+sanitize = pytest.importorskip("ttsem.sanitize", reason="`make test-races` makes the environment that has ttsem")
 
 # Configs, and rows of x that their blocks do not divide. Of K = 200 the last split gets nothing.
 LAUNCHES = {
@@ -33,6 +30,18 @@ LAUNCHES = {
     "splits": (KernelConfig("prefill", block_m=16, block_k=64, block_n=0, split_k=3), 19),
     "halves": (KernelConfig("prefill", block_m=16, block_k=64, block_n=16, split_k=2), 19),
 }
+
+
+@pytest.fixture
+def ttsem(monkeypatch):
+    """Launches are run by ttsem, which raises KernelFault at a race or an access out of bounds."""
+    from races import happens_before
+
+    happens_before.install(monkeypatch)
+    with sanitize.session(90, cuda_is_cpu=False) as session:
+        yield
+    assert session.launches == 1
+    assert session.races_unchecked == 0
 
 
 @pytest.fixture
@@ -54,19 +63,14 @@ def run(ttsem, monkeypatch):
         monkeypatch.setattr(module, "workspace", workspace)  # the real one returns larger buffers
         monkeypatch.setattr(module, "target_of", lambda device: TARGETS["sm_90"])
         constants = module.constants  # ttsem runs no inline assembly
-        monkeypatch.setattr(
-            module,
-            "constants",
-            lambda *args: {key: key != "PACKED" and each for key, each in constants(*args).items()},
-        )
+        monkeypatch.setattr(module, "constants", lambda *a: {k: k != "PACKED" and v for k, v in constants(*a).items()})
         module.plan_of.cache_clear()
         labels = labels.split(", ")
-        is_w8a8 = labels[0] == "W8A8"
         formats = [Format(label.replace("W8A8", "FP8 128x128")) for label in labels]
         matrices = [random_matrix(f, n, k).map(torch.clone) for f, n in zip(formats, (40, 9, 24), strict=False)]
         x = torch.randn(m, k, dtype=torch.bfloat16)
         xs, activations = [x.double()] * len(labels), [None] * len(labels)
-        if is_w8a8:
+        if labels[0] == "W8A8":
             xs[0], activations[0] = quantize(x, ue8m0=False), "fp8"
             config = dataclasses.replace(config, block_k=2 * config.block_k)
         outs = tuple(torch.full((m, matrix.shape[0]), torch.nan) for matrix in matrices)
@@ -77,34 +81,23 @@ def run(ttsem, monkeypatch):
         signature = module.Signature(x.device, x.dtype, k, ns, own, tuple(activations), factors, dtypes)
         module.launch(x, tuple(matrix.operands for matrix in matrices), outs, signature, config)
         exact = [taken @ matrix.dequantize(torch.float64).T for taken, matrix in zip(xs, matrices, strict=True)]
-        errors = [(out - truth).abs().max() / truth.abs().max() for out, truth in zip(outs, exact, strict=True)]
-        return torch.stack(errors).max().item(), torch.cat(counters).tolist() if counters else []
+        return relative_error(outs, exact), torch.cat(counters).tolist() if counters else []
 
     return launch
 
 
-@pytest.mark.parametrize("order", ["", "reverse", "shuffle:1"])
-@pytest.mark.parametrize(
-    "labels",
-    ["BF16, BF16", "FP8 128x128, BF16", "NVFP4, MXFP8", "FP8 per row, MXFP4, BF16", "W8A8, BF16"],
-)
-@pytest.mark.parametrize("name", LAUNCHES)
-def test_kernels(name, labels, order, run, monkeypatch):
-    monkeypatch.setenv("TTSEM_GRID_ORDER", order)
-    config, m = LAUNCHES[name]
-    error, counters = run(original, config, m, labels)
-    assert error <= 2e-6
-    assert bool(counters) == config.has_workspace
-    assert not any(counters)
+LABELS = ("BF16, BF16", "FP8 128x128, BF16", "NVFP4, MXFP8", "FP8 per row, MXFP4, BF16", "W8A8, BF16")
+CASES = [(*launch, labels, 200) for launch in LAUNCHES.values() for labels in LABELS]
+CASES += [(None, m, "FP8 128x128, BF16", 520) for m in (3, 20, 70)]  # the default config
 
 
 @pytest.mark.parametrize("order", ["", "reverse", "shuffle:1"])
-@pytest.mark.parametrize("m", [3, 20, 70])
-def test_default_configs(m, order, run, monkeypatch):
+@pytest.mark.parametrize(("config", "m", "labels", "k"), CASES, ids=str)
+def test_kernels(config, m, labels, k, order, run, monkeypatch):
     monkeypatch.setenv("TTSEM_GRID_ORDER", order)
-    error, counters = run(original, None, m, "FP8 128x128, BF16", k=520)
+    error, counters = run(original, config, m, labels, k)
     assert error <= 2e-6
-    assert bool(counters) == (m > 3)
+    assert bool(counters) == (config.has_workspace if config else m > 3)
     assert not any(counters)
 
 
@@ -129,8 +122,9 @@ def mutated(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
-BARRIER = ("tile.py", "    tl.debug_barrier()\n")
-ORDER, SCOPE, LAST = ("tile.py", '"acq_rel"'), ("tile.py", '"gpu"'), ("tile.py", "== SPLIT_K - 1")
+# Places to change: (file, text that occurs once).
+ORDER, BARRIER = ("tile.py", '"acq_rel"'), ("tile.py", "    tl.debug_barrier()\n")
+SCOPE, LAST = ("tile.py", '"gpu"'), ("tile.py", "== SPLIT_K - 1")
 ATOMIC = ("tile.py", 'return tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu")')
 PLAIN = "arrived = tl.load(arrived_ptr); tl.store(arrived_ptr, arrived + 1); return arrived"
 SLOT, PREFILL_SLOT = ("split_k.py", "partial_ptr + split * SIZE +"), ("prefill.py", "partial_ptr + split * ACC_SIZE")
@@ -139,52 +133,38 @@ TILE, OTHER = ("prefill.py", "tile_m * tl.num_programs(0) + tl.program_id(0)"), 
 WEIGHTS = ("tile.py", "(cols < N)[:, None] & (offs_k < SIZE)")
 GROUPS = ("tile.py", "(cols < N)[:, None] & (groups < tl.cdiv(K, GROUP))")
 BLOCKS, SCALES = ("tile.py", "tl.minimum(start_k, K - 1)"), ("tile.py", "w[2] + cols, mask=cols < N, other=0.0")
-OUT = ("tile.py", "(rows < M) & (cols < N)")
-GEMV_X, STACK = ("gemv.py", "(row < M)[:, None] & (offs_k < K)"), ("gemv.py", "tiles[i + HALF]")
-X = ("split_k.py", "(rows < M)[None, None, :] & (offs_k < K)")
+OUT, STACK = ("tile.py", "(rows < M) & (cols < N)"), ("gemv.py", "tiles[i + HALF]")
+GEMV_X, X = ("gemv.py", "(row < M)[:, None] & (offs_k < K)"), ("split_k.py", "(rows < M)[None, None, :] & (offs_k < K)")
 PREFILL_X = ("prefill.py", "(rows < M)[:, None] & (offs_k < K)[None, :]")
 AMAX = ("tile.py", "tl.max(tl.abs(x), AXIS, keep_dims=True)")
+SPLITS, ALL, TWO = "split_k splits halves", "gemv split_k looped prefill splits", "BF16, BF16"
 
-# (file, text that occurs once), replacement, finding, launches, matrices. Left out are launches where a mask changes
-# nothing: a gemv program has no extra column, and no tile reaches a block of 128 rows beyond the matrix.
+# Place, replacement, finding, launches, matrices. Left out are launches where a mask changes nothing: a gemv program
+# has no extra column, and no tile reaches a block of 128 rows beyond the matrix.
 MUTANTS = {
-    "unchanged": (ORDER, '"acq_rel"', "nothing", "gemv split_k looped prefill splits", "BF16"),
-    "no barrier": (BARRIER, "", "race partial_ptr", "split_k splits halves", "BF16, BF16"),
-    "relaxed": (ORDER, '"relaxed"', "race partial_ptr", "split_k splits halves", "BF16, BF16"),
-    "no acquire": (ORDER, '"release"', "race partial_ptr", "split_k splits halves", "BF16, BF16"),
-    "no release": (ORDER, '"acquire"', "race partial_ptr", "split_k splits halves", "BF16, BF16"),
-    "scope": (SCOPE, '"cta"', "race arrived_ptr", "split_k splits halves", "BF16, BF16"),
-    "not atomic": (ATOMIC, PLAIN, "race arrived_ptr", "split_k splits halves", "BF16, BF16"),
-    "no waiting": (LAST, ">= 0", "race partial_ptr", "split_k splits halves", "BF16, BF16"),
-    "first to arrive": (LAST, "== 0", "race partial_ptr", "split_k splits halves", "BF16, BF16"),
-    "one slot": (SLOT, "partial_ptr +", "race partial_ptr", "split_k", "BF16, BF16"),
-    "one slot, prefill": (PREFILL_SLOT, "partial_ptr", "race partial_ptr", "splits halves", "BF16, BF16"),
-    "no reset": (RESET, "pass", "counters", "split_k", "BF16, BF16"),
-    "no reset, prefill": (PREFILL_RESET, "pass", "counters", "splits halves", "BF16, BF16"),
-    "one tile, prefill": (TILE, "tile_m", "race partial_ptr", "halves", "BF16, BF16"),
+    "unchanged": (ORDER, '"acq_rel"', "nothing", ALL, "BF16"),
+    "no barrier": (BARRIER, "", "race partial_ptr", SPLITS, TWO),
+    "relaxed": (ORDER, '"relaxed"', "race partial_ptr", SPLITS, TWO),
+    "no acquire": (ORDER, '"release"', "race partial_ptr", SPLITS, TWO),
+    "no release": (ORDER, '"acquire"', "race partial_ptr", SPLITS, TWO),
+    "scope": (SCOPE, '"cta"', "race arrived_ptr", SPLITS, TWO),
+    "not atomic": (ATOMIC, PLAIN, "race arrived_ptr", SPLITS, TWO),
+    "no waiting": (LAST, ">= 0", "race partial_ptr", SPLITS, TWO),
+    "first to arrive": (LAST, "== 0", "race partial_ptr", SPLITS, TWO),
+    "one slot": (SLOT, "partial_ptr +", "race partial_ptr", "split_k", TWO),
+    "one slot, prefill": (PREFILL_SLOT, "partial_ptr", "race partial_ptr", "splits halves", TWO),
+    "no reset": (RESET, "pass", "counters", "split_k", TWO),
+    "no reset, prefill": (PREFILL_RESET, "pass", "counters", "splits halves", TWO),
+    "one tile, prefill": (TILE, "tile_m", "race partial_ptr", "halves", TWO),
     "own half twice": (OTHER, "split", "error", "halves", "BF16"),
     "stack": (STACK, "tiles[i]", "error", "gemv", "BF16"),
-    "weights, rows": (
-        WEIGHTS,
-        "(offs_k < SIZE)",
-        "oob_read matrices.0.0",
-        "split_k looped prefill splits halves",
-        "BF16",
-    ),
-    "weights, K": (
-        WEIGHTS,
-        "(cols < N)[:, None]",
-        "oob_read matrices.0.0",
-        "gemv split_k looped prefill splits",
-        "BF16",
-    ),
-    "pairs, rows": (WEIGHTS, "(offs_k < SIZE)", "oob_read matrices.0.0", "split_k prefill", "MXFP4"),
-    "pairs, K": (WEIGHTS, "(cols < N)[:, None]", "oob_read matrices.0.0", "gemv split_k prefill", "MXFP4"),
+    "weights, rows": (WEIGHTS, "(offs_k < SIZE)", "oob_read matrices.0.0", ALL[5:] + " halves", "BF16"),
+    "weights, K": (WEIGHTS, "(cols < N)[:, None]", "oob_read matrices.0.0", ALL, "BF16"),
     "groups, rows": (GROUPS, "(groups < tl.cdiv(K, GROUP))", "oob_read matrices.0.1", "split_k prefill", "NVFP4"),
     "groups, K": (GROUPS, "(cols < N)[:, None]", "oob_read matrices.0.1", "gemv split_k prefill", "NVFP4"),
     "blocks, K": (BLOCKS, "start_k", "oob_read matrices.0.1", "gemv split_k looped", "FP8 128x128"),
     "scales of rows": (SCALES, "w[2] + cols", "oob_read matrices.0.2", "split_k prefill", "FP8 per row"),
-    "out, rows": (OUT, "(cols < N)", "oob_write outs.0", "gemv split_k looped prefill splits", "BF16"),
+    "out, rows": (OUT, "(cols < N)", "oob_write outs.0", ALL, "BF16"),
     "out, columns": (OUT, "(rows < M)", "oob_write outs.0", "split_k looped", "BF16"),
     # Extra columns are the first ones of the next row: two values are stored to one address.
     "out, columns, prefill": (OUT, "(rows < M)", "poison None", "prefill splits", "BF16"),
@@ -194,11 +174,7 @@ MUTANTS = {
     "x, K, gemv": (GEMV_X, "(row < M)[:, None]", "oob_read x_ptr", "gemv", "BF16"),
     "x, rows, prefill": (PREFILL_X, "(offs_k < K)[None, :]", "oob_read x_ptr", "prefill splits", "BF16"),
     "x, K, prefill": (PREFILL_X, "(rows < M)[:, None]", "oob_read x_ptr", "prefill splits", "BF16"),
-    "x, rows, w8a8": (X, "(offs_k < K)", "oob_read x_ptr", "split_k looped", "W8A8"),
-    "x, K, w8a8": (X, "(rows < M)[None, None, :]", "oob_read x_ptr", "split_k looped", "W8A8"),
-    "x, K, gemv, w8a8": (GEMV_X, "(row < M)[:, None]", "oob_read x_ptr", "gemv", "W8A8"),
-    "x, K, prefill, w8a8": (PREFILL_X, "(rows < M)[:, None]", "oob_read x_ptr", "prefill splits", "W8A8"),
-    "amax, w8a8": (AMAX, "tl.max(x, AXIS, keep_dims=True)", "error", "gemv split_k looped prefill splits", "W8A8"),
+    "amax, w8a8": (AMAX, "tl.max(x, AXIS, keep_dims=True)", "error", ALL, "W8A8"),
 }
 
 
@@ -210,11 +186,11 @@ MUTANTS = {
         for launch in launches.split()
     ],
 )
-def test_mutants_are_caught(place, new, finding, launch, labels, mutated, run, ttsem):
+def test_mutants_are_caught(place, new, finding, launch, labels, mutated, run):
     module = mutated(*place, new)
     try:
         error, counters = run(module, *LAUNCHES[launch], labels)
         found = "counters" if any(counters) else "nothing" if error <= 2e-6 else "error"
-    except ttsem.KernelFault as stop:
+    except sanitize.KernelFault as stop:
         found = f"{stop.fault.kind} {stop.fault.buffer}"
     assert found == finding
