@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from indexproj.benchmarks.compiled import CASES, Binary, compile_kernel, configs, faults, signature, warm_up
+from indexproj.benchmarks.compiled import CASES, Binary, Case, compile_kernel, configs, faults, signature, warm_up
 from indexproj.benchmarks.estimate import l2_bytes
 from indexproj.kernels import TARGETS, KernelConfig, choose
 from indexproj.kernels.formats import parse_pair
@@ -27,6 +27,9 @@ SIGNATURES = {", ".join(filter(None, case)): case.signature() for case in CASES}
     "FP8 per row, BF16": signature(DEEPSEEK, parse_pair("FP8 per row, BF16")),
     "glm-5, fp8": signature(GLM, FP8, "fp8"),
 }
+# As vLLM launches them.
+for pair in ("BF16, BF16", "FP8 128x128, BF16", "NVFP4, BF16"):
+    SIGNATURES[f"{pair}, outputs in BF16"] = Case("deepseek-v3.2", pair).signature("bf16")
 # Combinations of what other cases have one by one.
 WIDER = ("fp16 x, fp8", "glm-5, fp8")
 NVIDIA, AMD = ([name for name in TARGETS if TARGETS[name].backend == backend] for backend in ("cuda", "hip"))
