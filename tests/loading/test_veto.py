@@ -127,7 +127,7 @@ def test_targets_that_may_mean_an_indexer(target, is_meant):
         assert Scope([target]).may_hold(MTP)
     for ignore in ([HIDDEN], ["layers.3.self_attn.indexer.wk"], [f"language_model.{HIDDEN}"], [r"re:model.*\.3\..*wk"]):
         assert not any(Scope([target], ignore).may_hold(name) for name in (HIDDEN, OLD))
-    for ignore in ([None], ["re:("], ["Linear"], ["lm_head"], ["re:.*indexer$"], ["model.layers.3"]):
+    for ignore in ([None], ["re:("], ["re:indexer"], ["Linear"], ["lm_head"], ["re:.*indexer$"], ["model.layers.3"]):
         assert Scope(["Linear"], ignore).may_hold(HIDDEN)
 
 
