@@ -39,7 +39,7 @@ def judge(matrix: Matrix) -> tuple[Faults, list[str]]:
         values = sizes
     largest = sizes.max().item()  # NaN if one is
     if not faults and not _LEAST <= largest <= _MOST:
-        expected = f"weights of which the largest is between {_LEAST:.0e} and {_MOST:.0e}"
+        expected = f"magnitudes up to {_MOST:.0e}, the largest above {_LEAST:.0e}"
         faults["weight"] = (expected, _summary(values)) if largest else _ALL_ZERO
     is_zero = sizes == 0  # [N, groups of columns]
     if is_zero.all(1).any():

@@ -3,7 +3,7 @@
 The values are worked out element by element from the definition of the format, not by the layouts under test.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -26,7 +26,7 @@ class Export:
     values: torch.Tensor  # [N, K] fp64
     encoding: str  # as the audit names it
     is_native: bool = True  # False if loading rounds to bf16
-    unused: dict[str, torch.Tensor] = field(default_factory=dict)  # tensors beside them that nobody reads
+    has_input_scale: bool = False  # beside them; nobody reads it
 
     @property
     def loaded(self):
@@ -103,7 +103,7 @@ def nvfp4(n, k, is_divisor=False):
         tensors = {"weight_packed": packed, "weight_scale": scale, "weight_global_scale": number}
         return Export(tensors, values, "NVFP4 (divisor)")
     tensors = {"weight": packed, "weight_scale": scale, "weight_scale_2": factor[0]}
-    return Export(tensors, values, "NVFP4", unused={"input_scale": torch.tensor(0.5)})
+    return Export(tensors, values, "NVFP4", has_input_scale=True)
 
 
 def mxfp4(n, k, weight="weight_packed", stored=as_bytes):
@@ -141,7 +141,7 @@ EXPORTS = {
     "fp8_row": row(),
     "fp8_row_flat": row(torch.float16, torch.flatten),
     "fp8_torchao": e4m3("FP8 per row (torchao)", 1, None, weight="_weight_qdata", leaf="_weight_scale"),
-    "fp8_tensor": per_tensor(stored=torch.squeeze),
+    "fp8_tensor": lambda n, k: replace(per_tensor(stored=torch.squeeze)(n, k), has_input_scale=True),
     "fp8_tensor_flat": per_tensor(torch.bfloat16, torch.flatten),
     "mxfp8": mxfp8(),
     "mxfp8_u8": mxfp8(as_bytes, "weight_scale_inv"),
@@ -162,7 +162,8 @@ bf16, fp8_block = EXPORTS["bf16"], EXPORTS["fp8_block"]
 
 def named(stem, matrix, export):
     """The tensors by their names in a checkpoint."""
-    return {f"{stem}{matrix}.{leaf}": tensor for leaf, tensor in (export.tensors | export.unused).items()}
+    unread = {"input_scale": torch.tensor(0.5)} if export.has_input_scale else {}
+    return {f"{stem}{matrix}.{leaf}": tensor for leaf, tensor in (export.tensors | unread).items()}
 
 
 def renamed(tensors, old, new):
