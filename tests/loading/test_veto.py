@@ -132,6 +132,8 @@ def test_targets_that_may_mean_an_indexer(target, is_meant):
         assert not any(Scope([target], ignore).may_hold(name) for name in (HIDDEN, OLD))
     for ignore in ([None], ["re:("], ["re:indexer"], ["Linear"], ["lm_head"], ["re:.*indexer$"], ["model.layers.3"]):
         assert Scope(["Linear"], ignore).may_hold(HIDDEN)
+    for other in ("model.mtp_layers.3", "draft.model.layers.3"):  # another layer 3
+        assert Scope(["Linear"], [HIDDEN]).may_hold(f"{other}.self_attn.indexer.wk")
 
 
 def test_many_entries():
