@@ -63,7 +63,8 @@ class Checkpoint:
         names: list[str] = []
         instead, advice = "no such tensor", "index and file are of different exports: fetch both again"
         try:
-            _check_is_file(self.path / file)
+            if (self.path / file).exists() and not (self.path / file).is_file():
+                raise OSError("not a file")  # a directory, or a pipe, which would block
             shard: Any = safe_open(self.path / file, framework="pt")
             names = shard.keys()
             for tensor in filter(None, map(parse, names)):
@@ -125,15 +126,10 @@ def _promised(path: Path) -> dict[str, list[str] | None]:
     return dict(sorted(promised.items()))
 
 
-def _check_is_file(path: Path) -> None:
-    """Raises OSError for a directory or a pipe, which would block; open() reports a missing file or a bad link."""
-    if path.exists() and not path.is_file():
-        raise OSError("not a file")
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        _check_is_file(path)
+        if path.exists() and not path.is_file():
+            raise OSError("not a file")
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError([Problem(path.name, "", "readable JSON", str(error))]) from error

@@ -38,9 +38,10 @@ class Scope(NamedTuple):
     def may_hold(self, module: str) -> bool:
         """False only if no target can mean a module such as "model.layers.0.self_attn.indexer.wk", or it is ignored."""
         names = _spellings(module)
+        sure = names if module[: module.rfind("layers.")] in _PREFIXES else (module,)
         try:
             for each in filter(lambda each: isinstance(each, str), self.ignore):
-                if each in names or (each.startswith("re:") and any(re.match(each[3:], name) for name in names)):
+                if each in sure or (each.startswith("re:") and any(re.match(each[3:], name) for name in sure)):
                     return False
             return any(_may_mean(target, name) for target in self.targets for name in names)
         except re.error:

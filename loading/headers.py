@@ -62,9 +62,8 @@ def parse(name: str) -> IndexerTensor | None:
     if match is None:
         return None
     leaf = match["leaf"] or ""
-    matrix, role = match["matrix"], ROLES.get(leaf, f".{leaf}")
-    if _ACTIVATION.fullmatch(leaf):
-        matrix, role = None, UNUSED
+    role = UNUSED if _ACTIVATION.fullmatch(leaf) else ROLES.get(leaf, f".{leaf}")
+    matrix = None if role == UNUSED else match["matrix"]
     return IndexerTensor(name, match["stem"], int(match["number"]), match["mtp"] is not None, matrix, role)
 
 

@@ -130,7 +130,7 @@ class Collector:
     def __init__(self, config: Config) -> None:
         self.problems: defaultdict[int | None, list[Problem]] = defaultdict(list)  # by layer; None: of no layer
         self._config = config
-        self._stems: dict[int, str] = {}
+        self._first: dict[int, IndexerTensor] = {}  # by layer
         self._headers: dict[int, defaultdict[str, dict[str, Header]]] = {}  # layer -> matrix -> role -> header
         self._absent: set[tuple[int, str | None, str]] = set()
 
@@ -144,7 +144,7 @@ class Collector:
 
     def add(self, number: int, tensor: IndexerTensor, header: Header | None) -> None:
         """Takes a tensor of a layer. Without header: outside the projection, or absent, which the caller reports."""
-        stem = self._stems.setdefault(number, tensor.stem)
+        stem = self._first.setdefault(number, tensor).stem
         matrices = self._headers.setdefault(number, defaultdict(dict))
         if tensor.matrix is None:
             return
@@ -168,27 +168,26 @@ class Collector:
 
     def plans(self) -> dict[int, LayerPlan]:
         """Plans of all layers, ascending. Those that differ from most have a problem."""
-        plans = {number: self.plan(number) for number in sorted(self._stems)}
+        plans = {number: self.plan(number) for number in sorted(self._first)}
         _check_alike(plans)
         return plans
 
     def plan(self, number: int) -> LayerPlan:
         """The plan of a layer, from the headers so far."""
         problems: list[Problem] = []
-        matrices, stem = self._headers[number], self._stems[number]
+        matrices, first = self._headers[number], self._first[number]
         if FUSED in matrices:
-            wk, gate = self._split(_plan_matrix(stem + FUSED, matrices[FUSED], problems), problems)
+            wk, gate = self._split(_plan_matrix(first.stem + FUSED, matrices[FUSED], problems), problems)
             if apart := [header for name in (WK, GATE) for header in matrices.get(name, {}).values()]:
                 expected = f"either {FUSED} or {WK} and {GATE} in a layer"
                 problems.append(Problem(wk.name, apart[0].file, expected, f"{apart[0].name} as well"))
         else:
-            wk, gate = (_plan_matrix(stem + name, matrices.get(name, {}), problems) for name in (WK, GATE))
+            wk, gate = (_plan_matrix(first.stem + name, matrices.get(name, {}), problems) for name in (WK, GATE))
         problems += self._check(wk, gate)
         parts = [(problem, parse(problem.subject)) for problem in problems]
         problems = [p for p, part in parts if not part or (number, part.matrix, part.role) not in self._absent]
         hidden, mtp = self._config.num_hidden_layers, self._config.num_nextn_predict_layers
-        part = parse(stem + WK)
-        if part and not part.is_mtp and hidden is not None and mtp is not None and number >= hidden + mtp:
+        if not first.is_mtp and hidden is not None and mtp is not None and number >= hidden + mtp:
             expected = f"layers below {hidden + mtp} (num_hidden_layers + num_nextn_predict_layers)"
             problems.append(Problem(f"layer {number}", "", expected, "an indexer in it"))
         is_mtp = hidden is not None and number >= hidden
@@ -205,9 +204,8 @@ class Collector:
                 found = f"{plan.headers['weight']}, a matrix {list(plan.shape)}"
                 problems.append(plan.wrong(f"{value} in dimension {axis} of the matrix ({key})", found))
         for plan in (wk, gate)[: 1 if wk.name == gate.name else 2]:
-            vetoes = [veto for veto in self._config.vetoes if plan.encoding and veto.concerns(plan.name, plan.headers)]
-            for veto in {veto.found: veto for veto in vetoes}.values():
-                problems.append(plan.wrong(veto.expected, veto.found, "dequantize it with its own tool"))
+            vetoes = (veto for veto in self._config.vetoes if plan.encoding and veto.concerns(plan.name, plan.headers))
+            problems += dict.fromkeys(plan.wrong(*veto[:2], "dequantize it with its own tool") for veto in vetoes)
         return problems
 
     def _split(self, both: MatrixPlan, problems: list[Problem]) -> tuple[MatrixPlan, MatrixPlan]:

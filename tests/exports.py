@@ -3,7 +3,7 @@
 The values are worked out element by element from the definition of the format, not by the layouts under test.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -26,7 +26,7 @@ class Export:
     values: torch.Tensor  # [N, K] fp64
     encoding: str  # as the audit names it
     is_native: bool = True  # False if loading rounds to bf16
-    unused: dict[str, torch.Tensor] = field(default_factory=dict)  # tensors beside them that nobody reads
+    has_input_scale: bool = False  # beside them; nobody reads it
 
     @property
     def loaded(self):
@@ -77,16 +77,14 @@ def as_bytes(scale):
     return scale.view(torch.uint8)
 
 
-def to_int32(words):
-    return torch.where(words < 1 << 31, words, words - (1 << 32)).int()
-
-
-def pack_exponents(scale):
-    """Packs by arithmetic, four exponents to an int32; those beyond K are set to what would be NaN."""
-    n, groups = scale.shape
-    exponents = torch.full((n, 4 * -(-groups // 4)), 255, dtype=torch.int64)
-    exponents[:, :groups] = as_bytes(scale)
-    return to_int32((exponents.view(n, -1, 4) * 256 ** torch.arange(4)).sum(-1))
+def packed(numbers, base, filler, dim=1):
+    """Numbers below base along dim in int32, the first in the low bits; the last word is filled up with nonsense."""
+    count = {16: 8, 256: 4}[base]
+    numbers = numbers.movedim(dim, -1)
+    padded = torch.full((*numbers.shape[:-1], -(-numbers.shape[-1] // count) * count), filler)
+    padded[..., : numbers.shape[-1]] = numbers
+    words = (padded.unflatten(-1, (-1, count)) * base ** torch.arange(count)).sum(-1)
+    return torch.where(words < 1 << 31, words, words - (1 << 32)).int().movedim(-1, dim).contiguous()
 
 
 def e2m1(n, k):
@@ -105,7 +103,7 @@ def nvfp4(n, k, is_divisor=False):
         tensors = {"weight_packed": packed, "weight_scale": scale, "weight_global_scale": number}
         return Export(tensors, values, "NVFP4 (divisor)")
     tensors = {"weight": packed, "weight_scale": scale, "weight_scale_2": factor[0]}
-    return Export(tensors, values, "NVFP4", unused={"input_scale": torch.tensor(0.5)})
+    return Export(tensors, values, "NVFP4", has_input_scale=True)
 
 
 def mxfp4(n, k, weight="weight_packed", stored=as_bytes):
@@ -115,26 +113,18 @@ def mxfp4(n, k, weight="weight_packed", stored=as_bytes):
     return Export({weight: packed, "weight_scale": stored(scale)}, values, "MXFP4")
 
 
-def pack_int4(numbers, dim):
-    """Numbers from -8 to 7, eight to an int32 along dim; the last word is filled up with nonsense."""
-    numbers = (numbers + 8).movedim(dim, -1)
-    padded = torch.full((*numbers.shape[:-1], -(-numbers.shape[-1] // 8) * 8), 13)
-    padded[..., : numbers.shape[-1]] = numbers
-    words = (padded.unflatten(-1, (-1, 8)) * 16 ** torch.arange(8)).sum(-1)
-    return to_int32(words).movedim(-1, dim).contiguous()
-
-
 def int4(n, k, groups=None, zero_point=False, g_idx=False):
     groups = groups or k // 32
     numbers, zeros = torch.randint(-8, 8, (n, k)), torch.randint(-8, 8, (n, groups)) * zero_point
     scale = scales(n, groups, torch.bfloat16)
-    tensors = {"weight_packed": pack_int4(numbers, 1), "weight_scale": scale, "weight_shape": torch.tensor([n, k])}
+    words, shape = packed(numbers + 8, 16, 13), torch.tensor([n, k])
+    tensors = {"weight_packed": words, "weight_scale": scale, "weight_shape": shape}
     group = torch.arange(k) // (k // groups)
     if g_idx:
         group = group[torch.randperm(k)]
         tensors["weight_g_idx"] = group.int()
     if zero_point:
-        tensors["weight_zero_point"] = pack_int4(zeros, 0)
+        tensors["weight_zero_point"] = packed(zeros + 8, 16, 13, dim=0)
     values = (numbers - zeros[:, group]).double() * scale.double()[:, group]
     return Export(tensors, values, "INT4", is_native=False)
 
@@ -151,11 +141,13 @@ EXPORTS = {
     "fp8_row": row(),
     "fp8_row_flat": row(torch.float16, torch.flatten),
     "fp8_torchao": e4m3("FP8 per row (torchao)", 1, None, weight="_weight_qdata", leaf="_weight_scale"),
-    "fp8_tensor": per_tensor(stored=torch.squeeze),
+    "fp8_tensor": lambda n, k: replace(per_tensor(stored=torch.squeeze)(n, k), has_input_scale=True),
     "fp8_tensor_flat": per_tensor(torch.bfloat16, torch.flatten),
     "mxfp8": mxfp8(),
     "mxfp8_u8": mxfp8(as_bytes, "weight_scale_inv"),
-    "fp8_packed": e4m3("FP8 packed UE8M0", 1, 128, E8M0, pack_exponents, "weight_scale_inv"),
+    "fp8_packed": e4m3(
+        "FP8 packed UE8M0", 1, 128, E8M0, lambda scale: packed(as_bytes(scale), 256, 255), "weight_scale_inv"
+    ),
     "nvfp4": nvfp4,
     "nvfp4_divisor": partial(nvfp4, is_divisor=True),
     "mxfp4": mxfp4,
@@ -170,7 +162,8 @@ bf16, fp8_block = EXPORTS["bf16"], EXPORTS["fp8_block"]
 
 def named(stem, matrix, export):
     """The tensors by their names in a checkpoint."""
-    return {f"{stem}{matrix}.{leaf}": tensor for leaf, tensor in (export.tensors | export.unused).items()}
+    unread = {"input_scale": torch.tensor(0.5)} if export.has_input_scale else {}
+    return {f"{stem}{matrix}.{leaf}": tensor for leaf, tensor in (export.tensors | unread).items()}
 
 
 def renamed(tensors, old, new):

@@ -70,6 +70,13 @@ def test_damaged_file(tmp_path, damage, found, advice):
         assert (problem.subject, problem.advice) == ("model.safetensors", advice)
 
 
+def test_missing_shard_of_a_fused_matrix(tmp_path):
+    name = INDEXER.format(1) + "wk_weights_proj.weight"
+    path = write_checkpoint(tmp_path, fp8_layer(0), {name: torch.ones(144, 256).bfloat16()})
+    (path / "model-00002-of-00002.safetensors").unlink()
+    assert only(problems_of(path)).subject == name
+
+
 def test_path_that_is_not_utf8(tmp_path):
     problems = problems_of(write_checkpoint(tmp_path / os.fsdecode(b"caf\xe9"), fp8_layer()))
     assert all("safetensors opens UTF-8 paths only: rename the file" in problem.advice for problem in problems)

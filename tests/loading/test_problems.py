@@ -8,23 +8,15 @@ from indexproj.loading.problems import summarize
 from support import INDEXER, fp8_layer, invoke, only, problems_of, write_checkpoint
 
 
-def gptq(n, k):
-    return {"qweight": torch.zeros(k // 8, n).int(), "scales": torch.ones(k // 128, n), "g_idx": torch.zeros(k).int()}
-
-
-def awq(n, k):
-    return {"qweight": torch.zeros(k, n // 8).int(), "qzeros": torch.zeros(k // 128, n // 8).int()}
-
-
-def int8(n, k):
-    return {"weight": torch.zeros(n, k, dtype=torch.int8), "weight_scale": torch.ones(n, 1)}
-
-
-def mlx(n, k):
-    return {"weight": torch.zeros(n, k // 8, dtype=torch.uint32), "scales": torch.ones(n, k // 64).bfloat16()}
-
-
-@pytest.mark.parametrize(("name", "make"), [("GPTQ or AWQ", gptq), ("GPTQ or AWQ", awq), ("INT8", int8), ("MLX", mlx)])
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("GPTQ or AWQ", lambda n, k: {"qweight": torch.ones(k // 8, n).int(), "scales": torch.ones(k // 128, n)}),
+        ("GPTQ or AWQ", lambda n, k: {"qweight": torch.ones(k, n // 8).int(), "qzeros": torch.ones(2, n // 8).int()}),
+        ("INT8", lambda n, k: {"weight": torch.zeros(n, k).char(), "weight_scale": torch.ones(n, 1)}),
+        ("MLX", lambda n, k: {"weight": torch.zeros(n, k // 8, dtype=torch.uint32), "scales": torch.ones(n, k // 64)}),
+    ],
+)
 def test_foreign_formats(tmp_path, name, make):
     """62 layers: one line per matrix, with the quantizer's name, and fewer than 25 lines in all."""
     tensors = {

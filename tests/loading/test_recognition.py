@@ -66,7 +66,7 @@ SCALE, NO = "weight_scale_inv", "no such tensor"
         (mxfp4, [], {"weight_scale_2": torch.ones(1)}, "weight_scale_2", "nothing beside", "F32 [1]"),
         (EXPORTS["int4"], ["weight_shape"], {}, "weight_shape", "I64/I32 [2] (INT4)", NO),
         (EXPORTS["int4"], [], {"weight_scale": torch.ones(128, 7)}, "weight_scale", "/[128, 8]", "F32 [128, 7]"),
-        (EXPORTS["int4_g_idx"], [], {"weight_scale": torch.ones(128, 7)}, "weight_scale", "[128, 8]", "F32 [128, 7]"),
+        (EXPORTS["int4_g_idx"], [], {"weight_scale": torch.ones(128, 16)}, "weight_scale", "[128, 8]", "F32 [128, 16]"),
         (EXPORTS["int4_g_idx"], [], {"weight_g_idx": torch.ones(9).int()}, "weight_g_idx", "[256] (INT4)", "I32 [9]"),
         (
             EXPORTS["int4_zero_point"], [], {"weight_zero_point": torch.ones(16, 7).int()},

@@ -82,6 +82,7 @@ CHANGES = [
     ("fp8_row", "scale", lambda t: t.index_fill(0, torch.tensor([5]), 0.0), "magnitudes from 0.0e+00"),
     *(("bf16", "weight", times(factor), None) for factor in (1e-11, 1e8)),
     *(("bf16", "weight", times(factor), SIZE) for factor in (1e-13, 1e11)),
+    *(("mxfp4", "weight", lambda t, half=half: t & half, None) for half in (0x0F, 0xF0)),
     # Scales that are misread: by 2**40, and E5M3 as E8M0
     ("mxfp8_u8", "scale", lambda t: t + 40, SIZE),
     ("mxfp4", "scale", lambda t: torch.randint_like(t, 64, 80), SIZE),
@@ -97,7 +98,7 @@ def test_bad_value(tmp_path, export, role, change, found):
     problem = only(refused(tmp_path, tensors))
     if found == SIZE:
         name = next(name for name in tensors if "wk.weight" in name)
-        assert problem.expected == "weights of which the largest is between 1e-10 and 1e+10"
+        assert problem.expected == "magnitudes up to 1e+10, the largest above 1e-10"
     assert (problem.subject, problem.advice) == (name, BAD_VALUES)
     assert problem.found.startswith(found)
 

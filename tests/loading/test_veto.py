@@ -1,13 +1,14 @@
 """quantization_config as a veto: what dtypes and shapes cannot show is refused by key and value, nothing else is."""
 
 import time
+from functools import reduce
 
 import pytest
 
 from exports import layer_of, refused, stream
 from indexproj.loading import load
 from indexproj.loading.config import Scope
-from support import GATE, INDEXER, write_checkpoint
+from support import INDEXER, write_checkpoint
 
 STEM = INDEXER.format(0)
 
@@ -57,6 +58,8 @@ REFUSED = [
         for value in (transform("Linear"), {"config_groups": {"R1": {}}}, {"config_groups": {}, "seed": 0})
     ),
     (compressed(transform(STEM + "wk")), "transform_config = {", "mxfp4", 1),
+    # Nesting that JSON allows does not end in a RecursionError.
+    (reduce(lambda value, _: {"a": [value]}, range(400), {"rotation_config": 1}), "rotation_config = 1", "mxfp4", 2),
 ]
 ACCEPTED = [
     *((quark("e5m3"), export) for export in ("bf16", "fp8_block", "mxfp8")),  # without uint8 scales
@@ -127,24 +130,17 @@ def test_targets_that_may_mean_an_indexer(target, is_meant):
         assert Scope([target]).may_hold(MTP)
     for ignore in ([HIDDEN], ["layers.3.self_attn.indexer.wk"], [f"language_model.{HIDDEN}"], [r"re:model.*\.3\..*wk"]):
         assert not any(Scope([target], ignore).may_hold(name) for name in (HIDDEN, OLD))
-    for ignore in ([None], ["re:("], ["Linear"], ["lm_head"], ["re:.*indexer$"], ["model.layers.3"]):
+    for ignore in ([None], ["re:("], ["re:indexer"], ["Linear"], ["lm_head"], ["re:.*indexer$"], ["model.layers.3"]):
         assert Scope(["Linear"], ignore).may_hold(HIDDEN)
+    for other in ("model.mtp_layers.3", "draft.model.layers.3"):  # another layer 3
+        assert Scope(["Linear"], [HIDDEN]).may_hold(f"{other}.self_attn.indexer.wk")
 
 
 def test_many_entries():
     """Quantizers write an entry per expert, each of which could concern each layer."""
-    names = [f"model.layers.{layer}.mlp.experts.{n}.up_proj" for layer in range(62) for n in range(96)]
+    names = [f"model.layers.{layer}.mlp.experts.{n}.up_proj" for layer in range(62) for n in range(48)]
     config = {"quantization_config": auto_round(extra_config=dict.fromkeys(names, MXINT4))}
     offers = [offer for layer in range(62) for offer in layer_of("mxfp4", layer=layer, n=(32, 16)).items()]
     start = time.process_time()
     assert len(stream(offers, range(62), config)) == 62
     assert time.process_time() - start < 10
-
-
-def test_deep_config(tmp_path):
-    """Nesting that JSON allows does not end in a RecursionError."""
-    value: dict = {"rotation_config": 1}
-    for _ in range(400):
-        value = {"a": [value]}
-    problems = refused(tmp_path, layer_of("mxfp4"), {"quantization_config": value})
-    assert [problem.subject for problem in problems] == [f"{STEM}wk.weight_packed", GATE]
