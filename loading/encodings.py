@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.formats import MX_GROUP, SCALE_BLOCK, scale_shape
+from ..kernels.formats import MX_GROUP, NVFP4_GROUP, SCALE_BLOCK, scale_shape
 from ..kernels.matrix import DenseMatrix, Fp4Matrix, Fp8Matrix, Matrix
 from .headers import SPELLINGS, Header
+from .problems import ranges
 from .values import Faults, judge_scale
 
 FP8 = ("F8_E4M3", "F8_E4M3FNUZ")
@@ -154,11 +155,16 @@ def _int4(tensors: Tensors) -> DenseMatrix:
 
     Source: compressed-tensors' `PackedQuantizationCompressor` with 4 bits, which also decodes to bf16.
     """
-    return DenseMatrix(torch.mul(*_int4_parts(tensors)).bfloat16())
+    return DenseMatrix(_int4_values(tensors).bfloat16())
 
 
-def _int4_parts(tensors: Tensors) -> tuple[Tensor, Tensor]:
-    """Integers less their zero points, and their scales, both [N, K] fp64."""
+def _int4_values(tensors: Tensors) -> Tensor:
+    numbers, scale, index = _int4_parts(tensors)
+    return numbers * scale[:, index]
+
+
+def _int4_parts(tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
+    """Integers less their zero points [N, K] fp64, scales [N, groups] fp64, and the group of each column [K]."""
     numbers, scale = _nibbles(tensors["weight"]).double(), tensors["scale"].double()
     n, k = numbers.shape
     index = torch.arange(k, device=scale.device) // (k // scale.shape[1])
@@ -166,7 +172,7 @@ def _int4_parts(tensors: Tensors) -> tuple[Tensor, Tensor]:
         index = tensors["g_idx"].long()
     if "zero_point" in tensors:
         numbers -= _nibbles(tensors["zero_point"].T.contiguous()).T[:n][:, index]
-    return numbers, scale[:, index]
+    return numbers, scale, index
 
 
 def _int4_beside(n: int, k: int) -> dict[str, TensorSpec]:
@@ -189,13 +195,14 @@ def _int4_check(tensors: Tensors) -> tuple[Faults, list[str]]:
     if empty.all():
         faults["weight"] = "packed integers", "nothing but 0"
     elif empty.any():
-        oddities.append("rows with nothing but words of 0")
+        oddities.append(f"words of 0 in rows {ranges(empty.nonzero().flatten().tolist())}")
     index = tensors.get("g_idx")
     if index is not None and not ((index >= 0) & (index < groups)).all():
         faults["g_idx"] = f"group numbers from 0 to {groups - 1}", "others"
     if not faults:
-        numbers, scale = _int4_parts(tensors)
-        judge_scale("scale", scale.float(), numbers.abs().float(), 1, faults, oddities)
+        numbers, scale, index = _int4_parts(tensors)
+        sizes = torch.zeros_like(scale).scatter_reduce_(1, index.expand(n, -1), numbers.abs(), "amax")
+        judge_scale("scale", scale.float(), sizes.float(), 1, faults, oddities)
     return faults, oddities
 
 
@@ -224,16 +231,16 @@ ENCODINGS = (
         lambda n, k: {"row_scale": TensorSpec(("F32", "BF16"), ((n, 1),))},
     ),
     Encoding("FP8 per tensor", FP8, _fp8_row, lambda n, k: _scale(FLOAT, (), (1,), (1, 1))),
-    Encoding("MXFP8", FP8, _mxfp8, lambda n, k: _scale(E8M0, (n, -(-k // 32)))),
+    Encoding("MXFP8", FP8, _mxfp8, lambda n, k: _scale(E8M0, scale_shape((n, k), 1, MX_GROUP))),
     Encoding("FP8 packed UE8M0", FP8, _fp8_packed, lambda n, k: _scale(("I32",), (n, -(-k // 512)))),
-    Encoding("NVFP4", ("U8",), _nvfp4, lambda n, k: _scale(("F8_E4M3",), (n, -(-k // 16)), scale_2=_GLOBAL)),
+    Encoding(
+        "NVFP4", ("U8",), _nvfp4,
+        lambda n, k: _scale(("F8_E4M3",), scale_shape((n, k), 1, NVFP4_GROUP), scale_2=_GLOBAL),
+    ),
     Encoding(
         "NVFP4 (divisor)", ("U8",), _nvfp4,
-        lambda n, k: _scale(("F8_E4M3",), (n, -(-k // 16)), global_scale=_GLOBAL),
+        lambda n, k: _scale(("F8_E4M3",), scale_shape((n, k), 1, NVFP4_GROUP), global_scale=_GLOBAL),
     ),
-    Encoding("MXFP4", ("U8",), _mxfp4, lambda n, k: _scale(E8M0, (n, -(-k // 32)))),
-    Encoding(
-        "INT4", ("I32",), _int4, _int4_beside, _int4_optional, _int4_check,
-        lambda tensors: torch.mul(*_int4_parts(tensors)),
-    ),
+    Encoding("MXFP4", ("U8",), _mxfp4, lambda n, k: _scale(E8M0, scale_shape((n, k), 1, MX_GROUP))),
+    Encoding("INT4", ("I32",), _int4, _int4_beside, _int4_optional, _int4_check, _int4_values),
 )  # fmt: skip

@@ -34,9 +34,8 @@ def explain(matrix: str, headers: Mapping[str, Header]) -> list[Problem]:
         return _explain_scales(matrix, headers, candidates)
     dtypes = dict.fromkeys(dtype for encoding in ENCODINGS for dtype in encoding.weight_dtypes)
     expected = f"a weight in {' or '.join(dtypes)}"
-    first = weight or headers.get(".qweight")
-    foreign = {"I8": "INT8", "U32": "MLX"}.get(weight.dtype) if weight else "GPTQ or AWQ"
-    if first and foreign:
+    if foreign := _foreign(headers):
+        first = weight or headers[".qweight"]
         advice = f"{foreign} is not supported: keep the indexer in BF16, or requantize it to FP8 or NVFP4"
         return [Problem(first.name, first.file, expected, str(first), advice)]
     if weight is None:
@@ -47,6 +46,19 @@ def explain(matrix: str, headers: Mapping[str, Header]) -> list[Problem]:
         expected = "a matrix [N, K]" if weight.dtype in dtypes else expected
         problem = Problem(weight.name, weight.file, expected, str(weight))
     return [problem, *(_stray(header, []) for role, header in headers.items() if role not in SPELLINGS)]
+
+
+def _foreign(headers: Mapping[str, Header]) -> str:
+    """The format of another quantizer, if it shows and nothing here reads it; else ""."""
+    if "weight" in headers:
+        return {"I8": "INT8", "U32": "MLX"}.get(headers["weight"].dtype, "")
+    codes, scales, zeros = (headers.get(role) for role in (".qweight", ".scales", ".qzeros"))
+    if codes is None:
+        return ""
+    # Both store the transpose of a matrix [N, K]. GPTQ packs K, AWQ packs N; both pack N in qzeros [groups, N / pack].
+    n = scales.shape[-1:] if scales else ()
+    name = "GPTQ or AWQ" if not n else "GPTQ" if codes.shape[1:] == n else "AWQ"
+    return f"{name}, {32 * zeros.shape[1] // n[0]} bit" if zeros and len(zeros.shape) == 2 and n and n[0] else name
 
 
 def _explain_scales(matrix: str, headers: Mapping[str, Header], candidates: list[Encoding]) -> list[Problem]:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.matrix import DenseMatrix, Fp4Matrix, Fp8Matrix, Matrix
+from .problems import ranges
 
 _LARGEST, _SMALLEST = 2.0**100, 2.0**-100
 _LEAST, _MOST = 1e-10, 1e10  # the largest weight of a matrix is in between, unless its scales are misread
@@ -15,8 +16,11 @@ Faults = dict[str, tuple[str, str]]  # role -> (expected values, found values)
 
 def nan_codes(codes: Tensor) -> Faults:
     """Finds NaN in FP8 codes as stored, which kernels decode to numbers: 0x7F, 0xFF in e4m3fn, 0x80 in e4m3fnuz."""
-    is_fp8 = codes.dtype in (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
-    return {"weight": ("finite values", _summary(codes))} if is_fp8 and codes.float().isnan().any() else {}
+    if codes.dtype == torch.float8_e4m3fn:
+        has_nan = int(codes.view(torch.int8).max()) == 0x7F or int(codes.view(torch.uint8).max()) == 0xFF
+    else:
+        has_nan = codes.dtype == torch.float8_e4m3fnuz and int(codes.view(torch.int8).min()) == -0x80
+    return {"weight": ("finite values", _summary(codes))} if has_nan else {}
 
 
 def judge(matrix: Matrix) -> tuple[Faults, list[str]]:
@@ -41,12 +45,9 @@ def judge(matrix: Matrix) -> tuple[Faults, list[str]]:
     if not faults and not _LEAST <= largest <= _MOST:
         expected = f"magnitudes up to {_MOST:.0e}, the largest above {_LEAST:.0e}"
         faults["weight"] = (expected, _summary(values)) if largest else _ALL_ZERO
-    is_zero = sizes == 0  # [N, groups of columns]
-    if is_zero.all(1).any():
-        oddities.append("rows of zeros")
-    bands = torch.split(is_zero, matrix.group[0])  # of rows that share scales
-    if torch.stack([band.all(0) & ~band.all() for band in bands]).any():
-        oddities.append("blocks of zeros")
+    is_zero = sizes == 0
+    if is_zero.any():
+        oddities += _zeros(is_zero, matrix)
     return faults, oddities
 
 
@@ -58,8 +59,8 @@ def judge_scale(role: str, scale: Tensor, sizes: Tensor, rows: int, faults: Faul
     size = scale.abs().repeat_interleave(rows, 0)[: len(sizes)]
     if not ((size <= _LARGEST) & ((sizes == 0) | (size >= _SMALLEST))).all():
         faults[role] = (_SCALES, _summary(scale)) if scale.any() else _ALL_ZERO
-    if (scale < 0).any():
-        oddities.append(f"negative values in {role}")
+    if negative := int((scale < 0).sum()):
+        oddities.append(f"{negative} negative values in {role}")
     return sizes * size
 
 
@@ -75,6 +76,21 @@ def _largest_codes(matrix: Fp8Matrix | Fp4Matrix) -> Tensor:
     if isinstance(matrix, Fp4Matrix):
         return torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], device=codes.device)[groups.int()]
     return groups.clamp(max=0x7E).view(torch.float8_e4m3fn).float()  # 0x7F is 480 here
+
+
+def _zeros(is_zero: Tensor, matrix: Matrix) -> list[str]:
+    """Rows of zeros, and blocks of zeros in other rows, in words; is_zero is [N, groups of columns]."""
+    rows = is_zero.all(1)
+    found = [f"zeros in rows {ranges(rows.nonzero().flatten().tolist())}"] if rows.any() else []
+    height, width = matrix.group
+    # A block within rows of zeros has been named.
+    bands = [slice(start, start + height) for start in range(0, len(rows), height)]
+    blocks = torch.stack([is_zero[band].all(0) & ~rows[band].all() for band in bands]).nonzero().tolist()
+    if blocks:
+        (i, j), (n, k) = blocks[0], matrix.shape
+        where = f"rows {i * height}-{min(n, (i + 1) * height) - 1}, columns {j * width}-{min(k, (j + 1) * width) - 1}"
+        found.append(f"{len(blocks)} blocks of zeros, the first in {where}")
+    return found
 
 
 def _summary(tensor: Tensor) -> str:

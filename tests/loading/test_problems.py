@@ -8,11 +8,20 @@ from indexproj.loading.problems import summarize
 from support import INDEXER, fp8_layer, invoke, only, problems_of, write_checkpoint
 
 
+def gptq(n, k, words, zeros):
+    """words: of packed codes in K. zeros: words of packed zero points in N."""
+    codes = {"qweight": torch.ones(words, n).int(), "qzeros": torch.ones(k // 128, zeros).int()}
+    return codes | {"scales": torch.ones(k // 128, n).half()}
+
+
 @pytest.mark.parametrize(
     ("name", "make"),
     [
-        ("GPTQ or AWQ", lambda n, k: {"qweight": torch.ones(k // 8, n).int(), "scales": torch.ones(k // 128, n)}),
-        ("GPTQ or AWQ", lambda n, k: {"qweight": torch.ones(k, n // 8).int(), "qzeros": torch.ones(2, n // 8).int()}),
+        ("GPTQ, 4 bit", lambda n, k: gptq(n, k, k // 8, n // 8) | {"g_idx": torch.zeros(k).int()}),
+        ("GPTQ, 4 bit", lambda n, k: gptq(n, k, k // 8, n // 8)),
+        ("GPTQ, 8 bit", lambda n, k: gptq(n, k, k // 4, n // 4)),
+        ("AWQ, 4 bit", lambda n, k: gptq(n, k, k, n // 8) | {"qweight": torch.ones(k, n // 8).int()}),
+        ("GPTQ or AWQ", lambda n, k: {"qweight": torch.ones(k // 8, n).int()}),
         ("INT8", lambda n, k: {"weight": torch.zeros(n, k).char(), "weight_scale": torch.ones(n, 1)}),
         ("MLX", lambda n, k: {"weight": torch.zeros(n, k // 8, dtype=torch.uint32), "scales": torch.ones(n, k // 64)}),
     ],

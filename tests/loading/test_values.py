@@ -127,17 +127,19 @@ def test_bad_values_come_together(tmp_path):
 HALF = torch.arange(128)[:, None] >= 64
 # Export, role, change of its tensor -> what the one warning says.
 ODD = [
-    *((export, "weight", times(~HALF), "rows of zeros") for export in ("bf16", "fp8_block", "nvfp4")),
-    ("fp8_block", "weight", times(torch.arange(256) < 128), "blocks of zeros"),
-    ("mxfp8", "weight", times(torch.arange(256) < 224), "blocks of zeros"),
-    ("fp8_row", "weight", times(torch.arange(128)[:, None] % 64 > 0), "rows of zeros"),
-    ("mxfp4", "weight", lambda t: torch.where(HALF, 0x80 | 8, t).to(t.dtype), "rows of zeros"),
-    ("fp8_block", "scale", times(-1), "negative values in scale"),
-    ("fp8_row", "scale", lambda t: t.index_fill(0, torch.tensor([5]), -1.0), "negative values in scale"),
-    ("nvfp4", "scale_2", times(-1), "negative values in global_scale"),
-    ("int4", "scale", lambda t: torch.where(torch.arange(8) > 0, t, -t), "negative values in scale"),
-    ("int4", "weight", times(~HALF), "rows with nothing but words of 0"),
-]
+    *((export, "weight", times(~HALF), "zeros in rows 64-127") for export in ("bf16", "fp8_block", "nvfp4")),
+    ("fp8_block", "weight", times(torch.arange(256) < 128),
+     "1 blocks of zeros, the first in rows 0-127, columns 128-255"),
+    ("mxfp8", "weight", times(torch.arange(256) < 224),
+     "128 blocks of zeros, the first in rows 0-0, columns 224-255"),
+    ("fp8_row", "weight", times(torch.arange(128)[:, None] % 64 > 0), "zeros in rows 0, 64"),
+    ("mxfp4", "weight", lambda t: torch.where(HALF, 0x80 | 8, t).to(t.dtype), "zeros in rows 64-127"),
+    ("fp8_block", "scale", times(-1), "2 negative values in scale"),
+    ("fp8_row", "scale", lambda t: t.index_fill(0, torch.tensor([5]), -1.0), "1 negative values in scale"),
+    ("nvfp4", "scale_2", times(-1), "128 negative values in global_scale"),
+    ("int4", "scale", lambda t: torch.where(torch.arange(8) > 0, t, -t), "128 negative values in scale"),
+    ("int4", "weight", times(~HALF), "words of 0 in rows 64-127"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("export", "role", "change", "found"), ODD)
