@@ -131,6 +131,7 @@ def choose(
     was measured on a GPU for this operation.
 
     Args:
+        formats: of the matrices. The rules do not depend on them so far; a tuned table does.
         quantize_x: a matrix takes x in e4m3 (W8A8).
         batch_invariant: the bits of a row must not depend on m.
     """
