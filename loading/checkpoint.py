@@ -15,12 +15,10 @@ from .problems import CheckpointError, Problem
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_ADVICE = {  # part of the name of an error and its text -> what to do
-    "FileNotFoundError": "fetch the rest of the checkpoint",
+_ADVICE = {  # part of an error of safetensors -> what to do
     "unknown variant": "the installed safetensors does not know that dtype: install a newer one",
     "not valid UTF-8": "safetensors opens UTF-8 paths only: rename the file or its directory",
-    "SafetensorError": "the file is truncated, corrupt or a Git LFS pointer: fetch it again",
-    "": "",
+    "": "the file is truncated, corrupt or a Git LFS pointer: fetch it again",
 }
 
 
@@ -52,19 +50,19 @@ class Checkpoint:
             raise CheckpointError([Problem(str(path), "", "the path of a checkpoint", str(error))]) from error
         for file, names in promised.items():
             self._read_headers(file, names)
-        try:  # empty if there is no config.json
-            self.config = Config.of(_read_json(self.path / CONFIG) if os.path.lexists(self.path / CONFIG) else {})
-            self.problems += self.config.problems
-        except CheckpointError as error:
-            self.config = Config()
-            self.problems += error.problems
+        self.config = Config()  # empty if there is no config.json
+        if os.path.lexists(self.path / CONFIG):
+            try:
+                self.config = Config.of(_read_json(self.path / CONFIG))
+            except CheckpointError as error:
+                self.problems += error.problems
+        self.problems += self.config.problems
 
     def _read_headers(self, file: str, promised: list[str] | None) -> None:
         names: list[str] = []
         instead, advice = "no such tensor", "index and file are of different exports: fetch both again"
         try:
-            if (self.path / file).exists() and not (self.path / file).is_file():
-                raise OSError("not a file")  # a directory, or a pipe, which would block
+            _check_is_file(self.path / file)
             shard: Any = safe_open(self.path / file, framework="pt")
             names = shard.keys()
             for tensor in filter(None, map(parse, names)):
@@ -81,8 +79,11 @@ class Checkpoint:
             if promised == []:
                 self.unread.append(file)
                 return
-            instead = "no such file" if isinstance(error, FileNotFoundError) else f"an unreadable file ({error})"
-            advice = next(_ADVICE[sign] for sign in _ADVICE if sign in f"{type(error).__name__}: {error}")
+            instead, advice = f"an unreadable file ({error})", ""
+            if isinstance(error, FileNotFoundError):
+                instead, advice = "no such file", "fetch the rest of the checkpoint"
+            elif isinstance(error, SafetensorError):
+                advice = next((advice for sign, advice in _ADVICE.items() if sign in str(error)), _ADVICE[""])
             if promised is None:
                 self.problems.append(Problem(file, "", "a readable safetensors file", str(error), advice))
         self.tensors += len(names)
@@ -126,10 +127,17 @@ def _promised(path: Path) -> dict[str, list[str] | None]:
     return dict(sorted(promised.items()))
 
 
+def _check_is_file(path: Path) -> None:
+    """Raises OSError for a directory, a pipe, which would block, or a bad link; open() reports a missing file."""
+    if path.is_symlink() and not path.exists():
+        raise OSError("a link that leads nowhere")
+    if path.exists() and not path.is_file():
+        raise OSError("not a file")
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        if path.exists() and not path.is_file():
-            raise OSError("not a file")
+        _check_is_file(path)
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError([Problem(path.name, "", "readable JSON", str(error))]) from error

@@ -16,63 +16,65 @@ CONFIG = "config.json"
 _QUANTIZATION = ("quantization_config", "compression_config")
 # auto-round (two), compressed-tensors, Quark (two)
 _TRANSFORMS = ("rotation_config", "spinquant_config", "transform_config", "online_r1_rotation", "online_config")
-# Under these values uint8 scales are E8M0. A floating-point type may be that of auto-round's computation.
-_SCALE_FORMATS = ("scale_format", "scale_fmt", "scale_dtype")
-_E8M0 = re.compile(r"none|(torch\.)?(uint8|\w*e8m0\w*|(b?float|bf|fp)(16|32|64)?)")
+# Key -> values under which uint8 scales are E8M0. auto-round's scale_dtype may be that of its computation.
+_E8M0 = r"none|(torch\.)?(uint8|\w*e8m0\w*)"
+_FLOAT = r"(torch\.)?(b?float|bf|fp)(16|32|64)?"
+_SCALE_FORMATS = {"scale_format": _E8M0, "scale_fmt": _E8M0, "scale_dtype": f"{_E8M0}|{_FLOAT}"}
 _FOREIGN_CODES = re.compile(r"(opt_rtn_)?mx_?int\w*")  # auto-round's MXINT4
 _ACTIVATIONS = re.compile(r"act_\w+|activation\w*|(input|output)_(tensors|activations)|kv_cache\w*|bias")
 _BY_LAYER = ("extra_config", "layer_quant_config")  # auto-round's and Quark's entries: name or pattern -> settings
 _PREFIXES = ("", "model.", "language_model.model.", "model.language_model.")  # of "layers.", which one varies
+_PLAIN = re.compile(r"[\w.-]+")  # a name, or a regular expression in which only dots are special
 _RUNS = {"full": True, "F": True, "shared": False, "S": False}
 _ALL_RUN = ("deepseek_v32", "glm_moe_dsa")  # without a schedule, all hidden layers of these models run an indexer
-_compile = functools.cache(re.compile)  # `re` caches 512 patterns, and quantizers write one entry per expert
 _SIZES = ("num_hidden_layers", "num_nextn_predict_layers", "hidden_size", "index_head_dim", "index_n_heads")
 
 
 class Scope(NamedTuple):
-    """The modules that an entry of quantization_config concerns; by default, all."""
+    """The modules that an entry of quantization_config concerns."""
 
-    targets: Sequence[Any] = (None,)  # (parts of) names, classes, regular expressions or globs, numbers of layers
+    targets: Sequence[Any]  # (parts of) names, classes, regular expressions with or without "re:", globs, layer numbers
     ignore: Sequence[Any] = ()  # names, or "re:" and a regular expression
 
     def may_hold(self, module: str) -> bool:
         """False only if no target can mean a module such as "model.layers.0.self_attn.indexer.wk", or it is ignored."""
-        names = _spellings(module)
-        sure = names if module[: module.rfind("layers.")] in _PREFIXES else (module,)
+        names, leaf = _spellings(module), module.rpartition(".")[2]
+        ignored = names if module[: module.rfind("layers.")] in _PREFIXES else (module,)
         try:
             for each in filter(lambda each: isinstance(each, str), self.ignore):
-                if each in sure or (each.startswith("re:") and any(re.match(each[3:], name) for name in sure)):
+                if each in ignored or (each.startswith("re:") and any(re.match(each[3:], name) for name in ignored)):
                     return False
-            return any(_may_mean(target, name) for target in self.targets for name in names)
-        except re.error:
+            if leaf == FUSED:
+                names += tuple(name.replace(FUSED, part) for name in names for part in (WK, GATE))
+            targets = [each.replace(FUSED, leaf) if isinstance(each, str) else each for each in self.targets]
+            return any(_may_mean(target, names) for target in targets)
+        except (re.error, OverflowError):
             return True
 
 
 @functools.lru_cache(maxsize=256)
 def _spellings(module: str) -> tuple[str, ...]:
-    """Names that a quantizer may know the module by: with other prefixes, and as two modules if it is fused."""
+    """Names that a quantizer may know the module by, its own first: with other prefixes, and in other releases."""
     names = [module, *(prefix + module[max(module.rfind("layers."), 0) :] for prefix in _PREFIXES)]
-    names += [name.replace(".attn.", ".self_attn.") for name in names]
-    if module.endswith(FUSED):
-        names += [name.replace(FUSED, part) for name in names for part in (WK, GATE)]
-    return tuple(dict.fromkeys(names))
+    return tuple(dict.fromkeys([*names, *(name.replace(".attn.", ".self_attn.") for name in names)]))
 
 
-def _may_mean(target: Any, name: str) -> bool:
+def _may_mean(target: Any, names: tuple[str, ...]) -> bool:
+    is_mtp = "mtp" in names[0]
     if type(target) is int:
-        return f"layers.{target}." in name or "mtp" in name
+        return is_mtp or any(f"layers.{target}." in name for name in names)
     if not isinstance(target, str) or target[:1].isupper():  # unknown, or a class
         return True
-    if "mtp" in name and "layers" in target:  # by another number
+    if "{" in target and not target.startswith("re:"):  # a glob with alternatives, or a regular expression
         return True
-    target = target.replace(FUSED, name.rpartition(".")[2])
-    if re.fullmatch(r"[\w.-]+", target):
-        return target in name
-    if target.startswith("re:"):
-        return _compile(target[3:]).search(name) is not None
-    # A glob, of which alternatives in braces are unknown, or a regular expression
-    is_glob = "{" in target or fnmatch.fnmatchcase(name, f"*{target}")
-    return is_glob or (target[0] != "*" and _compile(target).search(name) is not None)
+    if is_mtp and "layers" in target:  # by another number
+        return True
+    # Quantizers write an entry per expert: most of them end here.
+    if _PLAIN.fullmatch(target) and not any(max(target.split("."), key=len) in name for name in names):
+        return False
+    forms = [] if target.startswith("*") else [target.removeprefix("re:")]
+    forms += [] if target.startswith("re:") else [fnmatch.translate(f"*{target}")]
+    return any(re.search(form, name) for form in forms for name in names)
 
 
 class Veto(NamedTuple):
@@ -80,13 +82,13 @@ class Veto(NamedTuple):
 
     expected: str
     found: str
-    scope: Scope
+    scopes: tuple[Scope, ...]  # counts only for modules in all of them
     role: str | None = None  # counts only for weights with a uint8 tensor in that role: bytes may mean anything
 
     def concerns(self, module: str, headers: Mapping[str, Header]) -> bool:
         """True if it may be about a matrix with these headers by role."""
         is_meant = self.role is None or (self.role in headers and headers[self.role].dtype == "U8")
-        return is_meant and self.scope.may_hold(module)
+        return is_meant and all(scope.may_hold(module) for scope in self.scopes)
 
 
 @dataclass(frozen=True)
@@ -138,33 +140,34 @@ class Config:
 def _vetoes(values: Mapping[str, Any]) -> Iterator[Veto]:
     """Searches all levels of quantization_config, also those of single layers and groups of them."""
     places = {"": values, **{f"{key}.": each for key, each in values.items() if isinstance(each, dict)}}
-    entries = [(key, f"{place}{key}", at.get(key), Scope()) for place, at in places.items() for key in _QUANTIZATION]
+    entries: list[tuple[str, str, Any, tuple[Scope, ...]]]
+    entries = [(key, f"{place}{key}", at.get(key), ()) for place, at in places.items() for key in _QUANTIZATION]
     while entries:
-        key, path, value, scope = entries.pop()
+        key, path, value, scopes = entries.pop()
         word = value.lower() if isinstance(value, str) else "none" if value is None else "unknown"
-        expected, role, scopes = "", None, [scope]
+        expected, role, concerned = "", None, [scopes]
         if _ACTIVATIONS.fullmatch(key):
             continue
         if key in _TRANSFORMS:
             expected = "weights that multiply x as it comes, without a rotation or transform"
-            scopes = _transformed(value, scope)
-        elif key in _SCALE_FORMATS and not _E8M0.fullmatch(word):
+            concerned = [(*scopes, scope) for scope in _transformed(value)]
+        elif key in _SCALE_FORMATS and not re.fullmatch(_SCALE_FORMATS[key], word):
             expected, role = "scales in E8M0, as uint8 scales are read", "scale"
         elif _FOREIGN_CODES.fullmatch(word):
             expected, role = "codes in E2M1", "weight"
         elif isinstance(value, dict):
-            scope = _scope(value, scope)
+            scopes = (*scopes, *filter(None, [_scope(value)]))
             for name, each in value.items():
-                entries.append((name, f"{path}.{name}", each, Scope([name]) if key in _BY_LAYER else scope))
+                entries.append((name, f"{path}.{name}", each, (*scopes, Scope([name])) if key in _BY_LAYER else scopes))
         elif isinstance(value, list):
-            entries += [("", f"{path}.{number}", each, scope) for number, each in enumerate(value)]
+            entries += [("", f"{path}.{number}", each, scopes) for number, each in enumerate(value)]
         if expected:
             shown = "{...}" if isinstance(value, dict | list) else f"{json.dumps(value, default=str):.80}"
-            yield from (Veto(expected, f"{path} = {shown} in {CONFIG}", each, role) for each in scopes)
+            yield from (Veto(expected, f"{path} = {shown} in {CONFIG}", each, role) for each in concerned)
 
 
-def _transformed(value: Any, scope: Scope) -> list[Scope]:
-    """What a rotation or transform concerns: nothing if it is off, all of the scope if its form is unknown."""
+def _transformed(value: Any) -> list[Scope]:
+    """What a rotation or transform concerns: nothing if it is off, all modules if its form is unknown."""
     is_off = isinstance(value, dict) and False in (value.get("enable"), value.get("enabled"))
     if is_off or value in (None, False, "", "none", {}, []):
         return []
@@ -172,19 +175,18 @@ def _transformed(value: Any, scope: Scope) -> list[Scope]:
     if isinstance(value, dict) and value.keys() == {"config_groups"}:  # compressed-tensors
         with contextlib.suppress(AttributeError, KeyError, TypeError):
             parts = [part for group in (value["config_groups"] or {}).values() for part in group["apply"]]
-    return [_scope(part, scope) for part in parts]
+    return [_scope(part) or Scope([None]) for part in parts]
 
 
-def _scope(value: Any, outer: Scope) -> Scope:
-    """The scope that an entry states, or that of what it is part of."""
+def _scope(value: Any) -> Scope | None:
+    """The scope that an entry states."""
     if not isinstance(value, dict):
-        return outer
+        return None
+    targets, ignore = (each if isinstance(each, list) else [each] for each in map(value.get, ("targets", "ignore")))
     layers = value.get("layers")
-    are_numbers = isinstance(layers, list) and all(type(each) is int for each in layers)
-    targets, ignore = value.get("targets", layers if are_numbers else None), value.get("ignore")
-    if targets is None:
-        return outer
-    return Scope(*(each if isinstance(each, list) else [each] for each in (targets, ignore)))
+    if "targets" not in value and isinstance(layers, list) and all(type(each) is int for each in layers):
+        return Scope(layers, ignore)
+    return Scope(targets, ignore) if "targets" in value else None
 
 
 def _schedules(values: Mapping[str, Any], layers: int | None, problems: list[Problem]) -> dict[str, list[bool]]:

@@ -5,11 +5,12 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import groupby
+from typing import Any
 
 LOGGER = logging.getLogger("indexproj")
 # The number of a layer in the name of a tensor or in a sentence, and any number in the name of a file.
-_NUMBER = re.compile(r"(?<=layers\.)\d+(?=\.)|(?<=\bmtp\.)\d+(?=\.)|(?<=\blayer )\d+\b|\d+(?=[\w-]*\.safetensors)")
+_LAYER = r"(?<=layers\.)\d+(?=\.)|(?<=\bmtp\.)\d+(?=\.)|(?<=\blayer )\d+\b"
+_NUMBER = re.compile(rf"{_LAYER}|\d+(?=[\w-]*\.safetensors)")
 
 
 @dataclass(frozen=True)
@@ -41,21 +42,26 @@ class CheckpointError(ValueError):
 
 def summarize(problems: Iterable[Problem]) -> list[str]:
     """One line per problem; those that differ only in layer and shard share a line that has these as ranges."""
-    groups: defaultdict[tuple[str, ...], list[list[str]]] = defaultdict(list)
+    groups: defaultdict[tuple[Any, ...], list[list[str]]] = defaultdict(list)
     for problem in problems:
-        groups[tuple(_NUMBER.split(str(problem)))].append(_NUMBER.findall(str(problem)))
+        text = str(problem)
+        layers = re.findall(_LAYER, text)
+        pattern = tuple(map(layers.index, layers))  # two layers in one line stay two
+        key = pattern, *_NUMBER.split(text)
+        groups[key].append(_NUMBER.findall(text))
     lines = []
-    for parts, members in groups.items():
+    for (_, *parts), members in groups.items():
         numbers = ["", *map(_merged, zip(*members, strict=True))]
         lines.append("".join(number + part for number, part in zip(numbers, parts, strict=True)))
     return lines
 
 
 def _merged(numbers: Iterable[str]) -> str:
-    distinct = set(numbers)
+    distinct = sorted(set(numbers))
+    if len(distinct) == 1:
+        return distinct[0]
     width = min(map(len, distinct))  # shards are numbered with leading zeros
-    merged = re.sub("[0-9]+", lambda match: match[0].zfill(width), ranges(map(int, distinct)))
-    return merged if len(distinct) == 1 else f"{{{merged}}}"
+    return f"{{{re.sub('[0-9]+', lambda match: match[0].zfill(width), ranges(map(int, distinct)))}}}"
 
 
 def log(warnings: Iterable[Problem], logger: logging.Logger = LOGGER) -> None:
@@ -66,6 +72,10 @@ def log(warnings: Iterable[Problem], logger: logging.Logger = LOGGER) -> None:
 
 def ranges(numbers: Iterable[int]) -> str:
     """1, 2, 3, 7 as "1-3, 7"."""
-    runs = groupby(enumerate(sorted(numbers)), key=lambda pair: pair[1] - pair[0])
-    ends = [(run[0][1], run[-1][1]) for run in (list(pairs) for _, pairs in runs)]
-    return ", ".join(f"{first}-{last}" if first < last else f"{first}" for first, last in ends)
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{first}-{last}" if first < last else f"{first}" for first, last in runs)

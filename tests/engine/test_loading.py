@@ -1,6 +1,5 @@
 """First loads by vLLM's own loader: every encoding, in parts, incomplete, interrupted, or past any checkpoint."""
 
-import functools
 import gc
 import re
 import weakref
@@ -13,12 +12,12 @@ from vllm.model_executor.model_loader.weight_cache.protocol import UnsupportedQu
 
 from engine.checkpoints import BF16, BOTH_FP8, FP8, FUSED, INDEXER, INT4, NVFP4, D, H, K, M, checkpoint, pair, write
 from engine.harness import Worker, X, assert_outputs, engine_config, layerwise, like, projections
-from exports import EXPORTS
+from exports import EXPORTS, block
 from indexproj.loading import CheckpointError
 
 PAGE = (Path(__file__).parent.parent.parent / "docs/vllm.md").read_text()
 DOCUMENTED = dict(re.findall(r"^\| ([^|]+) \| (\w[^|]* \| [^|]+) \|$", PAGE, re.MULTILINE))
-QUARK = functools.partial(EXPORTS["fp8_block"], leaf="weight_scale")
+QUARK = block(leaf="weight_scale")
 
 
 def bf16_with_scale(n, k):

@@ -33,8 +33,12 @@ def cut(size):
 
 FETCH, AGAIN = "fetch the rest of the checkpoint", "the file is truncated, corrupt or a Git LFS pointer: fetch it again"
 NO_FILES = {
-    "dangling link": (put(lambda path: path.symlink_to("gone")), "no such file", FETCH),
-    "link to itself": (put(lambda path: path.symlink_to(path.name)), "no such file", FETCH),
+    "dangling link": (put(lambda path: path.symlink_to("gone")), "an unreadable file (a link that leads nowhere)", ""),
+    "link to itself": (
+        put(lambda path: path.symlink_to(path.name)),
+        "an unreadable file (a link that leads nowhere)",
+        "",
+    ),
     "pipe": (put(os.mkfifo), "an unreadable file (not a file)", ""),  # it would block
     "directory": (put(os.mkdir), "an unreadable file (not a file)", ""),
 }

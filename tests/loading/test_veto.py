@@ -44,6 +44,7 @@ REFUSED = [
         for name in ("wk", "*indexer*", "bias|.*indexer.*")
     ),
     *((compressed(scale_dtype=name), f'"{name}"', "mxfp4", 1) for name in ("e6m2", "torch.float8_e4m3fn")),
+    (compressed(scale_fmt="float32"), '"float32"', "mxfp4", 1),
     *((auto_round(name), f'data_type = "{name}"', "mxfp4", 1) for name in ("mx_int", "mx_int4_rceil")),
     (auto_round(extra_config={"wk": MXINT4}), 'extra_config.wk.data_type = "mx_int4"', "mxfp4", 1),
     ({"algo_config": [{"online_r1_rotation": True}]}, "algo_config.0.online_r1_rotation = true", "mxfp4", 2),
@@ -76,6 +77,8 @@ ACCEPTED = [
     (compressed(transform("Linear", ignore=["re:.*indexer"])), "mxfp4"),
     (compressed(scale_dtype="torch.uint8"), "mxfp4"),
     (compressed(targets=["re:.*experts"], scale_dtype="torch.float8_e4m3fn"), "mxfp4"),
+    ({"groups": {"targets": ["re:.*mlp.*"], "transform_config": transform("Linear")}}, "mxfp4"),
+    (auto_round(extra_config={"mlp.down_proj": {"rotation_config": {"layers": [0]}}}), "mxfp4"),
     ({"quant_method": "fp8", "scale_fmt": "ue8m0"}, "fp8_block_u8"),
     ({"quant_method": "new", "wonder": "e5m3x", "scale_rule": "e5m3"}, "mxfp4"),
     ("mx_fp", "mxfp4"),
@@ -115,6 +118,7 @@ HIDDEN, FUSED, OLD, MTP = (
         ("Linear", True), (None, True), ({"a": 1}, True), ("re:(", True), (3, True), ("indexer", True), ("wk", True),
         ("re:.*self_attn.*", True), (r"re:^model\.language_model\.layers\.3\.", True), ("*.wk", True), ("model*", True),
         ("language_model.model.layers.3.self_attn.indexer.wk", True), (r".*\.[0-9]\..*k$", True), (HIDDEN, True),
+        ("layers.3.self.attn", True),
         ("*.layers.[!1].*", True), ("model.layers.3.self_attn.indexer.wk_weights_proj", True),
         ("re:.*down_proj$", False), ("*down_proj", False), ("down_proj", False), ("model.layers.3.mlp", False),
         (r"re:.*layers\.(4|13|30)\..*", False), (13, False), (30, False), ("re:.*q_b?_proj", False), ("lm_head", False),
@@ -130,6 +134,7 @@ def test_targets_that_may_mean_an_indexer(target, is_meant):
         assert Scope([target]).may_hold(MTP)
     for ignore in ([HIDDEN], ["layers.3.self_attn.indexer.wk"], [f"language_model.{HIDDEN}"], [r"re:model.*\.3\..*wk"]):
         assert not any(Scope([target], ignore).may_hold(name) for name in (HIDDEN, OLD))
+    assert Scope([target], ["layers.3.self_attn.indexer.wk"]).may_hold(FUSED) == is_meant  # a part of it is not ignored
     for ignore in ([None], ["re:("], ["re:indexer"], ["Linear"], ["lm_head"], ["re:.*indexer$"], ["model.layers.3"]):
         assert Scope(["Linear"], ignore).may_hold(HIDDEN)
     for other in ("model.mtp_layers.3", "draft.model.layers.3"):  # another layer 3
