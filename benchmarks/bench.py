@@ -14,6 +14,7 @@ import csv
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -99,7 +100,7 @@ def timer(contender: str, case: Case, how: str) -> Timer:
 class Side:
     """One side of an A/B: a process that measures a KernelConfig, or another Python's `project_all`.
 
-    Raises OSError or ValueError if the command cannot be run, RuntimeError or WrongError if the process says so.
+    Raises OSError or ValueError if the command cannot be run.
     """
 
     def __init__(self, label: str, text: str) -> None:
@@ -107,27 +108,43 @@ class Side:
         if text.startswith("{"):
             self._contender, command = text, [sys.executable]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
-        self.process = subprocess.Popen([*command, *SERVER], **pipes)  # type: ignore[call-overload]
-        self.software = self._ask([self._contender, None, None])
+        self._process = subprocess.Popen([*command, *SERVER], **pipes)  # type: ignore[call-overload]
+
+    def software(self) -> Result:
+        """Raises what `_ask` raises."""
+        found: Result = self._ask([self._contender, None, None])
+        return found
 
     def timer(self, case: Case, how: str) -> Timer:
+        """Raises what `_ask` raises, and so does the timer."""
         ask = partial(self._ask, [self._contender, case, how])
         ask()  # compiles and checks
         return ask
 
+    def end(self) -> None:
+        """Ends the process and those that it has started, and drops what they have said.
+
+        Nothing waits for the process, so its id stays its own.
+        """
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.stdout.close()
+
     def _ask(self, request: Any) -> Any:
+        """Raises RuntimeError or WrongError if the process says so. Ends one that answers anything else."""
         line = ""
         try:
-            print(json.dumps(request), file=self.process.stdin, flush=True)
-            line = self.process.stdout.readline()
+            print(json.dumps(request), file=self._process.stdin, flush=True)
+            line = self._process.stdout.readline()
             answer = json.loads(line)
-        except (BrokenPipeError, ValueError) as error:
+            if "error" not in answer:
+                return answer["answer"]
+            kind, text = WrongError if answer["wrong"] else RuntimeError, answer["error"]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            self.end()
             found = f"output {line.strip()!r}" if line else "that the process ended"
             expected = "a Python that has indexproj and prints nothing else"
             raise RuntimeError(f"{self.name}: expected {expected}, found {found}") from error
-        if "error" in answer:
-            raise (WrongError if answer["wrong"] else RuntimeError)(f"{self.name}: {answer['error']}")
-        return answer["answer"]
+        raise kind(f"{self.name}: {text}")
 
 
 def serve() -> None:
@@ -138,13 +155,14 @@ def serve() -> None:
         try:
             contender_of(contender)
             answer: Result = {"answer": cached(contender, Case(*case), how)() if case else software()}
-        except (RuntimeError, TritonError, ValueError, TypeError) as error:
+        except (RuntimeError, TritonError, ValueError, TypeError, LookupError) as error:
             answer = failure(error)
         print(json.dumps(answer), flush=True)
 
 
 def failure(error: Exception) -> Result:
-    return {"error": str(error).strip().partition("\n")[0], "wrong": isinstance(error, WrongError)}
+    text = repr(error) if isinstance(error, LookupError) else str(error)
+    return {"error": text.strip().partition("\n")[0], "wrong": isinstance(error, WrongError)}
 
 
 def software() -> dict[str, str]:
@@ -198,7 +216,7 @@ def run(
     try:
         for label, text in zip("AB", ab, strict=False):
             sides.append(Side(label, text))
-        yield machine() | {f"versions of {side.name}": side.software for side in sides}
+        yield machine() | {f"versions of {side.name}": side.software() for side in sides}
         for name, size, sample in gpu.ceilings(gpu.current_gpu()):
             us = gpu.in_turn({name: sample})[name]
             yield {"suite": "ceilings", "contender": name, "how": "device", "us": us, "bytes": size}
@@ -212,7 +230,7 @@ def run(
         yield machine()
     finally:
         for side in sides:
-            side.process.kill()
+            side.end()
 
 
 if __name__ == "__main__":

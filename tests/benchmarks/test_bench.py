@@ -6,7 +6,9 @@ import os
 import re
 import signal
 import sys
+import time
 from itertools import product
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -163,6 +165,48 @@ def test_ab_of_two_processes(folder):
     assert "3 (3-3)" in report.markdown(report.read(folder))
     result = run(*SMALL, "--ab", SIDE, "--ab", config, code=1)
     assert result.stderr.count("off by 1.0e+00 of the largest output") == 2
+
+
+def is_running(pid):
+    """Zombies are not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] not in "ZX"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("output", ["Welcome", "3", "null", '"error"', "{}", '{"error": "no wrong"}', ""])
+def test_a_side_without_the_protocol_is_ended(folder, output):
+    """With all of its processes, so that no later answer is taken for another question's."""
+    script = folder.parent / "side"
+    script.write_text(f"#!/bin/sh\necho $$ >> pids\nsleep 100 &\necho $! >> pids\necho '{output}'\nwait\n")
+    script.chmod(0o755)
+    message = "B: ./side: expected a Python that has indexproj and prints nothing else, found output "
+    assert message + repr(output) in run(*SMALL, "--ab", SIDE, "--ab", "./side", code=2).stderr
+    pids, deadline = (folder.parent / "pids").read_text().split(), time.monotonic() + 10
+    while any(map(is_running, pids)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_no_answer_is_read_after_an_unreadable_one(folder):
+    """The side answers the request for versions, and the next request twice."""
+    script = folder.parent / "side"
+    late = """while echo '{"answer": 1.0}'; do read -r line || exit; done"""
+    script.write_text(f"""#!/bin/sh\nread -r line\necho '{{"answer": {{}}}}'\nread -r line\necho Warning\n{late}\n""")
+    script.chmod(0o755)
+    run(*SMALL, "--ab", "./side", "--ab", SIDE, code=2)
+    errors = [each["error"] for each in lines(folder) if "error" in each]
+    assert [error.rpartition("found ")[2] for error in errors] == ["output 'Warning'", "that the process ended"]
+
+
+def test_a_side_without_the_shape_answers(folder, monkeypatch, capsys):
+    requests = [["indexproj", ["deepseek-v9", FP8, 3], "device"], ["indexproj", ["glm-5", FP8, 3], "device"]]
+    monkeypatch.setattr(sys, "stdin", map(json.dumps, requests))
+    bench.serve()
+    failed, measured = map(json.loads, capsys.readouterr().out.splitlines())
+    assert failed == {"error": "KeyError('deepseek-v9')", "wrong": False}
+    assert measured["answer"] > 1
 
 
 def test_counters(folder, monkeypatch):
