@@ -104,9 +104,8 @@ class Side:
     """
 
     def __init__(self, label: str, text: str) -> None:
-        self.name, self._contender, command = f"{label}: {text}", "indexproj", shlex.split(text)
-        if text.startswith("{"):
-            self._contender, command = text, [sys.executable]
+        self.name, self.is_config = f"{label}: {text}", text.startswith("{")
+        self._contender, command = (text, [sys.executable]) if self.is_config else ("indexproj", shlex.split(text))
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
         self._process = subprocess.Popen([*command, *SERVER], **pipes)  # type: ignore[call-overload]
 
@@ -172,11 +171,13 @@ def software() -> dict[str, str]:
     return versions() | tuned
 
 
-def measure(suite: str, case: Case, makers: Mapping[str, Callable[[Case, str], Timer]]) -> Iterator[Result]:
+def measure(
+    suite: str, case: Case, makers: Mapping[str, Callable[[Case, str], Timer]], hows: Iterable[str]
+) -> Iterator[Result]:
     """Times on the GPU and from Python of what can run, and errors of what cannot."""
     *ns, k = SHAPES[case.shape]
     read = nbytes(SHAPES[case.shape], parse_pair(case.pair)) + 2 * case.m * k
-    for how in ("device", "eager"):
+    for how in hows:
         ready, head = {}, {"suite": suite, **case._asdict(), "how": how}
         for name, make in makers.items():
             try:
@@ -221,10 +222,12 @@ def run(
             us = gpu.in_turn({name: sample})[name]
             yield {"suite": "ceilings", "contender": name, "how": "device", "us": us, "bytes": size}
         makers = {side.name: side.timer for side in sides} or {name: partial(timer, name) for name in contenders}
+        # From Python, a config is a bare `launch`, and a command's side is `project_all`.
+        hows = ("device",) if any(side.is_config for side in sides) else ("device", "eager")
         for case in cases:
             if monotonic() >= end:
                 break
-            yield from measure("A/B" if sides else "projection", case, makers)
+            yield from measure("A/B" if sides else "projection", case, makers, hows)
             if with_counters:
                 yield counters(case)
         yield machine()

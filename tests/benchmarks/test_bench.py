@@ -65,7 +65,7 @@ def test_every_contender_in_turn(folder, shape, pair, weights_bytes, out_bytes):
 
 def test_most_telling_cases_first_and_filters(folder, monkeypatch):
     asked = []
-    monkeypatch.setattr(bench, "measure", lambda suite, case, makers: asked.append((case, *makers)) or ())
+    monkeypatch.setattr(bench, "measure", lambda suite, case, makers, hows: asked.append((case, *makers)) or ())
     run()
     published = sum(fits(*each) for each in product(SHAPES, PAIRS))
     assert len(asked) == len(set(asked)) == published * len(bench.MS)
@@ -95,7 +95,7 @@ def test_interrupted_and_killed_runs_keep_results(folder, monkeypatch, error):
     """Each result is on disk before the next one is measured; the next run ends a line that was cut short."""
     seen = []
 
-    def measure(suite, case, makers):
+    def measure(suite, case, makers, hows):
         for number in range(3):
             seen.append(len(lines(folder)))
             yield {"suite": suite, "contender": str(number), "how": "device", "us": [1.0]}
@@ -164,7 +164,8 @@ def test_ab_of_two_processes(folder):
         assert [own / base for own, base in zip(two["us"], one["us"], strict=True)] == [3.0] * gpu.ROUNDS
     assert "3 (3-3)" in report.markdown(report.read(folder))
     result = run(*SMALL, "--ab", SIDE, "--ab", config, code=1)
-    assert result.stderr.count("off by 1.0e+00 of the largest output") == 2
+    assert result.stderr.count("off by 1.0e+00 of the largest output") == 1
+    assert [each["how"] for each in lines(folder)[-3:-1]] == ["device"] * 2  # a config's launches are not those of A
 
 
 def is_running(pid):
