@@ -185,7 +185,7 @@ def measure(
             except (RuntimeError, TritonError) as error:
                 yield head | {"contender": name} | failure(error)
         for name, us in gpu.in_turn(ready).items():
-            dtypes = out_dtypes("bf16" if "bf16" in name else "fp32", len(ns))
+            dtypes = out_dtypes("bf16" if name == "indexproj, bf16" else "fp32", len(ns))
             written = case.m * sum(n * dtype.itemsize for n, dtype in zip(ns, dtypes, strict=True))
             yield head | {"contender": name, "us": us} | ({} if name.startswith("torch") else {"bytes": read + written})
 

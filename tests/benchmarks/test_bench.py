@@ -155,13 +155,14 @@ def test_without_a_supported_gpu(monkeypatch, tmp_path):
 
 def test_ab_of_two_processes(folder):
     """One has another clock, or measures a config that is wrong: one with one warp."""
-    slower, config = f"env SLOWER=3 {SIDE}", '{"regime": "gemv", "block_m": 4, "block_k": 128, "num_warps": 1}'
+    slower, config = f"env SLOWER=3 TABLE=bf16.json {SIDE}", '{"regime": "gemv", "block_m": 4, "block_k": 128, "num_warps": 1}'
     run(*SMALL, "--ab", SIDE, "--ab", slower)
     start, *_, a, b, c, d, _ = lines(folder)
     assert start[f"versions of A: {SIDE}"] == start["versions"]
     for one, two in ((a, b), (c, d)):
         assert (one["suite"], one["contender"], two["contender"]) == ("A/B", f"A: {SIDE}", f"B: {slower}")
         assert [own / base for own, base in zip(two["us"], one["us"], strict=True)] == [3.0] * gpu.ROUNDS
+        assert one["bytes"] == two["bytes"]
     assert "3 (3-3)" in report.markdown(report.read(folder))
     result = run(*SMALL, "--ab", SIDE, "--ab", config, code=1)
     assert result.stderr.count("off by 1.0e+00 of the largest output") == 1
