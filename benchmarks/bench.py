@@ -191,15 +191,15 @@ def measure(
 
 
 def counters(case: Case) -> Result:
-    """What ncu counts. Raises RuntimeError if it counts nothing, OSError if it is not installed."""
+    """What ncu counts, or an error if it counts nothing. Raises OSError if ncu is not installed."""
     command, request = [*NCU.split(), sys.executable, *SERVER], json.dumps(["indexproj", case, "eager"])
     done = subprocess.run(command, input=request, capture_output=True, text=True, check=False)
     rows = csv.DictReader(dropwhile(lambda line: not line.startswith('"ID"'), done.stdout.splitlines()))
     named = (row for row in rows if row["Metric Name"])  # the others are advice
     found = {row["Metric Name"]: f"{row['Metric Value']} {row['Metric Unit']}".strip() for row in named}
-    if not found:
-        raise RuntimeError(f"ncu: {(done.stdout + done.stderr).strip().rpartition(chr(10))[2]}")
-    return {"suite": "counters", **case._asdict(), "contender": "indexproj", "how": "device", "counters": found}
+    error = {"error": f"ncu: {(done.stdout + done.stderr).strip().rpartition(chr(10))[2]}", "wrong": False}
+    head = {"suite": "counters", **case._asdict(), "contender": "indexproj", "how": "device"}
+    return head | ({"counters": found} if found else error)
 
 
 def machine() -> Result:
@@ -211,7 +211,7 @@ def run(
 ) -> Iterator[Result]:
     """Results of ceilings, then of case after case until time is up. ab: two sides to compare, in place of contenders.
 
-    Raises OSError, ValueError or RuntimeError if the GPU is not supported, or a side or ncu does not run.
+    Raises OSError, ValueError or RuntimeError if the GPU is not supported, or a side does not run, or ncu is missing.
     """
     end, sides = monotonic() + seconds, []
     try:

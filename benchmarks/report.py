@@ -98,7 +98,9 @@ def _timed(group: Group, rate: float) -> Iterator[Row]:
 
 
 def _counted(group: Group) -> Iterator[Row]:
-    counted = {m: by_how["device"]["counters"] for (m, _), by_how in group.items()}
+    """One that ncu could not count has a row with its error."""
+    results = {m: by_how["device"] for (m, _), by_how in group.items()}
+    counted = {m: each["counters"] if "counters" in each else {"error": each["error"]} for m, each in results.items()}
     for name in dict.fromkeys(name for counters in counted.values() for name in counters):
         yield {"counter": name} | {f"M = {m}": counters.get(name, "") for m, counters in counted.items()}
 

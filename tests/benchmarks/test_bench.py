@@ -155,7 +155,10 @@ def test_without_a_supported_gpu(monkeypatch, tmp_path):
 
 def test_ab_of_two_processes(folder):
     """One has another clock, or measures a config that is wrong: one with one warp."""
-    slower, config = f"env SLOWER=3 TABLE=bf16.json {SIDE}", '{"regime": "gemv", "block_m": 4, "block_k": 128, "num_warps": 1}'
+    slower, config = (
+        f"env SLOWER=3 TABLE=bf16.json {SIDE}",
+        '{"regime": "gemv", "block_m": 4, "block_k": 128, "num_warps": 1}',
+    )
     run(*SMALL, "--ab", SIDE, "--ab", slower)
     start, *_, a, b, c, d, _ = lines(folder)
     assert start[f"versions of A: {SIDE}"] == start["versions"]
@@ -228,4 +231,7 @@ def test_counters(folder, monkeypatch):
     assert "--launch-count 1" in (folder.parent / "arguments").read_text()
     assert re.search(r"dram__bytes.sum +\| 1,234 byte", out)
     ncu("==ERROR== ERR_NVGPUCTRPERM: no permission")
-    assert run(*SMALL, "--counters", code=2).stderr == "bench: ncu: ==ERROR== ERR_NVGPUCTRPERM: no permission\n"
+    result = run(*SMALL, "--m", 1, "--counters", "--contender", "torch linear", code=2)
+    message = "ncu: ==ERROR== ERR_NVGPUCTRPERM: no permission"
+    assert result.stderr == "".join(f"bench: indexproj, device, glm-5, {FP8}, {m}: {message}\n" for m in (3, 1))
+    assert re.search(rf"error +\| {message} \| {message} \|", report.markdown(report.read(folder)))
