@@ -120,8 +120,8 @@ def tune(
     """Measure which kernels are fastest on this GPU.
 
     Keeps a table for 1 to 16384 rows, which dispatch reads. Processes with the same GPU and the same versions of
-    indexproj, torch and Triton then run the fastest kernels. For BF16 weights that can be torch.mm; its results are
-    cuBLAS's. Entries for other shapes and pairs stay in the table. To use a table written with --output, set
+    indexproj, torch and Triton then run the fastest kernels. For a pair in BF16 that can be torch.mm; its results
+    are cuBLAS's. Entries for other shapes and pairs stay in the table. To use a table written with --output, set
     INDEXPROJ_TUNED=FILE. Exits with 1 if a kernel is wrong.
     """
     from ..kernels import KernelConfig

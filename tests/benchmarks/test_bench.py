@@ -155,10 +155,8 @@ def test_without_a_supported_gpu(monkeypatch, tmp_path):
 
 def test_ab_of_two_processes(folder):
     """One has another clock, or measures a config that is wrong: one with one warp."""
-    slower, config = (
-        f"env SLOWER=3 TABLE=bf16.json {SIDE}",
-        '{"regime": "gemv", "block_m": 4, "block_k": 128, "num_warps": 1}',
-    )
+    slower = f"env SLOWER=3 TABLE=bf16.json {SIDE}"
+    config = '{"regime": "gemv", "block_m": 4, "block_k": 128, "num_warps": 1}'
     run(*SMALL, "--ab", SIDE, "--ab", slower)
     start, *_, a, b, c, d, _ = lines(folder)
     assert start[f"versions of A: {SIDE}"] == start["versions"]

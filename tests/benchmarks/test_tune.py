@@ -207,7 +207,7 @@ def test_tune_writes_what_launches_read(h100, monkeypatch, tmp_path):
     assert list(read_table(path, GPU)) == cases
     for entry in entries_of(path):
         assert entry["tried"] == entry["candidates"] > 1
-        assert len(entry["torch_us"]) == (2 if set(entry["formats"]) == {"BF16"} else 0)
+        assert len(entry["torch_us"]) == (2 if entry["formats"] == ["BF16", "BF16"] else 0)
         assert f"{tune.summary(entry)}\n" in result.stdout
     table = dict.fromkeys(cases, (SPLIT, [out_dtypes("fp32", 3)]))
     monkeypatch.setattr(launch, "table_of", lambda device: table)
