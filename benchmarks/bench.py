@@ -60,12 +60,19 @@ def by_torch(multiply: Callable[..., Tensor], x: Tensor, matrices: Matrices) -> 
     return lambda: torch.split(multiply(x, fused), ns, 1)
 
 
+def to_e4m3(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes, and fp32 scales of each row."""
+    scales = matrix.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / 448
+    return (matrix / scales).to(torch.float8_e4m3fn), scales
+
+
+x_in_e4m3 = lru_cache(maxsize=1)(to_e4m3)  # one for all copies of the weights, as other contenders read one x
+
+
 def scaled_mm(x: Tensor, matrices: Matrices) -> Call:
     """One GEMM in e4m3 with a scale per row. Quantizing x is not timed."""
-    wide, ns = (x.float(), torch.cat([matrix.dequantize() for matrix in matrices])), rows(matrices)
-    s, t = (matrix.abs().amax(1, keepdim=True).clamp(min=1e-12) / 448 for matrix in wide)
-    a, b = ((matrix / scale).to(torch.float8_e4m3fn) for matrix, scale in zip(wide, (s, t), strict=True))
-    multiply = partial(torch._scaled_mm, a, b.T, s, t.T, out_dtype=torch.bfloat16)
+    (a, s), (b, t) = x_in_e4m3(x), to_e4m3(torch.cat([matrix.dequantize() for matrix in matrices]))
+    multiply, ns = partial(torch._scaled_mm, a, b.T, s, t.T, out_dtype=torch.bfloat16), rows(matrices)
     return lambda: torch.split(multiply(), ns, 1)
 
 

@@ -63,6 +63,14 @@ def test_every_contender_in_turn(folder, shape, pair, weights_bytes, out_bytes):
     assert len(lines(folder)) == 14 + 4  # appended; no time for more than ceilings
 
 
+def test_scaled_mm_quantizes_x_once(folder, monkeypatch):
+    codes, multiply = set(), torch._scaled_mm
+    spy = lambda a, *others, **named: codes.add(a.data_ptr()) or multiply(a, *others, **named)  # noqa: E731
+    monkeypatch.setattr(torch, "_scaled_mm", spy)
+    run(*SMALL, "--contender", "torch _scaled_mm")
+    assert len(codes) == 1
+
+
 def test_most_telling_cases_first_and_filters(folder, monkeypatch):
     asked = []
     monkeypatch.setattr(bench, "measure", lambda suite, case, makers, hows: asked.append((case, *makers)) or ())
