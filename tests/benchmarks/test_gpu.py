@@ -67,6 +67,15 @@ def test_choices_run_on_every_copy_after_a_check(timer_of, monkeypatch, formats)
     assert formats == FP8 or [timer(outs)() for outs in OUTS] == [count] * 2
 
 
+@pytest.mark.parametrize(("hip", "cached", "size"), [(None, 10**5, 2 * 10**4), ("7.0", 2**28, 2 * 10**7)])
+def test_weight_copies_do_not_stay_in_a_cache(timer_of, monkeypatch, hip, cached, size):
+    """While one is read, the others take twice the L2 cache, or MI300's Infinity Cache."""
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(gpu, "random_matrix", lambda *_: mock.Mock(nbytes=size // 2, map=lambda _: None))
+    copies = gpu.weight_copies((128, 32, 1024), FP8, fake_gpu.CPU)
+    assert 2 * cached <= (len(copies) - 1) * size < 2 * cached + size
+
+
 @pytest.mark.parametrize(
     ("choice", "factor", "message"),
     [
