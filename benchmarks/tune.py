@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, TimeoutError, as_completed
+from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import date
 from itertools import chain, product, zip_longest
@@ -183,15 +184,24 @@ def _compile_one(target: Target, config: KernelConfig, *arguments: Any) -> None:
 
 
 def read_tuned(path: Path, gpu: str) -> tuple[Entries, Entries]:
-    """Entries of these versions and of others. Raises OSError or ValueError for a file that is no table of this GPU."""
+    """Entries of these versions, and those of others that this one can read.
+
+    Raises OSError or ValueError for a file that is no table of this GPU.
+    """
     if not path.exists():
         return {}, {}
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
         if (found := (table["schema"], table["gpu"])) != (TABLE_SCHEMA, gpu):
             raise ValueError(f"expected schema and GPU {(TABLE_SCHEMA, gpu)}, found {found}")
-        own, other = ({case_of(entry): entry for entry in table.get(key, ())} for key in ("entries", "other_versions"))
-        return (own, other) if table["versions"] == versions() else ({}, other | own)
+        own, others = table.get("entries", ()), table.get("other_versions", ())
+        if table["versions"] != versions():
+            own, others = (), [*others, *own]
+        other: Entries = {}
+        for entry in others:
+            with suppress(ValueError, LookupError, TypeError, AttributeError):  # fields or formats unknown here
+                other[case_of(entry)] = entry
+        return {case_of(entry): entry for entry in own}, other
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be extended; move it away: {error!r}") from error
 

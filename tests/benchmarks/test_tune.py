@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -220,7 +221,10 @@ def test_tune_keeps_entries_of_other_shapes_and_versions(h100, tmp_path):
     path = tmp_path / "table.json"
     run(*PAIR, "--pair", "FP8 128x128, BF16", "--output", path)
     old = entries_of(path)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"versions": {"triton": "3.0"}}))
+    unknown = old[0] | {"m": 2, "config": old[0]["config"] | {"clusters": 2}}, old[0] | {"formats": ["INT4", "BF16"]}
+    table = json.loads(path.read_text()) | {"versions": {"triton": "3.0"}, "entries": [unknown[0], *old]}
+    older = old[0] | {"config": asdict(SPLIT)}  # what replaced it is tried
+    path.write_text(json.dumps(table | {"other_versions": [unknown[1], older]}))
     result = run(*PAIR, "--output", path)
     assert result.stderr.count("has configs of other versions, which are tried first") == 1
     known = {tune.case_of(entry): KernelConfig(**entry["config"]) for entry in old}
