@@ -32,7 +32,7 @@ from triton.errors import TritonError
 from ..indexer.models import SHAPES
 from ..kernels import KernelConfig, project_all
 from ..kernels.dispatch import TABLE_VARIABLE, out_dtypes, table_of, versions
-from ..kernels.formats import parse_pair
+from ..kernels.formats import Format, parse_pair
 from . import gpu
 from .estimate import nbytes
 from .gpu import TOLERANCES, TORCH_TOLERANCES, Call, Choice, Contender, Matrices, Sampler, Timer, Tolerances, WrongError
@@ -80,12 +80,11 @@ def rows(matrices: Matrices) -> list[int]:
     return [matrix.shape[0] for matrix in matrices]
 
 
-OURS = TOLERANCES | {torch.float32: TORCH_TOLERANCES[torch.float32]}  # a table may choose torch.mm
 # Against fp64 with the values on disk: these round weights at load, and scaled_mm also rounds x.
 UPCAST = {torch.float32: 2**-6, torch.bfloat16: 2**-6}
 CONTENDERS: dict[str, tuple[Contender, Tolerances]] = {
-    "indexproj": (lambda x, ms: partial(project_all, x, ms, dtypes=out_dtypes("fp32", len(ms))), OURS),
-    "indexproj, bf16": (lambda x, ms: partial(project_all, x, ms, out=x.new_empty(len(x), sum(rows(ms)))), OURS),
+    "indexproj": (lambda x, ms: partial(project_all, x, ms, dtypes=out_dtypes("fp32", len(ms))), TOLERANCES),
+    "indexproj, bf16": (lambda x, ms: partial(project_all, x, ms, out=x.new_empty(len(x), sum(rows(ms)))), TOLERANCES),
     "torch linear": (partial(by_torch, linear), UPCAST),
     "torch mm, fp32": (partial(by_torch, lambda x, fused: torch.mm(x, fused.T, out_dtype=torch.float32)), UPCAST),
     "torch _scaled_mm": (scaled_mm, {torch.bfloat16: 0.1}),
@@ -100,8 +99,10 @@ def contender_of(name: str) -> tuple[Choice, Tolerances]:
 
 def timer(contender: str, case: Case, how: str) -> Timer:
     """Raises what `contender_of` and `Sampler.timer` raise."""
-    sampler = sampler_of(case.m, SHAPES[case.shape], parse_pair(case.pair), gpu.current_gpu())
-    return sampler.timer(*contender_of(contender), how)
+    formats, (choice, tolerances) = parse_pair(case.pair), contender_of(contender)
+    if formats == (Format.BF16, Format.BF16) and contender.startswith("indexproj"):  # a table may choose torch.mm
+        tolerances = tolerances | {torch.float32: TORCH_TOLERANCES[torch.float32]}
+    return sampler_of(case.m, SHAPES[case.shape], formats, gpu.current_gpu()).timer(choice, tolerances, how)
 
 
 class Side:

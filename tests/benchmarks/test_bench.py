@@ -1,5 +1,6 @@
 """`indexproj bench` and `report` on a made-up GPU: everything but the GPU and the clock is real."""
 
+import contextlib
 import functools
 import json
 import os
@@ -96,6 +97,28 @@ def test_wrong_results_are_not_timed(folder, monkeypatch, names, code):
     assert {each["contender"] for each in errors} == names
     assert all(each["wrong"] and "us" not in each and "off by" in each["error"] for each in errors)
     assert ("bench: indexproj, device, glm-5, FP8 128x128, BF16, 3: off by" in result.stderr) == bool(code)
+
+
+@pytest.mark.parametrize(
+    ("name", "pair", "tolerance"),
+    [
+        ("indexproj", FP8, 2e-6), ("indexproj", THREE, 2e-6), ("indexproj", "BF16, BF16", 1e-4),
+        ("indexproj, bf16", FP8, 2**-8), ("indexproj, bf16", "BF16, BF16", 2**-8),
+        ("torch mm, fp32", FP8, 2**-6), ("torch linear", FP8, 2**-6), ("torch _scaled_mm", FP8, 0.1),
+    ],
+)  # fmt: skip
+def test_tolerances(folder, monkeypatch, name, pair, tolerance):
+    """A contender that adds error to exact results: half as much as is tolerated, or twice."""
+    case = bench.Case("deepseek-v4-pro" if pair == THREE else "glm-5", pair, 3)
+    dtype = torch.bfloat16 if name in ("indexproj, bf16", "torch linear", "torch _scaled_mm") else torch.float32
+
+    def contender(x, matrices):
+        return lambda: [((1 + factor * tolerance) * each).to(dtype) for each in fake_gpu.exact_outputs(x, matrices)]
+
+    monkeypatch.setitem(bench.CONTENDERS, name, (contender, bench.CONTENDERS[name][1]))
+    for factor, fails in ((0.5, False), (2, True)):
+        with pytest.raises(gpu.WrongError, match="off by") if fails else contextlib.nullcontext():
+            bench.timer(name, case, "device")
 
 
 @pytest.mark.parametrize("error", ["interrupted", "CUDA error: an illegal memory access"])
