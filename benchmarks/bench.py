@@ -38,6 +38,7 @@ from .estimate import nbytes
 from .gpu import TOLERANCES, TORCH_TOLERANCES, Call, Choice, Contender, Matrices, Sampler, Timer, Tolerances, WrongError
 
 Result = dict[str, Any]
+Maker = Callable[["Case", str], Timer]
 MS = (1, 16, 64, 8192, 4, 256, 1024, 2, 8, 32, 128, 4096, 16384)  # most telling first
 SERVER = ("-m", "indexproj.benchmarks.bench")
 # Bytes through memory and L2, pipes and stalls, of the first launch of ours.
@@ -60,18 +61,16 @@ def by_torch(multiply: Callable[..., Tensor], x: Tensor, matrices: Matrices) -> 
     return lambda: torch.split(multiply(x, fused), ns, 1)
 
 
+@lru_cache(maxsize=2)  # x, which all copies of the weights share, and one copy
 def to_e4m3(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Codes, and fp32 scales of each row."""
     scales = matrix.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / 448
     return (matrix / scales).to(torch.float8_e4m3fn), scales
 
 
-x_in_e4m3 = lru_cache(maxsize=1)(to_e4m3)  # one for all copies of the weights, as other contenders read one x
-
-
 def scaled_mm(x: Tensor, matrices: Matrices) -> Call:
     """One GEMM in e4m3 with a scale per row. Quantizing x is not timed."""
-    (a, s), (b, t) = x_in_e4m3(x), to_e4m3(torch.cat([matrix.dequantize() for matrix in matrices]))
+    (a, s), (b, t) = to_e4m3(x), to_e4m3(torch.cat([matrix.dequantize() for matrix in matrices]))
     multiply, ns = partial(torch._scaled_mm, a, b.T, s, t.T, out_dtype=torch.bfloat16), rows(matrices)
     return lambda: torch.split(multiply(), ns, 1)
 
@@ -117,14 +116,9 @@ class Side:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
         self._process = subprocess.Popen([*command, *SERVER], **pipes)  # type: ignore[call-overload]
 
-    def software(self) -> Result:
-        """Raises what `_ask` raises."""
-        found: Result = self._ask([self._contender, None, None])
-        return found
-
     def timer(self, case: Case, how: str) -> Timer:
-        """Raises what `_ask` raises, and so does the timer."""
-        ask = partial(self._ask, [self._contender, case, how])
+        """Raises what `ask` raises, and so does the timer."""
+        ask = partial(self.ask, case, how)
         ask()  # compiles and checks
         return ask
 
@@ -136,11 +130,14 @@ class Side:
         os.killpg(self._process.pid, signal.SIGKILL)
         self._process.stdout.close()
 
-    def _ask(self, request: Any) -> Any:
-        """Raises RuntimeError or WrongError if the process says so. Ends one that answers anything else."""
+    def ask(self, case: Case | None = None, how: str | None = None) -> Any:
+        """Microseconds or, without a case, `software`.
+
+        Raises RuntimeError or WrongError if the process says so. Ends one that answers anything else.
+        """
         line = ""
         try:
-            print(json.dumps(request), file=self._process.stdin, flush=True)
+            print(json.dumps([self._contender, case, how]), file=self._process.stdin, flush=True)
             line = self._process.stdout.readline()
             answer = json.loads(line)
             if "error" not in answer:
@@ -179,9 +176,7 @@ def software() -> dict[str, str]:
     return versions() | tuned
 
 
-def measure(
-    suite: str, case: Case, makers: Mapping[str, Callable[[Case, str], Timer]], hows: Iterable[str]
-) -> Iterator[Result]:
+def measure(suite: str, case: Case, makers: Mapping[str, Maker], hows: Iterable[str]) -> Iterator[Result]:
     """Times on the GPU and from Python of what can run, and errors of what cannot."""
     *ns, k = SHAPES[case.shape]
     read = nbytes(SHAPES[case.shape], parse_pair(case.pair)) + 2 * case.m * k
@@ -225,7 +220,7 @@ def run(
     try:
         for label, text in zip("AB", ab, strict=False):
             sides.append(Side(label, text))
-        yield machine() | {f"versions of {side.name}": side.software() for side in sides}
+        yield machine() | {f"versions of {side.name}": side.ask() for side in sides}
         for name, size, sample in gpu.ceilings(gpu.current_gpu()):
             us = gpu.in_turn({name: sample})[name]
             yield {"suite": "ceilings", "contender": name, "how": "device", "us": us, "bytes": size}
