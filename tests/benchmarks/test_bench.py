@@ -1,13 +1,13 @@
 """`indexproj bench` and `report` on a made-up GPU: everything but the GPU and the clock is real."""
 
 import contextlib
-import functools
 import json
 import os
 import re
 import signal
 import sys
 import time
+from functools import partial
 from itertools import product
 from pathlib import Path
 from unittest import mock
@@ -34,7 +34,7 @@ def folder(monkeypatch, tmp_path, mm_to_fp32):
     return tmp_path / "results"
 
 
-run = functools.partial(invoke, "bench", code=0)
+run = partial(invoke, "bench", code=0)
 
 
 def lines(folder):
@@ -241,6 +241,27 @@ def test_a_side_without_the_shape_answers(folder, monkeypatch, capsys):
     failed, measured = map(json.loads, capsys.readouterr().out.splitlines())
     assert failed == {"error": "KeyError('deepseek-v9')", "wrong": False}
     assert measured["answer"] > 1
+
+
+def test_contenders_take_turns(folder, monkeypatch):
+    """One call of each per round, and its checks only before the first."""
+    log = []
+
+    def timer(choice, tolerances, how):
+        log.append("check")
+        return lambda: log.append(choice) or 1.0
+
+    monkeypatch.setattr(bench, "sampler_of", lambda *_: mock.Mock(timer=timer))
+    monkeypatch.setattr(bench, "CONTENDERS", {name: (name, {}) for name in "ab"})
+    list(
+        bench.measure("projection", bench.Case("glm-5", FP8, 3), {n: partial(bench.timer, n) for n in "ab"}, ["eager"])
+    )
+    assert log == ["check"] * 2 + ["a", "b"] * (1 + gpu.ROUNDS)
+    log.clear()
+    request = json.dumps(["a", ["glm-5", FP8, 3], "eager"])
+    monkeypatch.setattr(sys, "stdin", [request] * 3)
+    bench.serve()
+    assert log == ["check", "a", "a", "a"]
 
 
 def test_counters(folder, monkeypatch):

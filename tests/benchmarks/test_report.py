@@ -55,6 +55,16 @@ def test_results_of_a_second_run_of_one_contender(folder):
     assert [cell.strip() for cell in row.split("|")[3:5]] == ["1 (1-1)", ""]
 
 
+@pytest.mark.parametrize("fastest", ["torch linear", "torch mm, fp32"])
+def test_fastest_of_torch_is_the_baseline(folder, fastest):
+    """Not that in FP8, which computes something else."""
+    machine, _, *results = report.read(folder)
+    us = {"indexproj": 1.0, "torch linear": 4.0, "torch mm, fp32": 4.0, "torch _scaled_mm": 0.5} | {fastest: 2.0}
+    text = report.markdown([machine, *(each | {"us": [us[each["contender"]]]} for each in results if "us" in each)])
+    ratios = [line.split("|")[4].strip()[:4] for line in text.splitlines() if line.startswith("| 16 | indexproj ")]
+    assert ratios == ["0.5 "]
+
+
 def test_side_a_is_the_baseline_of_every_ab(folder):
     """Side B of the second run has a place in the table before its A. A side without its rival has no ratio."""
     machine, *_ = report.read(folder)

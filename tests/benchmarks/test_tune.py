@@ -7,6 +7,7 @@ import math
 import os
 import signal
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -234,6 +235,21 @@ def test_tune_keeps_entries_of_other_shapes_and_versions(h100, tmp_path):
     assert h100[2][3].keys() == known.keys()
     assert list(read_table(path, GPU)) == list(known)
     assert json.loads(path.read_text())["other_versions"] == []
+
+
+def test_failed_write_leaves_the_old_table(h100, monkeypatch, tmp_path):
+    path = tmp_path / "table.json"
+    run(*PAIR, "--output", path)
+    before = path.read_bytes()
+
+    def cut_short(self, text, **named):
+        with self.open("w") as file:
+            file.write(text[:10])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", cut_short)
+    assert run(*PAIR, "--output", path, code=2).stderr == "tune: No space left on device\n"
+    assert path.read_bytes() == before
 
 
 TABLES = {"schema": 0}, {"gpu": "H200"}, {"entries": 3}, {"entries": [{"m": 16}]}
