@@ -114,6 +114,25 @@ def test_graphs_share_counters(timer_of, monkeypatch):
         assert workspace._reserves[fake_gpu.CPU].numel() == workspace.RESERVE
 
 
+def test_bytes_of_ceilings(monkeypatch):
+    """A copy reads and writes a quarter of the free memory; L2 is read again and again, a quarter of it."""
+    seen = []
+
+    def read(x, out, blocks, repeats, block):
+        seen.append((x.nbytes, 4 * blocks * block))
+        out.fill_(repeats * block)
+
+    properties = mock.Mock(L2_cache_size=2**22, multi_processor_count=2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (4000, 8000))
+    monkeypatch.setattr(gpu, "empty_kernel", {(1,): lambda: None})
+    monkeypatch.setattr(gpu, "read_kernel", {(8,): read})
+    monkeypatch.setattr(gpu, "timer", fake_gpu.timer)
+    found = [(name, size) for name, size, _ in gpu.ceilings(fake_gpu.CPU)]
+    assert found == [("empty kernel", 0), ("copy", 2 * 1000), ("L2 read", 8 * 64 * 4 * 4096)]
+    assert seen == [(2**20, 2**20)]
+
+
 @pytest.mark.parametrize("how", ["device", "eager"])
 def test_timer_of_many_calls(monkeypatch, how):
     """In a graph, or from Python; at least 64."""
