@@ -92,7 +92,7 @@ sampler_of = lru_cache(maxsize=1)(Sampler)
 
 
 def contender_of(name: str) -> tuple[Choice, Tolerances]:
-    """name is a key of CONTENDERS or a KernelConfig in JSON. Raises ValueError or TypeError if it is neither."""
+    """name: a key of CONTENDERS, or a KernelConfig in JSON. Raises ValueError or TypeError if it is neither."""
     return CONTENDERS[name] if name in CONTENDERS else (KernelConfig(**json.loads(name)), TOLERANCES)
 
 
@@ -105,10 +105,7 @@ def timer(contender: str, case: Case, how: str) -> Timer:
 
 
 class Side:
-    """One side of an A/B: a process that measures a KernelConfig, or another Python's `project_all`.
-
-    Raises OSError or ValueError if the command cannot be run.
-    """
+    """A process that measures a KernelConfig or another Python's `project_all`. Raises OSError or ValueError."""
 
     def __init__(self, label: str, text: str) -> None:
         self.name, self.is_config = f"{label}: {text}", text.startswith("{")
@@ -123,18 +120,12 @@ class Side:
         return ask
 
     def end(self) -> None:
-        """Ends the process and those that it has started, and drops what they have said.
-
-        Nothing waits for the process, so its id stays its own.
-        """
-        os.killpg(self._process.pid, signal.SIGKILL)
+        """Ends the process and those that it has started, and drops what they have said."""
+        os.killpg(self._process.pid, signal.SIGKILL)  # nothing waits for it, so the id stays its own
         self._process.stdout.close()
 
     def ask(self, case: Case | None = None, how: str | None = None) -> Any:
-        """Microseconds or, without a case, `software`.
-
-        Raises RuntimeError or WrongError if the process says so. Ends one that answers anything else.
-        """
+        """Microseconds, or `software`. Raises RuntimeError or WrongError; ends a process that answers anything else."""
         line = ""
         try:
             print(json.dumps([self._contender, case, how]), file=self._process.stdin, flush=True)

@@ -99,8 +99,7 @@ def tune(
         default, *others = configs[case]
         ready = [config for config in others if (config, *case[1:]) in compiled]
         deadline = begin + (start + seconds - begin) * number / len(cases)
-        # For other formats torch would need a second, bf16 copy of the weights. Outputs of more than two matrices are
-        # not slices of one tensor unless the caller passes such, so torch would need a GEMM for each.
+        # For other formats torch would need a second, bf16 copy of the weights, and for three outputs a GEMM each.
         by_torch = list(OUTS) if case[2] == (Format.BF16, Format.BF16) else []
         timer = Sampler(*case, device).timer
         us, tried = search(case, [default, *by_torch, *ready], 1 + len(by_torch), timer, deadline)
