@@ -14,6 +14,7 @@ import csv
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,12 +32,13 @@ from triton.errors import TritonError
 from ..indexer.models import SHAPES
 from ..kernels import KernelConfig, project_all
 from ..kernels.dispatch import TABLE_VARIABLE, out_dtypes, table_of, versions
-from ..kernels.formats import parse_pair
+from ..kernels.formats import Format, parse_pair
 from . import gpu
 from .estimate import nbytes
 from .gpu import TOLERANCES, TORCH_TOLERANCES, Call, Choice, Contender, Matrices, Sampler, Timer, Tolerances, WrongError
 
 Result = dict[str, Any]
+Maker = Callable[["Case", str], Timer]
 MS = (1, 16, 64, 8192, 4, 256, 1024, 2, 8, 32, 128, 4096, 16384)  # most telling first
 SERVER = ("-m", "indexproj.benchmarks.bench")
 # Bytes through memory and L2, pipes and stalls, of the first launch of ours.
@@ -59,12 +61,17 @@ def by_torch(multiply: Callable[..., Tensor], x: Tensor, matrices: Matrices) -> 
     return lambda: torch.split(multiply(x, fused), ns, 1)
 
 
+@lru_cache(maxsize=2)  # x, which all copies of the weights share, and one copy
+def to_e4m3(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes, and fp32 scales of each row."""
+    scales = matrix.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / 448
+    return (matrix / scales).to(torch.float8_e4m3fn), scales
+
+
 def scaled_mm(x: Tensor, matrices: Matrices) -> Call:
     """One GEMM in e4m3 with a scale per row. Quantizing x is not timed."""
-    wide, ns = (x.float(), torch.cat([matrix.dequantize() for matrix in matrices])), rows(matrices)
-    s, t = (matrix.abs().amax(1, keepdim=True).clamp(min=1e-12) / 448 for matrix in wide)
-    a, b = ((matrix / scale).to(torch.float8_e4m3fn) for matrix, scale in zip(wide, (s, t), strict=True))
-    multiply = partial(torch._scaled_mm, a, b.T, s, t.T, out_dtype=torch.bfloat16)
+    (a, s), (b, t) = to_e4m3(x), to_e4m3(torch.cat([matrix.dequantize() for matrix in matrices]))
+    multiply, ns = partial(torch._scaled_mm, a, b.T, s, t.T, out_dtype=torch.bfloat16), rows(matrices)
     return lambda: torch.split(multiply(), ns, 1)
 
 
@@ -72,12 +79,11 @@ def rows(matrices: Matrices) -> list[int]:
     return [matrix.shape[0] for matrix in matrices]
 
 
-OURS = TOLERANCES | {torch.float32: TORCH_TOLERANCES[torch.float32]}  # a table may choose torch.mm
 # Against fp64 with the values on disk: these round weights at load, and scaled_mm also rounds x.
 UPCAST = {torch.float32: 2**-6, torch.bfloat16: 2**-6}
 CONTENDERS: dict[str, tuple[Contender, Tolerances]] = {
-    "indexproj": (lambda x, ms: partial(project_all, x, ms, dtypes=out_dtypes("fp32", len(ms))), OURS),
-    "indexproj, bf16": (lambda x, ms: partial(project_all, x, ms, out=x.new_empty(len(x), sum(rows(ms)))), OURS),
+    "indexproj": (lambda x, ms: partial(project_all, x, ms, dtypes=out_dtypes("fp32", len(ms))), TOLERANCES),
+    "indexproj, bf16": (lambda x, ms: partial(project_all, x, ms, out=x.new_empty(len(x), sum(rows(ms)))), TOLERANCES),
     "torch linear": (partial(by_torch, linear), UPCAST),
     "torch mm, fp32": (partial(by_torch, lambda x, fused: torch.mm(x, fused.T, out_dtype=torch.float32)), UPCAST),
     "torch _scaled_mm": (scaled_mm, {torch.bfloat16: 0.1}),
@@ -86,48 +92,54 @@ sampler_of = lru_cache(maxsize=1)(Sampler)
 
 
 def contender_of(name: str) -> tuple[Choice, Tolerances]:
-    """name is a key of CONTENDERS or a KernelConfig in JSON. Raises ValueError or TypeError if it is neither."""
+    """name: a key of CONTENDERS, or a KernelConfig in JSON. Raises ValueError or TypeError if it is neither."""
     return CONTENDERS[name] if name in CONTENDERS else (KernelConfig(**json.loads(name)), TOLERANCES)
 
 
 def timer(contender: str, case: Case, how: str) -> Timer:
     """Raises what `contender_of` and `Sampler.timer` raise."""
-    sampler = sampler_of(case.m, SHAPES[case.shape], parse_pair(case.pair), gpu.current_gpu())
-    return sampler.timer(*contender_of(contender), how)
+    formats, (choice, tolerances) = parse_pair(case.pair), contender_of(contender)
+    if formats == (Format.BF16, Format.BF16) and contender.startswith("indexproj"):  # a table may choose torch.mm
+        tolerances = tolerances | {torch.float32: TORCH_TOLERANCES[torch.float32]}
+    return sampler_of(case.m, SHAPES[case.shape], formats, gpu.current_gpu()).timer(choice, tolerances, how)
 
 
 class Side:
-    """One side of an A/B: a process that measures a KernelConfig, or another Python's `project_all`.
-
-    Raises OSError or ValueError if the command cannot be run, RuntimeError or WrongError if the process says so.
-    """
+    """A process that measures a KernelConfig or another Python's `project_all`. Raises OSError or ValueError."""
 
     def __init__(self, label: str, text: str) -> None:
-        self.name, self._contender, command = f"{label}: {text}", "indexproj", shlex.split(text)
-        if text.startswith("{"):
-            self._contender, command = text, [sys.executable]
+        self.name, self.is_config = f"{label}: {text}", text.startswith("{")
+        self._contender, command = (text, [sys.executable]) if self.is_config else ("indexproj", shlex.split(text))
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
-        self.process = subprocess.Popen([*command, *SERVER], **pipes)  # type: ignore[call-overload]
-        self.software = self._ask([self._contender, None, None])
+        self._process = subprocess.Popen([*command, *SERVER], **pipes)  # type: ignore[call-overload]
 
     def timer(self, case: Case, how: str) -> Timer:
-        ask = partial(self._ask, [self._contender, case, how])
+        """Raises what `ask` raises, and so does the timer."""
+        ask = partial(self.ask, case, how)
         ask()  # compiles and checks
         return ask
 
-    def _ask(self, request: Any) -> Any:
+    def end(self) -> None:
+        """Ends the process and those that it has started, and drops what they have said."""
+        os.killpg(self._process.pid, signal.SIGKILL)  # nothing waits for it, so the id stays its own
+        self._process.stdout.close()
+
+    def ask(self, case: Case | None = None, how: str | None = None) -> Any:
+        """Microseconds, or `software`. Raises RuntimeError or WrongError; ends a process that answers anything else."""
         line = ""
         try:
-            print(json.dumps(request), file=self.process.stdin, flush=True)
-            line = self.process.stdout.readline()
+            print(json.dumps([self._contender, case, how]), file=self._process.stdin, flush=True)
+            line = self._process.stdout.readline()
             answer = json.loads(line)
-        except (BrokenPipeError, ValueError) as error:
+            if "error" not in answer:
+                return answer["answer"]
+            kind, text = WrongError if answer["wrong"] else RuntimeError, answer["error"]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            self.end()
             found = f"output {line.strip()!r}" if line else "that the process ended"
             expected = "a Python that has indexproj and prints nothing else"
             raise RuntimeError(f"{self.name}: expected {expected}, found {found}") from error
-        if "error" in answer:
-            raise (WrongError if answer["wrong"] else RuntimeError)(f"{self.name}: {answer['error']}")
-        return answer["answer"]
+        raise kind(f"{self.name}: {text}")
 
 
 def serve() -> None:
@@ -138,13 +150,14 @@ def serve() -> None:
         try:
             contender_of(contender)
             answer: Result = {"answer": cached(contender, Case(*case), how)() if case else software()}
-        except (RuntimeError, TritonError, ValueError, TypeError) as error:
+        except (RuntimeError, TritonError, ValueError, TypeError, LookupError) as error:
             answer = failure(error)
         print(json.dumps(answer), flush=True)
 
 
 def failure(error: Exception) -> Result:
-    return {"error": str(error).strip().partition("\n")[0], "wrong": isinstance(error, WrongError)}
+    text = repr(error) if isinstance(error, LookupError) else str(error)
+    return {"error": text.strip().partition("\n")[0], "wrong": isinstance(error, WrongError)}
 
 
 def software() -> dict[str, str]:
@@ -154,11 +167,11 @@ def software() -> dict[str, str]:
     return versions() | tuned
 
 
-def measure(suite: str, case: Case, makers: Mapping[str, Callable[[Case, str], Timer]]) -> Iterator[Result]:
+def measure(suite: str, case: Case, makers: Mapping[str, Maker], hows: Iterable[str]) -> Iterator[Result]:
     """Times on the GPU and from Python of what can run, and errors of what cannot."""
     *ns, k = SHAPES[case.shape]
     read = nbytes(SHAPES[case.shape], parse_pair(case.pair)) + 2 * case.m * k
-    for how in ("device", "eager"):
+    for how in hows:
         ready, head = {}, {"suite": suite, **case._asdict(), "how": how}
         for name, make in makers.items():
             try:
@@ -166,21 +179,21 @@ def measure(suite: str, case: Case, makers: Mapping[str, Callable[[Case, str], T
             except (RuntimeError, TritonError) as error:
                 yield head | {"contender": name} | failure(error)
         for name, us in gpu.in_turn(ready).items():
-            dtypes = out_dtypes("bf16" if "bf16" in name else "fp32", len(ns))
+            dtypes = out_dtypes("bf16" if name == "indexproj, bf16" else "fp32", len(ns))
             written = case.m * sum(n * dtype.itemsize for n, dtype in zip(ns, dtypes, strict=True))
             yield head | {"contender": name, "us": us} | ({} if name.startswith("torch") else {"bytes": read + written})
 
 
 def counters(case: Case) -> Result:
-    """What ncu counts. Raises RuntimeError if it counts nothing, OSError if it is not installed."""
+    """What ncu counts, or an error if it counts nothing. Raises OSError if ncu is not installed."""
     command, request = [*NCU.split(), sys.executable, *SERVER], json.dumps(["indexproj", case, "eager"])
     done = subprocess.run(command, input=request, capture_output=True, text=True, check=False)
     rows = csv.DictReader(dropwhile(lambda line: not line.startswith('"ID"'), done.stdout.splitlines()))
     named = (row for row in rows if row["Metric Name"])  # the others are advice
     found = {row["Metric Name"]: f"{row['Metric Value']} {row['Metric Unit']}".strip() for row in named}
-    if not found:
-        raise RuntimeError(f"ncu: {(done.stdout + done.stderr).strip().rpartition(chr(10))[2]}")
-    return {"suite": "counters", **case._asdict(), "contender": "indexproj", "how": "device", "counters": found}
+    error = {"error": f"ncu: {(done.stdout + done.stderr).strip().rpartition(chr(10))[2]}", "wrong": False}
+    head = {"suite": "counters", **case._asdict(), "contender": "indexproj", "how": "device"}
+    return head | ({"counters": found} if found else error)
 
 
 def machine() -> Result:
@@ -192,27 +205,29 @@ def run(
 ) -> Iterator[Result]:
     """Results of ceilings, then of case after case until time is up. ab: two sides to compare, in place of contenders.
 
-    Raises OSError, ValueError or RuntimeError if the GPU is not supported, or a side or ncu does not run.
+    Raises OSError, ValueError or RuntimeError if the GPU is not supported, or a side does not run, or ncu is missing.
     """
     end, sides = monotonic() + seconds, []
     try:
         for label, text in zip("AB", ab, strict=False):
             sides.append(Side(label, text))
-        yield machine() | {f"versions of {side.name}": side.software for side in sides}
+        yield machine() | {f"versions of {side.name}": side.ask() for side in sides}
         for name, size, sample in gpu.ceilings(gpu.current_gpu()):
             us = gpu.in_turn({name: sample})[name]
             yield {"suite": "ceilings", "contender": name, "how": "device", "us": us, "bytes": size}
         makers = {side.name: side.timer for side in sides} or {name: partial(timer, name) for name in contenders}
+        # From Python, a config is a bare `launch`, and a command's side is `project_all`.
+        hows = ("device",) if any(side.is_config for side in sides) else ("device", "eager")
         for case in cases:
             if monotonic() >= end:
                 break
-            yield from measure("A/B" if sides else "projection", case, makers)
+            yield from measure("A/B" if sides else "projection", case, makers, hows)
             if with_counters:
                 yield counters(case)
         yield machine()
     finally:
         for side in sides:
-            side.process.kill()
+            side.end()
 
 
 if __name__ == "__main__":

@@ -114,14 +114,14 @@ def _print_compiled(found: list[dict[str, Any]]) -> None:
 def tune(
     shape: Shapes = None,
     pair: Pairs = None,
-    seconds: Annotated[float, typer.Option(min=1, help="Time limit; less means fewer candidates.")] = 440,
+    seconds: Annotated[int, typer.Option(min=1, max=10**6, help="Time limit; less means fewer candidates.")] = 440,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Default: in the user's config folder.")] = None,
 ) -> None:
     """Measure which kernels are fastest on this GPU.
 
     Keeps a table for 1 to 16384 rows, which dispatch reads. Processes with the same GPU and the same versions of
-    indexproj, torch and Triton then run the fastest kernels. For BF16 weights that can be torch.mm; its results are
-    cuBLAS's. Entries for other shapes and pairs stay in the table. To use a table written with --output, set
+    indexproj, torch and Triton then run the fastest kernels. For a pair in BF16 that can be torch.mm; its results
+    are cuBLAS's. Entries for other shapes and pairs stay in the table. To use a table written with --output, set
     INDEXPROJ_TUNED=FILE. Exits with 1 if a kernel is wrong.
     """
     from ..kernels import KernelConfig
@@ -157,7 +157,7 @@ def bench(
     m: Annotated[list[int] | None, typer.Option(min=1, max=65536, metavar="N", help="Rows of x; repeatable.")] = None,
     contender: Annotated[list[str] | None, typer.Option(metavar="NAME", help=_CONTENDER_HELP)] = None,
     ab: Annotated[list[str] | None, typer.Option(metavar="SIDE", help=_AB_HELP)] = None,
-    minutes: Annotated[float, typer.Option(min=0, help="Time limit; the most telling cases come first.")] = 60,
+    minutes: Annotated[int, typer.Option(min=0, max=10**4, help="Time limit; the most telling cases come first.")] = 60,
     counters: Annotated[bool, typer.Option("--counters", help="Add what NVIDIA's ncu counts in a launch.")] = False,
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for results; see `report`.")] = Path("results"),
 ) -> None:

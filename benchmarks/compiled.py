@@ -255,14 +255,14 @@ def configs(target: Target, signature: Signature) -> dict[KernelConfig, int]:
     return {choose_for(m, signature.shape, signature.formats, target, signature.x_dtype): m for m in powers}
 
 
-def faults(target: Target, ns: tuple[int, ...], m: int, config: KernelConfig, binary: Binary) -> list[str]:
-    """The checks that a binary fails. For m rows of x, all programs of a launch must run at the same time."""
-    sm, is_gemv = MULTIPROCESSORS[target.name], config.regime == "gemv"
+def faults(target: Target, signature: Signature, m: int, config: KernelConfig, binary: Binary) -> list[str]:
+    """The checks that a binary fails. In decode, all programs of a launch with m rows must run at the same time."""
+    sm, ns, is_gemv = MULTIPROCESSORS[target.name], signature.ns, config.regime == "gemv"
     limit, read, widest = sm.shared_memory - sm.reserved, reduced_bytes(config, ns), max(binary.loads, default=0)
     groups, barriers = binary.load_groups if target.is_cuda() else 0, binary.assembly.count("BAR.SYNC")
     programs, resident = math.prod(config.grid(m, *ns)), binary.programs(sm) * target.sm_count
-    # GPUs with fewer SMs may need a second wave.
-    one_wave = config.regime != "prefill" and not config.loop_splits and target in TARGETS.values()
+    # GPUs with fewer SMs may need a second wave, and batch-invariant kernels, which keep one split for all M, several.
+    one_wave = config.regime != "prefill" and not signature.batch_invariant and target in TARGETS.values()
     found = {
         f"{binary.spills} spills, {binary.scratch} bytes of local memory": binary.spills or binary.scratch,
         f"{binary.shared_memory} bytes of shared memory, limit {limit}": binary.shared_memory > limit,
@@ -300,8 +300,6 @@ def rows(
 
 def _row(target: Target, case: Case, gate: str, signature: Signature, config: KernelConfig, m: int) -> dict[str, Any]:
     binary = Binary.of(warm_up(target, config, signature), target)
-    # Batch-invariant kernels keep one split for all M, so more than 32 rows may come in several waves.
-    at_once = min(m, 32) if signature.batch_invariant else m
     sizes = m, signature.shape, signature.formats
     return {
         "target": target.name, **case._asdict(), "gate": gate, "kernel": str(config), "m": m,
@@ -310,5 +308,5 @@ def _row(target: Target, case: Case, gate: str, signature: Signature, config: Ke
         "registers": binary.registers, "shared_memory": binary.shared_memory,
         "step": binary.step, "load_groups": binary.load_groups,
         "loads": dict(sorted(binary.loads.items(), reverse=True)),
-        "faults": faults(target, signature.ns, at_once, config, binary),
+        "faults": faults(target, signature, m, config, binary),
     }  # fmt: skip

@@ -51,12 +51,16 @@ def current_gpu() -> torch.device:
 
 @lru_cache(maxsize=2)
 def weight_copies(shape: tuple[int, ...], formats: tuple[Format, ...], device: torch.device) -> list[Matrices]:
-    """Random weights and copies that take more than twice the L2 cache; if all are BF16, slices of one tensor each."""
+    """Random weights and copies that no cache holds; if all are BF16, slices of one tensor each.
+
+    They take more than twice the L2 cache, on AMD more than 512 MB: MI300 also caches 256 MB of memory, which torch
+    does not report.
+    """
     *ns, k = shape
     torch.manual_seed(0)
     weights = tuple(random_matrix(format, n, k) for format, n in zip(formats, ns, strict=True))
-    l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-    count = 1 + -(-2 * l2_bytes // sum(matrix.nbytes for matrix in weights))
+    cached = 2**28 if torch.version.hip else torch.cuda.get_device_properties(device).L2_cache_size
+    count = 1 + -(-2 * cached // sum(matrix.nbytes for matrix in weights))
     if set(formats) != {Format.BF16}:
         return [tuple(m.map(lambda tensor: tensor.to(device, copy=True)) for m in weights) for _ in range(count)]
     fused = torch.cat([matrix.dequantize(torch.bfloat16) for matrix in weights])

@@ -98,17 +98,20 @@ def _timed(group: Group, rate: float) -> Iterator[Row]:
 
 
 def _counted(group: Group) -> Iterator[Row]:
-    counted = {m: by_how["device"]["counters"] for (m, _), by_how in group.items()}
+    """One that ncu could not count has a row with its error."""
+    results = {m: by_how["device"] for (m, _), by_how in group.items()}
+    counted = {m: each["counters"] if "counters" in each else {"error": each["error"]} for m, each in results.items()}
     for name in dict.fromkeys(name for counters in counted.values() for name in counters):
         yield {"counter": name} | {f"M = {m}": counters.get(name, "") for m, counters in counted.items()}
 
 
 def _baseline(group: Group, m: int, how: str, run: int) -> list[float]:
-    """The fastest of torch with the same M in the same run; without torch, the first of several contenders."""
+    """With the same M in the same run: side A, else the fastest of torch, else the first of several contenders."""
     rivals = [by_how.get(how, {}) for (own, _), by_how in group.items() if own == m]
     rivals = [result for result in rivals if "us" in result and result["run"] == run]
     torch = [result for result in rivals if result["contender"] in ("torch linear", "torch mm, fp32")]
-    best = sorted(torch, key=lambda result: median(result["us"])) or (rivals if len(rivals) > 1 else [])
+    side_a = [result for result in rivals if result["contender"].startswith("A: ")]
+    best = side_a or sorted(torch, key=lambda result: median(result["us"])) or (rivals if len(rivals) > 1 else [])
     return best[0]["us"] if best else []
 
 

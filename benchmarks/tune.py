@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, TimeoutError, as_completed
+from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import date
 from itertools import chain, product, zip_longest
@@ -98,8 +99,8 @@ def tune(
         default, *others = configs[case]
         ready = [config for config in others if (config, *case[1:]) in compiled]
         deadline = begin + (start + seconds - begin) * number / len(cases)
-        # For other formats torch would need a second, bf16 copy of the weights.
-        by_torch = list(OUTS) if set(case[2]) == {Format.BF16} else []
+        # For other formats torch would need a second, bf16 copy of the weights, and for three outputs a GEMM each.
+        by_torch = list(OUTS) if case[2] == (Format.BF16, Format.BF16) else []
         timer = Sampler(*case, device).timer
         us, tried = search(case, [default, *by_torch, *ready], 1 + len(by_torch), timer, deadline)
         counts = {"tried": tried - len(by_torch), "candidates": len(configs[case])}
@@ -182,15 +183,24 @@ def _compile_one(target: Target, config: KernelConfig, *arguments: Any) -> None:
 
 
 def read_tuned(path: Path, gpu: str) -> tuple[Entries, Entries]:
-    """Entries of these versions and of others. Raises OSError or ValueError for a file that is no table of this GPU."""
+    """Entries of these versions, and those of others that this one can read.
+
+    Raises OSError or ValueError for a file that is no table of this GPU.
+    """
     if not path.exists():
         return {}, {}
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
         if (found := (table["schema"], table["gpu"])) != (TABLE_SCHEMA, gpu):
             raise ValueError(f"expected schema and GPU {(TABLE_SCHEMA, gpu)}, found {found}")
-        own, other = ({case_of(entry): entry for entry in table.get(key, ())} for key in ("entries", "other_versions"))
-        return (own, other) if table["versions"] == versions() else ({}, other | own)
+        own, others = table.get("entries", ()), table.get("other_versions", ())
+        if table["versions"] != versions():
+            own, others = (), [*others, *own]
+        other: Entries = {}
+        for entry in others:
+            with suppress(ValueError, LookupError, TypeError, AttributeError):  # fields or formats unknown here
+                other[case_of(entry)] = entry
+        return {case_of(entry): entry for entry in own}, other
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be extended; move it away: {error!r}") from error
 

@@ -55,14 +55,16 @@ class KernelConfig:
 
     def __post_init__(self) -> None:
         block_n = 1 if self.regime == "prefill" and self.block_n == 0 else self.block_n
-        sizes = self.block_m, block_n, self.slices, self.num_warps
+        powers = self.block_m, block_n, self.slices, self.num_warps
+        sizes = *powers, self.block_k, self.split_k, self.num_stages
         is_looped, is_split = self.loop_splits, self.split_k > 1
         unfit = {"gemv": is_split or is_looped, "split_k": False, "prefill": is_looped or self.pdl}
-        is_size = min(self.split_k, self.num_stages, *sizes) > 0 and not any(n & (n - 1) for n in sizes)
+        is_size = all(isinstance(n, int) for n in (*sizes, self.block_n)) and min(sizes) > 0
+        is_size = is_size and not any(n & (n - 1) for n in powers)
         if unfit.get(self.regime, True) or self.block_k not in (32, 64, 128) or not is_size:
             raise ValueError(
                 "KernelConfig: expected gemv without splits, split_k, or prefill without loop_splits and pdl; block_k "
-                f"32, 64 or 128; split_k and num_stages of at least 1; powers of two as other sizes; got {self!r}"
+                f"32, 64 or 128; ints, split_k and num_stages of at least 1, others powers of two; got {self!r}"
             )
 
     def __str__(self) -> str:

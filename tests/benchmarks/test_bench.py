@@ -1,12 +1,15 @@
 """`indexproj bench` and `report` on a made-up GPU: everything but the GPU and the clock is real."""
 
-import functools
+import contextlib
 import json
 import os
 import re
 import signal
 import sys
+import time
+from functools import partial
 from itertools import product
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -31,7 +34,7 @@ def folder(monkeypatch, tmp_path, mm_to_fp32):
     return tmp_path / "results"
 
 
-run = functools.partial(invoke, "bench", code=0)
+run = partial(invoke, "bench", code=0)
 
 
 def lines(folder):
@@ -61,9 +64,17 @@ def test_every_contender_in_turn(folder, shape, pair, weights_bytes, out_bytes):
     assert len(lines(folder)) == 14 + 4  # appended; no time for more than ceilings
 
 
+def test_scaled_mm_quantizes_x_once(folder, monkeypatch):
+    codes, multiply = set(), torch._scaled_mm
+    spy = lambda a, *others, **named: codes.add(a.data_ptr()) or multiply(a, *others, **named)  # noqa: E731
+    monkeypatch.setattr(torch, "_scaled_mm", spy)
+    run(*SMALL, "--contender", "torch _scaled_mm")
+    assert len(codes) == 1
+
+
 def test_most_telling_cases_first_and_filters(folder, monkeypatch):
     asked = []
-    monkeypatch.setattr(bench, "measure", lambda suite, case, makers: asked.append((case, *makers)) or ())
+    monkeypatch.setattr(bench, "measure", lambda suite, case, makers, hows: asked.append((case, *makers)) or ())
     run()
     published = sum(fits(*each) for each in product(SHAPES, PAIRS))
     assert len(asked) == len(set(asked)) == published * len(bench.MS)
@@ -88,12 +99,34 @@ def test_wrong_results_are_not_timed(folder, monkeypatch, names, code):
     assert ("bench: indexproj, device, glm-5, FP8 128x128, BF16, 3: off by" in result.stderr) == bool(code)
 
 
+@pytest.mark.parametrize(
+    ("name", "pair", "tolerance"),
+    [
+        ("indexproj", FP8, 2e-6), ("indexproj", THREE, 2e-6), ("indexproj", "BF16, BF16", 1e-4),
+        ("indexproj, bf16", FP8, 2**-8), ("indexproj, bf16", "BF16, BF16", 2**-8),
+        ("torch mm, fp32", FP8, 2**-6), ("torch linear", FP8, 2**-6), ("torch _scaled_mm", FP8, 0.1),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("factor", [0.5, 2])
+def test_tolerances(folder, monkeypatch, name, pair, tolerance, factor):
+    """A contender that adds error to exact results: half as much as is tolerated, or twice."""
+    case = bench.Case("deepseek-v4-pro" if pair == THREE else "glm-5", pair, 3)
+    dtype = torch.bfloat16 if name in ("indexproj, bf16", "torch linear", "torch _scaled_mm") else torch.float32
+
+    def contender(x, matrices):
+        return lambda: [((1 + factor * tolerance) * each).to(dtype) for each in fake_gpu.exact_outputs(x, matrices)]
+
+    monkeypatch.setitem(bench.CONTENDERS, name, (contender, bench.CONTENDERS[name][1]))
+    with pytest.raises(gpu.WrongError, match="off by") if factor > 1 else contextlib.nullcontext():
+        bench.timer(name, case, "device")
+
+
 @pytest.mark.parametrize("error", ["interrupted", "CUDA error: an illegal memory access"])
 def test_interrupted_and_killed_runs_keep_results(folder, monkeypatch, error):
     """Each result is on disk before the next one is measured; the next run ends a line that was cut short."""
     seen = []
 
-    def measure(suite, case, makers):
+    def measure(suite, case, makers, hows):
         for number in range(3):
             seen.append(len(lines(folder)))
             yield {"suite": suite, "contender": str(number), "how": "device", "us": [1.0]}
@@ -153,16 +186,82 @@ def test_without_a_supported_gpu(monkeypatch, tmp_path):
 
 def test_ab_of_two_processes(folder):
     """One has another clock, or measures a config that is wrong: one with one warp."""
-    slower, config = f"env SLOWER=3 {SIDE}", '{"regime": "gemv", "block_m": 4, "block_k": 128, "num_warps": 1}'
+    slower = f"env SLOWER=3 TABLE=bf16.json {SIDE}"
+    config = '{"regime": "gemv", "block_m": 4, "block_k": 128, "num_warps": 1}'
     run(*SMALL, "--ab", SIDE, "--ab", slower)
     start, *_, a, b, c, d, _ = lines(folder)
     assert start[f"versions of A: {SIDE}"] == start["versions"]
     for one, two in ((a, b), (c, d)):
         assert (one["suite"], one["contender"], two["contender"]) == ("A/B", f"A: {SIDE}", f"B: {slower}")
         assert [own / base for own, base in zip(two["us"], one["us"], strict=True)] == [3.0] * gpu.ROUNDS
+        assert one["bytes"] == two["bytes"]
     assert "3 (3-3)" in report.markdown(report.read(folder))
     result = run(*SMALL, "--ab", SIDE, "--ab", config, code=1)
-    assert result.stderr.count("off by 1.0e+00 of the largest output") == 2
+    assert result.stderr.count("off by 1.0e+00 of the largest output") == 1
+    assert [each["how"] for each in lines(folder)[-3:-1]] == ["device"] * 2  # a config's launches are not those of A
+
+
+def is_running(pid):
+    """Zombies are not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] not in "ZX"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("output", ["Welcome", "3", "null", '"error"', "{}", '{"error": "no wrong"}', ""])
+def test_a_side_without_the_protocol_is_ended(folder, output):
+    """With all of its processes, so that no later answer is taken for another question's."""
+    script = folder.parent / "side"
+    script.write_text(f"#!/bin/sh\necho $$ >> pids\nsleep 100 &\necho $! >> pids\necho '{output}'\nwait\n")
+    script.chmod(0o755)
+    message = "B: ./side: expected a Python that has indexproj and prints nothing else, found output "
+    assert message + repr(output) in run(*SMALL, "--ab", SIDE, "--ab", "./side", code=2).stderr
+    pids, deadline = (folder.parent / "pids").read_text().split(), time.monotonic() + 10
+    while any(map(is_running, pids)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_no_answer_is_read_after_an_unreadable_one(folder):
+    """The side answers the request for versions, and the next request twice."""
+    script = folder.parent / "side"
+    late = """while echo '{"answer": 1.0}'; do read -r line || exit; done"""
+    script.write_text(f"""#!/bin/sh\nread -r line\necho '{{"answer": {{}}}}'\nread -r line\necho Warning\n{late}\n""")
+    script.chmod(0o755)
+    run(*SMALL, "--ab", "./side", "--ab", SIDE, code=2)
+    errors = [each["error"] for each in lines(folder) if "error" in each]
+    assert [error.rpartition("found ")[2] for error in errors] == ["output 'Warning'", "that the process ended"]
+
+
+def test_a_side_without_the_shape_answers(folder, monkeypatch, capsys):
+    requests = [["indexproj", ["deepseek-v9", FP8, 3], "device"], ["indexproj", ["glm-5", FP8, 3], "device"]]
+    monkeypatch.setattr(sys, "stdin", map(json.dumps, requests))
+    bench.serve()
+    failed, measured = map(json.loads, capsys.readouterr().out.splitlines())
+    assert failed == {"error": "KeyError('deepseek-v9')", "wrong": False}
+    assert measured["answer"] > 1
+
+
+def test_contenders_take_turns(folder, monkeypatch):
+    """One call of each per round, and its checks only before the first."""
+    log = []
+
+    def timer(choice, tolerances, how):
+        log.append("check")
+        return lambda: log.append(choice) or 1.0
+
+    monkeypatch.setattr(bench, "sampler_of", lambda *_: mock.Mock(timer=timer))
+    monkeypatch.setattr(bench, "CONTENDERS", {name: (name, {}) for name in "ab"})
+    list(
+        bench.measure("projection", bench.Case("glm-5", FP8, 3), {n: partial(bench.timer, n) for n in "ab"}, ["eager"])
+    )
+    assert log == ["check"] * 2 + ["a", "b"] * (1 + gpu.ROUNDS)
+    log.clear()
+    request = json.dumps(["a", ["glm-5", FP8, 3], "eager"])
+    monkeypatch.setattr(sys, "stdin", [request] * 3)
+    bench.serve()
+    assert log == ["check", "a", "a", "a"]
 
 
 def test_counters(folder, monkeypatch):
@@ -182,4 +281,7 @@ def test_counters(folder, monkeypatch):
     assert "--launch-count 1" in (folder.parent / "arguments").read_text()
     assert re.search(r"dram__bytes.sum +\| 1,234 byte", out)
     ncu("==ERROR== ERR_NVGPUCTRPERM: no permission")
-    assert run(*SMALL, "--counters", code=2).stderr == "bench: ncu: ==ERROR== ERR_NVGPUCTRPERM: no permission\n"
+    result = run(*SMALL, "--m", 1, "--counters", "--contender", "torch linear", code=2)
+    message = "ncu: ==ERROR== ERR_NVGPUCTRPERM: no permission"
+    assert result.stderr == "".join(f"bench: indexproj, device, glm-5, {FP8}, {m}: {message}\n" for m in (3, 1))
+    assert re.search(rf"error +\| {message} \| {message} \|", report.markdown(report.read(folder)))

@@ -40,6 +40,12 @@ def test_compile_bad_input_exits_with_2(arguments, message, monkeypatch):
     assert message in invoke("compile", *arguments, code=2).stderr
 
 
+@pytest.mark.parametrize("value", ["inf", "nan", 10**7, -1])
+@pytest.mark.parametrize(("command", "option"), [("bench", "--minutes"), ("tune", "--seconds")])
+def test_time_limits_have_limits(command, option, value):
+    assert f"Invalid value for '{option}'" in invoke(command, option, value, code=2).stderr
+
+
 DOCS = [(Path(__file__).parents[2] / name).read_text() for name in ("README.md", "docs/benchmarks.md")]
 COMMAND = r"(?:^|`)(indexproj (?:bench|tune|compile|report) [^`\n]+)"
 

@@ -67,6 +67,15 @@ def test_choices_run_on_every_copy_after_a_check(timer_of, monkeypatch, formats)
     assert formats == FP8 or [timer(outs)() for outs in OUTS] == [count] * 2
 
 
+@pytest.mark.parametrize(("hip", "cached", "size"), [(None, 10**5, 2 * 10**4), ("7.0", 2**28, 2 * 10**7)])
+def test_weight_copies_do_not_stay_in_a_cache(timer_of, monkeypatch, hip, cached, size):
+    """While one is read, the others take twice the L2 cache, or MI300's Infinity Cache."""
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(gpu, "random_matrix", lambda *_: mock.Mock(nbytes=size // 2, map=lambda _: None))
+    copies = gpu.weight_copies((128, 32, 1024), FP8, fake_gpu.CPU)
+    assert 2 * cached <= (len(copies) - 1) * size < 2 * cached + size
+
+
 @pytest.mark.parametrize(
     ("choice", "factor", "message"),
     [
@@ -103,6 +112,25 @@ def test_graphs_share_counters(timer_of, monkeypatch):
     for warps in (2, 4, 8):
         timer(replace(SPLIT, num_warps=warps))
         assert workspace._reserves[fake_gpu.CPU].numel() == workspace.RESERVE
+
+
+def test_bytes_of_ceilings(monkeypatch):
+    """A copy reads and writes a quarter of the free memory; L2 is read again and again, a quarter of it."""
+    seen = []
+
+    def read(x, out, blocks, repeats, block):
+        seen.append((x.nbytes, 4 * blocks * block))
+        out.fill_(repeats * block)
+
+    properties = mock.Mock(L2_cache_size=2**22, multi_processor_count=2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (4000, 8000))
+    monkeypatch.setattr(gpu, "empty_kernel", {(1,): lambda: None})
+    monkeypatch.setattr(gpu, "read_kernel", {(8,): read})
+    monkeypatch.setattr(gpu, "timer", fake_gpu.timer)
+    found = [(name, size) for name, size, _ in gpu.ceilings(fake_gpu.CPU)]
+    assert found == [("empty kernel", 0), ("copy", 2 * 1000), ("L2 read", 8 * 64 * 4 * 4096)]
+    assert seen == [(2**20, 2**20)]
 
 
 @pytest.mark.parametrize("how", ["device", "eager"])

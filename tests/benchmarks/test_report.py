@@ -55,6 +55,30 @@ def test_results_of_a_second_run_of_one_contender(folder):
     assert [cell.strip() for cell in row.split("|")[3:5]] == ["1 (1-1)", ""]
 
 
+@pytest.mark.parametrize("fastest", ["torch linear", "torch mm, fp32"])
+def test_fastest_of_torch_is_the_baseline(folder, fastest):
+    """Not that in FP8, which computes something else."""
+    machine, _, *results = report.read(folder)
+    us = {"indexproj": 1.0, "torch linear": 4.0, "torch mm, fp32": 4.0, "torch _scaled_mm": 0.5} | {fastest: 2.0}
+    text = report.markdown([machine, *(each | {"us": [us[each["contender"]]]} for each in results if "us" in each)])
+    ratios = [line.split("|")[4].strip()[:4] for line in text.splitlines() if line.startswith("| 16 | indexproj ")]
+    assert ratios == ["0.5 "]
+
+
+def test_side_a_is_the_baseline_of_every_ab(folder):
+    """Side B of the second run has a place in the table before its A. A side without its rival has no ratio."""
+    machine, *_ = report.read(folder)
+    head = {"suite": "A/B", "shape": "glm-5", "pair": "FP8 128x128, BF16", "m": 1, "how": "device"}
+    runs = [{"A: old": 4.0, "B: new": 2.0}, {"A: config": 8.0, "B: new": 2.0}]
+    results = []
+    for run in runs:
+        results += [machine, *(head | {"contender": name, "us": [us]} for name, us in run.items())]
+    text = report.markdown(results)
+    rows = [[cell.strip() for cell in line.split("|")[2:5]] for line in text.splitlines() if line.startswith("| 1 ")]
+    assert rows == [["A: old", "4 (4-4)", "1 (1-1)"], ["B: new", "2 (2-2)", "0.25 (0.25-0.25)"],
+                    ["A: config", "8 (8-8)", "1 (1-1)"]]  # fmt: skip
+
+
 NO_NUMBERS = '{"suite": "host", "contender": "a", "how": "cpu", "us": ["b"]}'
 OTHER_GPU = '{"machine": {"GPU": "another GPU"}, "versions": {}, "date": "today"}'
 

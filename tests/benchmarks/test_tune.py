@@ -6,6 +6,8 @@ import json
 import math
 import os
 import signal
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -207,7 +209,7 @@ def test_tune_writes_what_launches_read(h100, monkeypatch, tmp_path):
     assert list(read_table(path, GPU)) == cases
     for entry in entries_of(path):
         assert entry["tried"] == entry["candidates"] > 1
-        assert len(entry["torch_us"]) == (2 if set(entry["formats"]) == {"BF16"} else 0)
+        assert len(entry["torch_us"]) == (2 if entry["formats"] == ["BF16", "BF16"] else 0)
         assert f"{tune.summary(entry)}\n" in result.stdout
     table = dict.fromkeys(cases, (SPLIT, [out_dtypes("fp32", 3)]))
     monkeypatch.setattr(launch, "table_of", lambda device: table)
@@ -220,7 +222,10 @@ def test_tune_keeps_entries_of_other_shapes_and_versions(h100, tmp_path):
     path = tmp_path / "table.json"
     run(*PAIR, "--pair", "FP8 128x128, BF16", "--output", path)
     old = entries_of(path)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"versions": {"triton": "3.0"}}))
+    unknown = old[0] | {"m": 2, "config": old[0]["config"] | {"clusters": 2}}, old[0] | {"formats": ["INT4", "BF16"]}
+    table = json.loads(path.read_text()) | {"versions": {"triton": "3.0"}, "entries": [unknown[0], *old]}
+    older = old[0] | {"config": asdict(SPLIT)}  # what replaced it is tried
+    path.write_text(json.dumps(table | {"other_versions": [unknown[1], older]}))
     result = run(*PAIR, "--output", path)
     assert result.stderr.count("has configs of other versions, which are tried first") == 1
     known = {tune.case_of(entry): KernelConfig(**entry["config"]) for entry in old}
@@ -230,6 +235,21 @@ def test_tune_keeps_entries_of_other_shapes_and_versions(h100, tmp_path):
     assert h100[2][3].keys() == known.keys()
     assert list(read_table(path, GPU)) == list(known)
     assert json.loads(path.read_text())["other_versions"] == []
+
+
+def test_failed_write_leaves_the_old_table(h100, monkeypatch, tmp_path):
+    path = tmp_path / "table.json"
+    run(*PAIR, "--output", path)
+    before = path.read_bytes()
+
+    def cut_short(self, text, **named):
+        with self.open("w") as file:
+            file.write(text[:10])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", cut_short)
+    assert run(*PAIR, "--output", path, code=2).stderr == "tune: No space left on device\n"
+    assert path.read_bytes() == before
 
 
 TABLES = {"schema": 0}, {"gpu": "H200"}, {"entries": 3}, {"entries": [{"m": 16}]}

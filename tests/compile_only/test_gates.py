@@ -67,7 +67,7 @@ def test_resources(name, case, between):
     for config, m in selected.items():
         if split_between(config, selected) == between:
             binary = binary_of(name, config, problem)
-            assert faults(TARGETS[name], problem.ns, m, config, binary) == [], config
+            assert faults(TARGETS[name], problem, m, config, binary) == [], config
 
 
 @pytest.mark.parametrize("name", ["sm_90", "gfx942"])
@@ -77,7 +77,7 @@ def test_resources_with_a_factor(pair, name):
     problem = replace(signature(DEEPSEEK, parse_pair(pair)), factors=(1.0, 0.0110485))
     for m in (4, 16, 1000, 8192):
         config = choose(m, DEEPSEEK, problem.formats, TARGETS[name])
-        assert faults(TARGETS[name], problem.ns, m, config, binary_of(name, config, problem)) == [], config
+        assert faults(TARGETS[name], problem, m, config, binary_of(name, config, problem)) == [], config
 
 
 @pytest.mark.parametrize("ns", [(128, 32, 128), (128, 256)], ids=["three matrices", "384 rows"])
@@ -89,7 +89,7 @@ def test_resources_of_more_matrices_and_rows(name, ns, activation):
         config = choose(m, (*ns, GLM[2]), problem.formats, TARGETS[name], quantize_x=bool(activation))
         # In decode, 32 rows of x are one tile; two may need a second wave.
         at_once = min(m, 32) if config.regime == "split_k" else m
-        assert faults(TARGETS[name], ns, at_once, config, binary_of(name, config, problem)) == [], config
+        assert faults(TARGETS[name], problem, at_once, config, binary_of(name, config, problem)) == [], config
 
 
 @pytest.mark.parametrize("name", NVIDIA)
@@ -117,7 +117,10 @@ def test_instructions_per_step_of_prefill(name, pair, limit):
         assert 0 < binary_of(name, config, problem).step * 64 / config.block_m <= limit
 
 
-@pytest.mark.parametrize("case", ["FP8 128x128, BF16", "NVFP4, NVFP4", "FP8 128x128, BF16, fp8", "fp16 x"])
+V4 = "deepseek-v4-pro, BF16, BF16, BF16"
+
+
+@pytest.mark.parametrize("case", ["FP8 128x128, BF16", "NVFP4, NVFP4", "FP8 128x128, BF16, fp8", "fp16 x", V4])
 @pytest.mark.parametrize("name", TARGETS)
 def test_batch_invariant_instructions(name, case):
     """A row meets the same instructions in a batch of any size."""
@@ -126,8 +129,8 @@ def test_batch_invariant_instructions(name, case):
     assert len({(config.block_k, config.slices, config.split_k) for config, _, _ in found}) == 1
     assert len({frozenset(binary.mma) for _, _, binary in found}) == 1
     assert len(found[0][2].mma) == 1
-    for config, m, binary in found:  # more than 32 rows may come in two waves
-        assert faults(TARGETS[name], problem.ns, min(m, 32), config, binary) == [], config
+    for config, m, binary in found:
+        assert faults(TARGETS[name], problem, m, config, binary) == [], config
 
 
 FINE = {"registers": 64, "spills": 0, "scratch": 0, "shared_memory": 1024, "threads": 256, "assembly": "HMMA LDG.E.128"}
@@ -150,7 +153,7 @@ LOAD = "/*0000*/ LDG.E.128 R4, desc[R2.64] ;\n/*0000*/ IADD R4, R4, R4 ;\n"
 )
 def test_faults_of_made_up_binaries(m, changes, expected):
     config = choose(m, DEEPSEEK, FP8, TARGETS["sm_90"])
-    found = faults(TARGETS["sm_90"], DEEPSEEK[:2], m, config, Binary(**FINE | changes))
+    found = faults(TARGETS["sm_90"], signature(DEEPSEEK, FP8), m, config, Binary(**FINE | changes))
     assert len(found) == len(expected)
     assert all(fault in line for fault, line in zip(expected, found, strict=True))
 

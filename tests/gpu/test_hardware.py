@@ -1,4 +1,4 @@
-"""What only a GPU shows: every candidate of `tune`, streams, graphs, subnormals, large tensors, torch side by side.
+"""What only a GPU shows: candidates of `tune` for four M, streams, graphs, subnormals, large tensors, torch.
 
 `make test-gpu` also runs the cases of tests/interpreter on it.
 """
@@ -36,8 +36,8 @@ def compiled():
 @pytest.mark.parametrize("m", ROWS)
 @pytest.mark.parametrize("pair", ALL_PAIRS)
 @pytest.mark.usefixtures("compiled")
-def test_every_candidate_at_ragged_sizes(pair, m, target):
-    """NaN surrounds x and the weights, and outputs start as NaN."""
+def test_candidates_at_ragged_sizes(pair, m, target):
+    """NaN surrounds x and the weights, and outputs start as NaN. `tune` itself checks each kernel that it times."""
     (*_, k), w = RAGGED, surrounded(weights(pair, RAGGED))
     x = torch.full((m + 2, 6144), torch.nan, dtype=torch.bfloat16)[1:-1, :k]
     x.normal_()

@@ -123,7 +123,8 @@ def test_newer_gpus_have_the_tiles_of_their_generation():
 @pytest.mark.parametrize(
     "field",
     [{"block_k": 256}, {"block_k": 16}, {"split_k": 0}, {"num_stages": 0}, {"regime": "tiled"}, {"block_m": 10},
-     {"slices": 3}, {"num_warps": 3}, {"block_n": 24},
+     {"slices": 3}, {"num_warps": 3}, {"block_n": 24}, {"block_k": 64.0}, {"split_k": 7.5}, {"block_m": 16.0},
+     {"num_stages": 2.0}, {"slices": "2"}, {"block_n": 0.0},
      {"regime": "split_k", "block_n": 0}, {"pdl": True}, {"loop_splits": True}, {"regime": "gemv", "split_k": 2}],
     ids=str,
 )  # fmt: skip
