@@ -43,7 +43,7 @@ def judge(matrix: Matrix) -> tuple[Faults, list[str]]:
         values = sizes
     largest = sizes.max().item()  # NaN if one is
     if not faults and not _LEAST <= largest <= _MOST:
-        expected = f"magnitudes up to {_MOST:.0e}, the largest above {_LEAST:.0e}"
+        expected = f"a largest magnitude from {_LEAST:.0e} to {_MOST:.0e}"
         faults["weight"] = (expected, _summary(values)) if largest else _ALL_ZERO
     is_zero = sizes == 0
     if is_zero.any():

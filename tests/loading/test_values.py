@@ -98,7 +98,7 @@ def test_bad_value(tmp_path, export, role, change, found):
     problem = only(refused(tmp_path, tensors))
     if found == SIZE:
         name = next(name for name in tensors if "wk.weight" in name)
-        assert problem.expected == "magnitudes up to 1e+10, the largest above 1e-10"
+        assert problem.expected == "a largest magnitude from 1e-10 to 1e+10"
     assert (problem.subject, problem.advice) == (name, BAD_VALUES)
     assert problem.found.startswith(found)
 
