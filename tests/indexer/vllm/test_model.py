@@ -85,6 +85,34 @@ def test_sizes_are_those_of_the_module():
         model.indexproj.finish()
 
 
+def test_interrupted_calls_leave_nothing():
+    def interrupted(tensors):
+        yield from list(tensors.items())[:3]
+        raise OSError("cut off")
+
+    model = Model(0)
+    for layer in (fp8_layer(), fp8_layer()):  # the first load, and an update
+        with pytest.raises(OSError, match="cut off"):
+            model.load_weights(interrupted(layer))
+        model.load_weights(layer.items())
+        if not model.indexproj.is_serving:
+            model.indexproj.finish()
+    expected = layer[INDEXER.format(0) + "wk.weight"]
+    assert torch.equal(model.linear(0).qweight.view(torch.uint8), expected.view(torch.uint8))
+
+
+def test_dense_weight_takes_an_fp8_update():
+    model = Model(0)
+    model.load_weights(bf16_layer().items())
+    model.indexproj.finish()
+    weight = model.linear(0).weight
+    before, memory = weight.clone(), weight.data_ptr()
+    model.load_weights(fp8_layer().items())
+    assert model.linear(0).weight is weight
+    assert weight.data_ptr() == memory
+    assert not (weight[:D] == before[:D]).all()
+
+
 def test_layer_states():
     """What each call leaves: the state, and the number of problems."""
     layer = IndexerLayer("layer", 0, Linear(), Config(), to_bf16=False)
