@@ -20,8 +20,8 @@ from ..indexer.models import PAIRS, SHAPES, fits
 
 W8A8_WK = "FP8 128x128"  # the format of wk that `activation` is defined for
 _SHAPES = "; ".join(f"{name} (N={'+'.join(map(str, ns))}, K={k})" for name, (*ns, k) in SHAPES.items())
-_SHAPE_HELP = f"Shape of a published model; repeatable. Default: all. {_SHAPES}."
-_PAIR_HELP = f"Formats of the matrices, quoted; repeatable. Default: all. {'; '.join(PAIRS)}."
+_SHAPE_HELP = f"Shape of a published model; repeatable. {_SHAPES}."
+_PAIR_HELP = f"Formats of the matrices, quoted; repeatable. {'; '.join(PAIRS)}."
 _GPU_HELP = "sm_80, sm_90, sm_100, sm_120, gfx942 or gfx950; repeatable."
 _SM_HELP = "SMs or compute units. Default: those of the largest such GPU."
 _AB_HELP = "Compare two sides, in turn: a KernelConfig in JSON, or a command that starts a Python. Give it twice."
@@ -45,7 +45,8 @@ def compile_(
 ) -> None:
     """Compile the kernels for any GPU and check the binaries.
 
-    Prints one row per kernel that dispatch selects for published shapes and formats. Exits with 1 if a check fails.
+    Prints one row per kernel that dispatch selects. Exits with 1 if a check fails. Without --shape and --pair, compiles
+    all pairs for one shape, which determine registers, and a few for the others.
     --cache also compiles for the bf16 output that vLLM uses. A server with the same GPU and versions, and with DIR at
     the same path, then compiles none of these kernels. The number of SMs differs between GPUs of one architecture and
     affects dispatch. Set --sm-count to the server's torch.cuda.get_device_properties(0).multi_processor_count.

@@ -6,8 +6,8 @@ Imports neither torch nor the kernels, so `--help` can list them.
 from dataclasses import dataclass
 from typing import Any
 
-# (D, H, K): rows of wk, rows of weights_proj, hidden size. All GLM-5.x models have the shape "glm-5". DeepSeek-V4 has
-# three matrices for one x: of its compressor, weights_proj, and of its indexer's compressor.
+# (D, H, K): rows of wk, rows of weights_proj, hidden size. All GLM-5.x models and HY-V4 have the shape "glm-5".
+# DeepSeek-V4 has three matrices for one x: of its compressor, weights_proj, and of its indexer's compressor.
 SHAPES: dict[str, tuple[int, ...]] = {
     "deepseek-v3.2": (128, 64, 7168), "glm-5": (128, 32, 6144),
     "deepseek-v4-pro": (2048, 64, 512, 7168), "deepseek-v4-flash": (2048, 64, 512, 4096),

@@ -1,5 +1,6 @@
 """The projection as an nn.Module."""
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ class IndexerProjection(nn.Module):
         if not isinstance(weights, ProjectionWeights):
             raise TypeError(f"IndexerProjection: expected ProjectionWeights, got {type(weights).__name__}")
         self.weights = weights
+        inspect.signature(project).bind(None, weights, **options)  # raises TypeError for an unknown option
         self.options = options  # keyword arguments of `project`
 
     @classmethod

@@ -33,6 +33,7 @@ class KernelConfig:
         block_k: columns of K per step and slice, 32, 64 or 128: whole scale groups inside one 128-wide scale block.
         split_k: splits of K, each computed by a program of its own.
         block_n: rows of a matrix per program; 0 for all rows of all matrices (prefill only). gemv: always one.
+        num_stages, num_warps: Triton's: loop iterations whose loads overlap, and warps of a program.
         slices: parts of K that the warps of a program multiply side by side (gemv and split_k only).
         loop_splits: one program computes all splits of its tile (split_k only).
         pdl: programmatic dependent launch: waits for the previous kernel as late as possible (gemv and split_k, sm_90

@@ -35,7 +35,7 @@ def _load_x(
 ):  # fmt: skip
     """[SLICES, BLOCK_K, BLOCK_M], transposed blocks of K from block first on, and [GROUPS, 1, BLOCK_M] scales of it.
 
-    Unchanged x takes the place of its scales.
+    Without scales, x stands in their place, as callers unpack two tensors.
     """
     BLOCK_M: tl.constexpr = rows.shape[0]
     offs_k = ((first + tl.arange(0, SLICES)) * BLOCK_K)[:, None, None] + tl.arange(0, BLOCK_K)[None, :, None]

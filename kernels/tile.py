@@ -56,7 +56,8 @@ def decode_e8m0(codes):
 
 
 # Prefill decodes in PTX, two codes per 32-bit register: 2.5 instructions per e4m3 code instead of 8. Codes start in the
-# upper byte of a bf16 and move as above. x * y + -0.0 is x * y; sm_80 has no mul.bf16x2.
+# upper byte of a bf16 and move right by `shift`; `magnitude` masks exponent and mantissa there, and `factor` is the
+# power of two, in both halves. x * y + -0.0 is x * y; sm_80 has no mul.bf16x2.
 def _decode_pair(out: str, shift: int, magnitude: str, factor: str) -> str:
     return f"""
     shr.u32 bits, pair, {shift};
@@ -122,8 +123,8 @@ def quantize(x, AXIS: tl.constexpr, ACTIVATION: tl.constexpr):
 def load_codes(w, cols, start_k, N: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, FORMAT: tl.constexpr):
     """Values or codes [R, BLOCK_K], half as many bytes of 4-bit ones, and [R, groups] codes of group scales.
 
-    Zeros beyond N and K. A format without group scales has its codes twice. `decode` is apart, so that other loads can
-    be issued before these arrive.
+    Zeros beyond N and K. Without group scales, the codes stand in their place, as callers unpack two tensors. `decode`
+    is apart, so that other loads can be issued before these arrive.
     """
     PER_BYTE: tl.constexpr = 2 if FORMAT == NVFP4 or FORMAT == MXFP4 else 1
     SIZE: tl.constexpr = K // PER_BYTE

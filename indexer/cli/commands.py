@@ -6,6 +6,7 @@ between GPU and interpreter before Triton is imported.
 
 import errno
 import json
+import logging
 import os
 import shutil
 import sys
@@ -134,6 +135,8 @@ def verify(
     from . import verify as module
 
     found = []
+    if logging.lastResort:  # prints warnings of loading, without saying that they are some
+        logging.lastResort.setFormatter(logging.Formatter("warning: %(message)s"))
     try:
         with console.status("Loading") as status:
             for measurement in module.verify(checkpoint, m, device, layer, index_head_dim):

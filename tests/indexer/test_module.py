@@ -27,6 +27,11 @@ def test_expects_projection_weights():
         IndexerProjection({})
 
 
+def test_unknown_option_is_refused_at_once():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'activaton'"):
+        IndexerProjection(weights("BF16, BF16", SHAPE), activaton="fp8")
+
+
 @pytest.mark.parametrize("pair", ["FP8 128x128, BF16", "BF16, BF16"])
 def test_weights_move_with_the_model_and_keep_their_dtype(pair):
     module = IndexerProjection(weights(pair, SHAPE))
