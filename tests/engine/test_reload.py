@@ -78,7 +78,7 @@ STEPS = {
     "update twice": (WITH_SCALES, lambda s, t: s.update(*2 * [{WK: t[WK]}]), "one tensor in the role of", SAME),
     "update with fewer heads": (BOTH, lambda s, t: s.update({GATE: t[GATE][:8]}), "expected 16 in dimension 0", SAME),
     # vLLM's sparse updates mark unchanged elements NaN.
-    "update with NaN": ([(BF16, BF16)], lambda s, t: s.update({WK: t[WK] * torch.nan}), f"{WK}: expected a largest magn", SAME),
+    "update with NaN": ([(BF16, BF16)], lambda s, t: s.update({WK: t[WK] * torch.nan}), f"{WK}: expected a larg", SAME),
 }
 CASES = [pytest.param(*pair, *rest, id=name) for name, (pairs, *rest) in STEPS.items() for pair in pairs]
 
