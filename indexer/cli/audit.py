@@ -14,7 +14,7 @@ from ...loading.problems import ranges
 
 
 def audit(path: Path, index_head_dim: int | None = None) -> dict[str, Any]:
-    """The report that audit.schema.json describes, with Problem and Header where it has the dicts of their attributes.
+    """The report that audit.schema.json describes. Its problems and headers are objects; JSON has their attributes.
 
     Reads headers only. index_head_dim is D, to split `wk_weights_proj`; from config.json by default.
     """
