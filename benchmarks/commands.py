@@ -24,7 +24,7 @@ _SHAPE_HELP = f"Shape of a published model; repeatable. {_SHAPES}."
 _PAIR_HELP = f"Formats of the matrices, quoted; repeatable. {'; '.join(PAIRS)}."
 _GPU_HELP = "sm_80, sm_90, sm_100, sm_120, gfx942 or gfx950; repeatable."
 _SM_HELP = "SMs or compute units. Default: those of the largest such GPU."
-_AB_HELP = "Compare two sides, in turn: a KernelConfig in JSON, or a command that starts a Python. Give it twice."
+_AB_HELP = "One side of a comparison: a KernelConfig in JSON, or a command that starts a Python. Give it twice."
 _CONTENDER_HELP = "indexproj, torch linear or another name in the results; repeatable. Default: all."
 _ACTIVATION_HELP = f"Activation for wk in {W8A8_WK} (W8A8); needs --pair. Default: none (W8A16)."
 Shapes = Annotated[list[str] | None, typer.Option("--shape", metavar="SHAPE", help=_SHAPE_HELP)]

@@ -113,7 +113,7 @@ def search(
     """Median microseconds of the fastest choices, fastest first, and how many were tried.
 
     Prepares choices until the deadline, but at least the first `always`; drops those that the GPU or torch cannot run.
-    Times the others in turn, and then the finalists once more: the first `always` and the FINALISTS fastest.
+    Times the rest in alternation, then again the finalists: the first `always` and the FINALISTS fastest.
     Raises WrongError if a kernel is wrong, and RuntimeError if the first choice cannot run.
     """
     ready: dict[Choice, Timer] = {}
@@ -151,7 +151,8 @@ def label(case: Case) -> str:
 def summary(entry: Entry) -> str:
     """One line, in microseconds."""
     us = {str(KernelConfig(**entry["config"])): entry["us"], "default": entry["default_us"]}
-    us |= {f"torch.mm {outs}{' (chosen)' * (outs in entry['torch_for'])}": us for outs, us in entry["torch_us"].items()}
+    for outs, time in entry["torch_us"].items():
+        us[f"torch.mm {outs}{' (chosen)' * (outs in entry['torch_for'])}"] = time
     times = "; ".join(f"{name} {value:.2f}" for name, value in us.items())
     return f"{label(case_of(entry))}, us: {times}; tried {entry['tried']} of {entry['candidates']}"
 

@@ -69,9 +69,10 @@ def _may_mean(target: Any, names: tuple[str, ...]) -> bool:
         return True
     if is_mtp and "layers" in target:  # by another number
         return True
-    # Quantizers write an entry per expert: most of them end here.
-    if _PLAIN.fullmatch(target) and not any(max(target.split("."), key=len) in name for name in names):
-        return False
+    if _PLAIN.fullmatch(target):  # quantizers write an entry per expert, and most of them end here
+        longest = max(target.split("."), key=len)
+        if not any(longest in name for name in names):
+            return False
     forms = [] if target.startswith("*") else [target.removeprefix("re:")]
     forms += [] if target.startswith("re:") else [fnmatch.translate(f"*{target}")]
     return any(re.search(form, name) for form in forms for name in names)

@@ -205,7 +205,8 @@ class Collector:
                 problems.append(plan.wrong(f"{value} in dimension {axis} of the matrix ({key})", found))
         for plan in (wk, gate)[: 1 if wk.name == gate.name else 2]:
             vetoes = (veto for veto in self._config.vetoes if plan.encoding and veto.concerns(plan.name, plan.headers))
-            problems += dict.fromkeys(plan.wrong(*veto[:2], "dequantize it with its own tool") for veto in vetoes)
+            advice = "dequantize it with its own tool"
+            problems += dict.fromkeys(plan.wrong(veto.expected, veto.found, advice) for veto in vetoes)
         return problems
 
     def _split(self, both: MatrixPlan, problems: list[Problem]) -> tuple[MatrixPlan, MatrixPlan]:

@@ -29,7 +29,7 @@ def default_device(device):
 
 @pytest.fixture(autouse=True)
 def garbage(monkeypatch):
-    """What a load masks out is NaN or -480 unless it names another value: on a GPU it is whatever the register held."""
+    """Fills masked-out lanes with NaN or -480 if a load names no value for them: on a GPU they are undefined."""
     load = interpreter.InterpreterBuilder.create_masked_load
 
     def fill(self, pointers, mask, other, *rest):

@@ -44,7 +44,7 @@ def test_foreign_formats(tmp_path, name, make):
 
 
 def test_problems_of_layers_share_a_line():
-    """They may differ in layers and in shards, of which a second copy has two."""
+    """Problems that differ only in layers and shards. A second copy names two shards."""
     stem, shard = "model.layers.{}.self_attn.indexer.wk", "model-{:05d}-of-00163.safetensors"
     alike = [
         Problem(f"{stem.format(n)}.bias", shard.format(n + 20), f"nothing beside {stem.format(n)}", shard.format(n))

@@ -14,7 +14,7 @@ NAN, INF = torch.nan, torch.inf
 
 
 def changed(export, role, change):
-    """Layer 0 with wk in an export of which one tensor, by role or by name, is changed; and a BF16 gate."""
+    """Layer 0 with a BF16 gate and an exported wk, one of whose tensors, given by role or name, is changed."""
     tensors = EXPORTS[export](128, 256).tensors
     leaf = next(leaf for leaf in tensors if role in (leaf, ROLES[leaf]))
     return layer_of(Export({**tensors, leaf: change(tensors[leaf].clone())}, None, "")), f"{STEM}wk.{leaf}"

@@ -88,7 +88,7 @@ ACCEPTED = [
 @pytest.mark.parametrize("place", ["quantization_config", "text_config", "language_config"])
 @pytest.mark.parametrize(("quantization", "named_entry", "export", "count"), REFUSED)
 def test_veto(tmp_path, quantization, named_entry, export, count, place):
-    """A veto in one place counts whatever stands in the others."""
+    """A veto counts in any of the places that may hold a config."""
     config = {"quantization_config": quantization if place == "quantization_config" else compressed()}
     if place != "quantization_config":
         config |= {"text_config": {}, place: {"quantization_config": quantization}}
@@ -142,7 +142,7 @@ def test_targets_that_may_mean_an_indexer(target, is_meant):
 
 
 def test_many_entries():
-    """Quantizers write an entry per expert, each of which could concern each layer."""
+    """Quantizers write one entry per expert. Checking them against every layer must stay fast."""
     names = [f"model.layers.{layer}.mlp.experts.{n}.up_proj" for layer in range(62) for n in range(48)]
     config = {"quantization_config": auto_round(extra_config=dict.fromkeys(names, MXINT4))}
     offers = [offer for layer in range(62) for offer in layer_of("mxfp4", layer=layer, n=(32, 16)).items()]
