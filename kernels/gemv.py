@@ -7,7 +7,8 @@ trip to memory and that nothing follows: no partial sums, no counter, no workspa
 import triton
 import triton.language as tl
 
-from .tile import FP8_BLOCK, UNCHANGED, decode, load_block_scales, load_codes, load_row_scales, quantize, store_tile
+from . import tile
+from .tile import FP8_BLOCK, UNCHANGED
 
 
 @triton.jit
@@ -20,13 +21,13 @@ def _gemv_row(
     STEPS: tl.constexpr = (K + SLICES * BLOCK_K - 1) // (SLICES * BLOCK_K)
     slices = tl.arange(0, SLICES)
     cols = row_n + tl.zeros_like(slices)
-    scales, weights = load_row_scales(w, cols, N), ()
+    scales, weights = tile.load_row_scales(w, cols, N), ()
     for step in tl.static_range(STEPS):
         start_k = (step * SLICES + slices) * BLOCK_K
         if FORMAT == FP8_BLOCK:
-            scales = load_block_scales(w, cols, start_k, N, K)
-        codes, group_scales = load_codes(w, cols, start_k, N, K, BLOCK_K, FORMAT)
-        weights = weights + (decode(codes, group_scales, FORMAT, tl.float32) * scales[:, None],)
+            scales = tile.load_block_scales(w, cols, start_k, N, K)
+        codes, group_scales = tile.load_codes(w, cols, start_k, N, K, BLOCK_K, FORMAT)
+        weights = weights + (tile.decode(codes, group_scales, FORMAT, tl.float32) * scales[:, None],)
 
     if PDL:  # programmatic dependent launch: what earlier kernels wrote is visible from here on
         tl.extra.cuda.gdc_wait()
@@ -41,7 +42,7 @@ def _gemv_row(
             inside = (row < M)[:, None] & (offs_k < K)
             x = tl.load(x_ptr + row[:, None].to(tl.int64) * stride_xm + offs_k, mask=inside, other=0.0)
             if ACTIVATION != UNCHANGED:
-                x, x_scales = quantize(x, 1, ACTIVATION)
+                x, x_scales = tile.quantize(x, 1, ACTIVATION)
                 x *= x_scales
             acc += x.to(tl.float32) * weights[step]
         sums = sums + (acc,)
@@ -49,7 +50,7 @@ def _gemv_row(
         tl.extra.cuda.gdc_launch_dependents()
     stacked = tl.reshape(_stack(sums, BLOCK_M), (SLICES, BLOCK_K, BLOCK_M))
     total = tl.sum(tl.sum(stacked, 1), 0)  # in two steps, as the interpreter adds one after another
-    store_tile(out_ptr, total * FACTOR, first + tl.arange(0, BLOCK_M), row_n + tl.arange(0, 1), M, N, stride_om)
+    tile.store(out_ptr, total * FACTOR, first + tl.arange(0, BLOCK_M), row_n + tl.arange(0, 1), M, N, stride_om)
 
 
 @triton.jit

@@ -11,20 +11,8 @@ memory as the second one, where all warps read them.
 import triton
 import triton.language as tl
 
-from .tile import (
-    FP8_BLOCK,
-    UNCHANGED,
-    decode,
-    dot,
-    last_to_arrive,
-    load_block_scales,
-    load_codes,
-    load_row_scales,
-    quantize,
-    store_tile,
-    sum_splits,
-    tile_offsets,
-)
+from . import tile
+from .tile import FP8_BLOCK, UNCHANGED
 
 
 @triton.jit
@@ -41,11 +29,11 @@ def _dot_step(
     """x @ w.T over BLOCK_K of K, which lies inside one scale block: [rows, cols] fp32."""
     start_k += tl.zeros_like(cols)
     if FORMAT == FP8_BLOCK:
-        scales = load_block_scales(w, cols, start_k, N, K)
-    codes, group_scales = load_codes(w, cols, start_k, N, K, BLOCK_K, FORMAT)
+        scales = tile.load_block_scales(w, cols, start_k, N, K)
+    codes, group_scales = tile.load_codes(w, cols, start_k, N, K, BLOCK_K, FORMAT)
     if ACTIVATION != UNCHANGED:
-        x, x_scales = quantize(x, 1, ACTIVATION)
-    product = dot(x.to(DOT), tl.trans(decode(codes, group_scales, FORMAT, DOT, PACKED)), AMD)
+        x, x_scales = tile.quantize(x, 1, ACTIVATION)
+    product = tile.dot(x.to(DOT), tl.trans(tile.decode(codes, group_scales, FORMAT, DOT, PACKED)), AMD)
     if FORMAT == FP8_BLOCK:
         product *= scales[None, :]
     if ACTIVATION != UNCHANGED:
@@ -86,25 +74,25 @@ def _project_tile(
         accs = sums
 
     is_last = True
-    tile = tile_m * tl.num_programs(0) + tl.program_id(0)
+    tile_id = tile_m * tl.num_programs(0) + tl.program_id(0)
     if SPLIT_K > 1:
-        partial_ptr += tile.to(tl.int64) * (SPLIT_K * ACC_SIZE)
+        partial_ptr += tile_id.to(tl.int64) * (SPLIT_K * ACC_SIZE)
         own_ptr = partial_ptr + split * ACC_SIZE
         for i in tl.static_range(FIRST, END):
-            tl.store(own_ptr + tile_offsets(BLOCK_M, BLOCK_NS[i]), accs[i - FIRST])
+            tl.store(own_ptr + tile.offsets(BLOCK_M, BLOCK_NS[i]), accs[i - FIRST])
             own_ptr += BLOCK_M * BLOCK_NS[i]
-        is_last = last_to_arrive(arrived_ptr + tile, SPLIT_K, AMD)
+        is_last = tile.last_to_arrive(arrived_ptr + tile_id, SPLIT_K, AMD)
     if is_last:
         for i in tl.static_range(FIRST, END):
             total = accs[i - FIRST]
             if SPLIT_K > 1:
-                total = sum_splits(partial_ptr, ACC_SIZE, total, split, SPLIT_K)
+                total = tile.sum_splits(partial_ptr, ACC_SIZE, total, split, SPLIT_K)
                 partial_ptr += BLOCK_M * BLOCK_NS[i]
             cols = start_n + tl.arange(0, BLOCK_NS[i])
-            total *= load_row_scales(matrices[i], cols, NS[i])[None, :] * FACTORS[i]
-            store_tile(outs[i], total, rows[:, None], cols[None, :], M, NS[i], strides_om[i])
+            total *= tile.load_row_scales(matrices[i], cols, NS[i])[None, :] * FACTORS[i]
+            tile.store(outs[i], total, rows[:, None], cols[None, :], M, NS[i], strides_om[i])
         if SPLIT_K > 1:
-            tl.store(arrived_ptr + tile, 0)
+            tl.store(arrived_ptr + tile_id, 0)
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -11,21 +11,8 @@ bits, which keeps batch-invariant results affordable for many rows.
 import triton
 import triton.language as tl
 
-from .tile import (
-    FP8_BLOCK,
-    SCALE_BLOCK,
-    UNCHANGED,
-    decode,
-    dot,
-    last_to_arrive,
-    load_block_scales,
-    load_codes,
-    load_row_scales,
-    quantize,
-    store_tile,
-    sum_splits,
-    tile_offsets,
-)
+from . import tile
+from .tile import FP8_BLOCK, SCALE_BLOCK, UNCHANGED
 
 
 @triton.jit
@@ -46,7 +33,7 @@ def _load_x(
         return x, x
     else:
         groups = tl.reshape(x, (SLICES * BLOCK_K // SCALE_BLOCK, SCALE_BLOCK, BLOCK_M))
-        values, scales = quantize(groups, 1, ACTIVATION)
+        values, scales = tile.quantize(groups, 1, ACTIVATION)
         return tl.reshape(values, (SLICES, BLOCK_K, BLOCK_M)).to(DOT), scales
 
 
@@ -66,13 +53,13 @@ def _dot_step(
     w_slices = tl.reshape(tl.broadcast_to(tl.arange(0, SLICES)[:, None], (SLICES, BLOCK_N)), (SLICES * BLOCK_N,))
     start_k = (first + w_slices) * BLOCK_K
     if FORMAT == FP8_BLOCK:  # before the weights, to arrive with them
-        scales = load_block_scales(w, w_cols, start_k, N, K)
-    codes, group_scales = load_codes(w, w_cols, start_k, N, K, BLOCK_K, FORMAT)
+        scales = tile.load_block_scales(w, w_cols, start_k, N, K)
+    codes, group_scales = tile.load_codes(w, w_cols, start_k, N, K, BLOCK_K, FORMAT)
     if PDL:
         tl.extra.cuda.gdc_wait()
         x, x_scales = _load_x(x_ptr, rows, first, M, stride_xm, K, ACTIVATION, BLOCK_K, SLICES, DOT)
-    weights = tl.reshape(decode(codes, group_scales, FORMAT, DOT), (SLICES, BLOCK_N, BLOCK_K))
-    product = dot(weights, x, AMD)
+    weights = tl.reshape(tile.decode(codes, group_scales, FORMAT, DOT), (SLICES, BLOCK_N, BLOCK_K))
+    product = tile.dot(weights, x, AMD)
     if FORMAT == FP8_BLOCK:
         product *= tl.reshape(scales, (SLICES, BLOCK_N))[:, :, None]
     if ACTIVATION != UNCHANGED:
@@ -113,7 +100,7 @@ def _split_k_tile(
     """Columns of one output from start_n on: one split of K, and the sum of all if this program arrives last."""
     split, tile_m = tl.program_id(1), tl.program_id(2)
     rows, cols = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
-    row_scales = load_row_scales(w, cols, N)[:, None] * FACTOR
+    row_scales = tile.load_row_scales(w, cols, N)[:, None] * FACTOR
     total = _dot_split(
         x_ptr, w, cols, rows, split, M, stride_xm,
         N, K, FORMAT, ACTIVATION, BLOCK_M, BLOCK_N, BLOCK_K, SLICES, SPLIT_K, DOT, AMD, PDL,
@@ -124,16 +111,16 @@ def _split_k_tile(
                 x_ptr, w, cols, rows, later, M, stride_xm,
                 N, K, FORMAT, ACTIVATION, BLOCK_M, BLOCK_N, BLOCK_K, SLICES, SPLIT_K, DOT, AMD, False,
             )  # fmt: skip
-        store_tile(out_ptr, total * row_scales, rows[None, :], cols[:, None], M, N, stride_om)
+        tile.store(out_ptr, total * row_scales, rows[None, :], cols[:, None], M, N, stride_om)
     else:
         SIZE: tl.constexpr = BLOCK_N * BLOCK_M
-        tile = tile_m * tl.num_programs(0) + tl.program_id(0)
-        partial_ptr += tile.to(tl.int64) * (SPLIT_K * SIZE)
-        tl.store(partial_ptr + split * SIZE + tile_offsets(BLOCK_N, BLOCK_M), total)
-        if last_to_arrive(arrived_ptr + tile, SPLIT_K, AMD):
-            total = sum_splits(partial_ptr, SIZE, total, split, SPLIT_K)
-            store_tile(out_ptr, total * row_scales, rows[None, :], cols[:, None], M, N, stride_om)
-            tl.store(arrived_ptr + tile, 0)
+        tile_id = tile_m * tl.num_programs(0) + tl.program_id(0)
+        partial_ptr += tile_id.to(tl.int64) * (SPLIT_K * SIZE)
+        tl.store(partial_ptr + split * SIZE + tile.offsets(BLOCK_N, BLOCK_M), total)
+        if tile.last_to_arrive(arrived_ptr + tile_id, SPLIT_K, AMD):
+            total = tile.sum_splits(partial_ptr, SIZE, total, split, SPLIT_K)
+            tile.store(out_ptr, total * row_scales, rows[None, :], cols[:, None], M, N, stride_om)
+            tl.store(arrived_ptr + tile_id, 0)
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -191,7 +191,7 @@ def dot(a, b, AMD: tl.constexpr):
 
 
 @triton.jit
-def tile_offsets(R: tl.constexpr, C: tl.constexpr):
+def offsets(R: tl.constexpr, C: tl.constexpr):
     """[R, C] offsets into a contiguous tile."""
     return tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]
 
@@ -206,7 +206,7 @@ def load_row_scales(w, cols, N: tl.constexpr):
 
 
 @triton.jit
-def store_tile(out_ptr, tile, rows, cols, M, N: tl.constexpr, stride_om):
+def store(out_ptr, tile, rows, cols, M, N: tl.constexpr, stride_om):
     """Stores fp32 sums to out [M, N]. rows and cols broadcast to the shape of the tile."""
     if INTERPRETED and out_ptr.dtype.element_ty == tl.bfloat16:
         # The interpreter truncates where GPUs round to nearest even.
@@ -237,7 +237,7 @@ def sum_splits(partial_ptr, stride_split, own, split, SPLIT_K: tl.constexpr):
     """The sum of the partial tiles of all splits, in their order: two runs give the same bits. own is this split's."""
     R: tl.constexpr = own.shape[0]
     C: tl.constexpr = own.shape[1]
-    partials = partial_ptr + tile_offsets(R, C)
+    partials = partial_ptr + offsets(R, C)
     if SPLIT_K == 2:  # either order gives the same bits
         return own + tl.load(partials + (1 - split) * stride_split)
     else:

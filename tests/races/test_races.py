@@ -128,7 +128,7 @@ SCOPE, LAST = ("tile.py", '"gpu"'), ("tile.py", "== SPLIT_K - 1")
 ATOMIC = ("tile.py", 'return tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu")')
 PLAIN = "arrived = tl.load(arrived_ptr); tl.store(arrived_ptr, arrived + 1); return arrived"
 SLOT, PREFILL_SLOT = ("split_k.py", "partial_ptr + split * SIZE +"), ("prefill.py", "partial_ptr + split * ACC_SIZE")
-RESET, PREFILL_RESET = ((file, "tl.store(arrived_ptr + tile, 0)") for file in ("split_k.py", "prefill.py"))
+RESET, PREFILL_RESET = ((file, "tl.store(arrived_ptr + tile_id, 0)") for file in ("split_k.py", "prefill.py"))
 TILE, OTHER = ("prefill.py", "tile_m * tl.num_programs(0) + tl.program_id(0)"), ("tile.py", "(1 - split)")
 WEIGHTS = ("tile.py", "(cols < N)[:, None] & (offs_k < SIZE)")
 GROUPS = ("tile.py", "(cols < N)[:, None] & (groups < tl.cdiv(K, GROUP))")
