@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ from triton.compiler import CompiledKernel
 
 from ..indexer.models import PAIRS, SHAPES, fits
 from ..kernels.dispatch import REDUCED_BYTES, KernelConfig, cdiv, choose, out_dtypes
-from ..kernels.formats import ACTIVATIONS, Activation, Format, operand_layout, parse_pair
+from ..kernels.formats import ACTIVATIONS, Activation, operand_layout, parse_pair
 from ..kernels.launch import KERNELS, Signature, constants, options
 from ..kernels.target import INTERPRETED, TARGETS, Target
 from .estimate import estimate, l2_bytes, reduced_bytes
@@ -161,25 +161,6 @@ class Binary:
         return min(*limits, sm.shared_memory // shared if shared else sm.programs)
 
 
-@cache
-def signature(
-    shape: tuple[int, ...],
-    formats: tuple[Format, ...],
-    activation: Activation | None = None,
-    dtypes: tuple[torch.dtype, ...] | None = None,
-    batch_invariant: bool = False,
-    device: torch.device = torch.device("cpu"),  # noqa: B008
-) -> Signature:
-    """A projection of bf16 x, the same object every time. shape: rows of each matrix, then K.
-
-    Only the first matrix takes the activation. Outputs are in dtypes or, by default, those of `project` (fp32 gate).
-    """
-    *ns, k = shape
-    activations, factors = (activation, *[None] * (len(ns) - 1)), (1.0,) * len(ns)
-    dtypes = dtypes or out_dtypes("fp32", len(ns))
-    return Signature(device, torch.bfloat16, k, (*ns,), formats, activations, factors, dtypes, batch_invariant)
-
-
 def warm_up(target: Target, config: KernelConfig, signature: Signature) -> CompiledKernel:
     """Compiles the kernel that `launch` runs for 16-byte aligned tensors of up to 2 GB.
 
@@ -238,7 +219,7 @@ class Case(NamedTuple):
     def signature(self, gate: str = "fp32", batch_invariant: bool = False) -> Signature:
         """What is compiled; gate is a key of OUTS."""
         shape, formats = SHAPES[self.shape], parse_pair(self.pair)
-        return signature(shape, formats, self.activation, out_dtypes(gate, len(formats)), batch_invariant)
+        return Signature.of(shape, formats, self.activation, out_dtypes(gate, len(formats)), batch_invariant)
 
 
 # Formats determine registers and instructions; K and H hardly do. So one shape covers all formats, the other two.

@@ -15,10 +15,9 @@ from ..indexer.cli.synthetic import random_matrix
 from ..kernels import DenseMatrix, KernelConfig, Matrix
 from ..kernels.dispatch import out_dtypes
 from ..kernels.formats import Format, Operands
-from ..kernels.launch import launch, torch_mm
+from ..kernels.launch import Signature, launch, torch_mm
 from ..kernels.target import INTERPRETED, target_of
 from ..kernels.workspace import recycled_counters
-from .compiled import signature
 
 Matrices = tuple[Matrix, ...]
 Call = Callable[[], Sequence[Tensor]]
@@ -105,7 +104,7 @@ class Sampler:
 
     def __init__(self, m: int, shape: tuple[int, ...], formats: tuple[Format, ...], device: torch.device) -> None:
         self._weights = weight_copies(shape, formats, device)
-        self._signature = signature(shape, formats, device=device)
+        self._signature = Signature.of(shape, formats, device=device)
         self._x = torch.randn(m, shape[-1], device=device).bfloat16()
         self._exact = [self._x.double() @ matrix.dequantize(torch.float64).T for matrix in self._weights[0]]
 

@@ -22,9 +22,9 @@ from triton.errors import TritonError
 from ..kernels import KernelConfig, Target, choose
 from ..kernels.dispatch import MAX_SPLIT_K, OUTS, TABLE_SCHEMA, Case, cdiv, next_power_of_2, prefill_tiles, versions
 from ..kernels.formats import Format
-from ..kernels.launch import KERNELS
+from ..kernels.launch import KERNELS, Signature
 from ..kernels.target import target_of
-from .compiled import signature, warm_up
+from .compiled import warm_up
 from .estimate import estimate
 from .gpu import Choice, Sampler, Timer, WrongError, in_turn
 
@@ -160,7 +160,7 @@ def summary(entry: Entry) -> str:
 def compile_all(target: Target, kernels: Sequence[Any], seconds: float) -> Iterator[Any]:
     """Compiles into Triton's cache on all cores until time is up; yields each kernel that compiled.
 
-    kernels: tuples of a KernelConfig and the arguments of `signature`.
+    kernels: tuples of a KernelConfig and the arguments of `Signature.of`.
     """
     # Not fork, which would copy a process that has a CUDA context.
     context, quiet = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
@@ -180,7 +180,7 @@ def compile_all(target: Target, kernels: Sequence[Any], seconds: float) -> Itera
 
 
 def _compile_one(target: Target, config: KernelConfig, *arguments: Any) -> None:
-    warm_up(target, config, signature(*arguments))
+    warm_up(target, config, Signature.of(*arguments))
 
 
 def read_tuned(path: Path, gpu: str) -> tuple[Entries, Entries]:

@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import KernelConfig, choose, next_power_of_2, table_of
+from .dispatch import KernelConfig, choose, next_power_of_2, out_dtypes, table_of
 from .formats import ACTIVATIONS, Activation, Format, Operands
 from .gemv import gemv_kernel
 from .prefill import prefill_kernel
 from .split_k import split_k_kernel
 from .target import INTERPRETED, Target, target_of
-from .weights import ProjectionWeights, joined
+from .weights import joined
 from .workspace import workspace
 
 KERNELS = {"gemv": gemv_kernel, "split_k": split_k_kernel, "prefill": prefill_kernel}
@@ -50,16 +50,30 @@ class Signature:
     dtypes: tuple[torch.dtype, ...]
     batch_invariant: bool = False
 
+    @classmethod
+    @functools.cache
+    def of(
+        cls,
+        shape: tuple[int, ...],
+        formats: tuple[Format, ...],
+        activation: Activation | None = None,
+        dtypes: tuple[torch.dtype, ...] | None = None,
+        batch_invariant: bool = False,
+        device: torch.device = torch.device("cpu"),  # noqa: B008
+    ) -> "Signature":
+        """A projection of bf16 x, the same object every time. shape: rows of each matrix, then K.
+
+        Only the first matrix takes the activation. By default, the dtypes are those of `project` (fp32 gate).
+        """
+        *ns, k = shape
+        activations, factors = (activation, *[None] * (len(ns) - 1)), (1.0,) * len(ns)
+        dtypes = dtypes or out_dtypes("fp32", len(ns))
+        return cls(device, torch.bfloat16, k, (*ns,), formats, activations, factors, dtypes, batch_invariant)
+
     @property
     def shape(self) -> tuple[int, ...]:
         """(D, H, K), or more rows before K."""
         return *self.ns, self.k
-
-
-def signature_of(weights: ProjectionWeights, *dtypes: torch.dtype) -> Signature:
-    """The projection of bf16 activations to outputs of these dtypes."""
-    *ns, k = weights.shape
-    return Signature(weights.device, torch.bfloat16, k, tuple(ns), weights.formats, (None, None), (1.0, 1.0), dtypes)
 
 
 def launch(

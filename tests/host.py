@@ -66,7 +66,7 @@ def launchers(m):
     outs = tuple(torch.empty(m, n, dtype=dtype) for n, dtype in zip(ns, dtypes, strict=True))
     matrices = w.wk.operands, w.gate.operands
     operands = [operand for matrix in matrices for operand in matrix]
-    signature, config = launch.signature_of(w, *dtypes), choose(m, DEEPSEEK, w.formats, target)
+    signature, config = launch.Signature.of(w.shape, w.formats), choose(m, DEEPSEEK, w.formats, target)
     kernel, grid = launch.KERNELS[config.regime], config.grid(m, *ns)
     buffers = workspace(x.device, *config.workspace_size(m, *ns)) if config.has_workspace else ()
     constants = launch.constants(config, signature, target).values()

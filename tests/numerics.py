@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from indexproj.kernels.launch import launch, signature_of
+from indexproj.kernels.launch import Signature, launch
 
 
 def relative_error(outputs, exact, dims=(0, 1)):
@@ -24,8 +24,8 @@ def largest_row_error(outputs, exact):
 def run(x, w, config=None, activation=None):
     """fp32 outputs of one launch with a given config."""
     outs = tuple(torch.full((len(x), n), torch.nan, device=x.device) for n in w.shape[:2])
-    signature = replace(signature_of(w, *[torch.float32] * 2), x_dtype=x.dtype, activations=(activation, None))
-    launch(x, (w.wk.operands, w.gate.operands), outs, signature, config)
+    signature = Signature.of(w.shape, w.formats, activation, (torch.float32,) * 2, device=w.device)
+    launch(x, (w.wk.operands, w.gate.operands), outs, replace(signature, x_dtype=x.dtype), config)
     return outs
 
 

@@ -9,7 +9,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ...kernels import project, reference
-from ...kernels.launch import decide, signature_of
+from ...kernels.launch import Signature, decide
 from ...loading import Checkpoint, Plan, load
 from .audit import new_table
 
@@ -58,7 +58,7 @@ def verify(
             as_loaded = reference(x, weights)
             outputs = project(x, weights, k_dtype=torch.float32)
             pairs = (outputs, exact), (as_loaded, exact), (outputs, as_loaded), (reference(x, weights.to_bf16()), exact)
-            regime = decide(m, signature_of(weights, torch.float32, torch.float32)).regime
+            regime = decide(m, Signature.of(weights.shape, weights.formats, device=device)).regime
             yield Measurement(layer, encodings, m, regime, *(_error(*pair) for pair in pairs))
 
 

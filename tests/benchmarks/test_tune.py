@@ -14,7 +14,6 @@ import torch
 
 import fake_gpu
 from indexproj.benchmarks import commands, gpu, tune
-from indexproj.benchmarks.compiled import signature
 from indexproj.benchmarks.tune import FINALISTS, FIRST_ROUNDS, LAST_ROUNDS, MS, WrongError, candidates, search
 from indexproj.indexer.models import PAIRS, SHAPES, fits
 from indexproj.kernels import TARGETS, Format, KernelConfig, Target, choose, dispatch, launch
@@ -214,7 +213,7 @@ def test_tune_writes_what_launches_read(h100, monkeypatch, tmp_path):
     table = dict.fromkeys(cases, (SPLIT, [out_dtypes("fp32", 3)]))
     monkeypatch.setattr(launch, "table_of", lambda device: table)
     monkeypatch.setattr(launch, "target_of", lambda device: SM_90)
-    plan = launch.plan_of(signature(V4, THREE), 16)
+    plan = launch.plan_of(launch.Signature.of(V4, THREE), 16)
     assert (plan.config, plan.prefers_torch) == (SPLIT, True)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import triton
 
-from indexproj.benchmarks.compiled import configs, signature
+from indexproj.benchmarks.compiled import configs
 from indexproj.indexer.models import SHAPES, fits
 from indexproj.kernels import TARGETS, launch, project
 from indexproj.kernels.formats import parse_pair
@@ -32,7 +32,7 @@ def test_compile_table_and_json():
         (shape, str(config), m)
         for shape, sizes in SHAPES.items()
         if fits(shape, FP8)
-        for config, m in configs(TARGETS["sm_90"], signature(sizes, parse_pair(FP8))).items()
+        for config, m in configs(TARGETS["sm_90"], launch.Signature.of(sizes, parse_pair(FP8))).items()
     ]
     assert [(row["shape"], row["kernel"], row["m"]) for row in rows] == expected
     for row in rows:
@@ -76,7 +76,8 @@ def test_server_compiles_nothing_that_the_cache_holds(options, sm_count, asked_f
         for m in [2**power for power in range(17)]:
             project(x[:m], w, **asked_for)
             project(x[:m], w, out=out[:m], **asked_for)
-    sig = signature(GLM, parse_pair(FP8), asked_for.get("activation"), batch_invariant="batch_invariant" in asked_for)
+    invariant = "batch_invariant" in asked_for
+    sig = launch.Signature.of(GLM, parse_pair(FP8), asked_for.get("activation"), batch_invariant=invariant)
     assert hits == [True] * 2 * len(configs(target, sig))
 
 

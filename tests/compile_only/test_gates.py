@@ -9,10 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
-from indexproj.benchmarks.compiled import CASES, Binary, Case, compile_kernel, configs, faults, signature, warm_up
+from indexproj.benchmarks.compiled import CASES, Binary, Case, compile_kernel, configs, faults, warm_up
 from indexproj.benchmarks.estimate import l2_bytes
 from indexproj.kernels import TARGETS, KernelConfig, choose
 from indexproj.kernels.formats import parse_pair
+from indexproj.kernels.launch import Signature
 from indexproj.kernels.target import INTERPRETED
 from support import DEEPSEEK, GLM
 
@@ -22,10 +23,10 @@ DENSE, FP8 = parse_pair("BF16, BF16"), parse_pair("FP8 128x128, BF16")
 FP32 = torch.float32
 FP16 = {"x_dtype": torch.float16, "dtypes": (torch.float16, FP32)}
 SIGNATURES = {", ".join(filter(None, case)): case.signature() for case in CASES} | {
-    "fp16 x": replace(signature(DEEPSEEK, FP8), **FP16),
-    "fp16 x, fp8": replace(signature(DEEPSEEK, FP8, "fp8"), **FP16),
-    "FP8 per row, BF16": signature(DEEPSEEK, parse_pair("FP8 per row, BF16")),
-    "glm-5, fp8": signature(GLM, FP8, "fp8"),
+    "fp16 x": replace(Signature.of(DEEPSEEK, FP8), **FP16),
+    "fp16 x, fp8": replace(Signature.of(DEEPSEEK, FP8, "fp8"), **FP16),
+    "FP8 per row, BF16": Signature.of(DEEPSEEK, parse_pair("FP8 per row, BF16")),
+    "glm-5, fp8": Signature.of(GLM, FP8, "fp8"),
 }
 # As vLLM launches them.
 for pair in ("BF16, BF16", "FP8 128x128, BF16", "NVFP4, BF16"):
@@ -74,7 +75,7 @@ def test_resources(name, case, between):
 @pytest.mark.parametrize("pair", ["BF16, BF16", "FP8 128x128, BF16", "MXFP8, MXFP8", "NVFP4, NVFP4", "MXFP4, MXFP4"])
 def test_resources_with_a_factor(pair, name):
     """One config per regime, also with older versions of Triton, see test_older.py."""
-    problem = replace(signature(DEEPSEEK, parse_pair(pair)), factors=(1.0, 0.0110485))
+    problem = replace(Signature.of(DEEPSEEK, parse_pair(pair)), factors=(1.0, 0.0110485))
     for m in (4, 16, 1000, 8192):
         config = choose(m, DEEPSEEK, problem.formats, TARGETS[name])
         assert faults(TARGETS[name], problem, m, config, binary_of(name, config, problem)) == [], config
@@ -84,7 +85,7 @@ def test_resources_with_a_factor(pair, name):
 @pytest.mark.parametrize("activation", [None, "fp8"])
 @pytest.mark.parametrize("name", TARGETS)
 def test_resources_of_more_matrices_and_rows(name, ns, activation):
-    problem = signature((*ns, GLM[2]), (*FP8, FP8[1])[: len(ns)], activation, (torch.bfloat16,) * len(ns))
+    problem = Signature.of((*ns, GLM[2]), (*FP8, FP8[1])[: len(ns)], activation, (torch.bfloat16,) * len(ns))
     for m in (1 if activation else 4, 32 if activation else 64, 100, 65536):
         config = choose(m, (*ns, GLM[2]), problem.formats, TARGETS[name], quantize_x=bool(activation))
         # In decode, 32 rows of x are one tile; two may need a second wave.
@@ -97,7 +98,7 @@ def test_gemv_issues_weights_and_scales_in_one_group(name):
     for formats in (DENSE, FP8):
         for m, limit in ((1, 1), (2, 2), (4, 2)):  # with more rows, x does not fit the registers next to the weights
             config = choose(m, DEEPSEEK, formats, TARGETS[name])
-            assert binary_of(name, config, signature(DEEPSEEK, formats)).load_groups <= 2 * limit, config
+            assert binary_of(name, config, Signature.of(DEEPSEEK, formats)).load_groups <= 2 * limit, config
 
 
 def test_l2_bytes_of_prefill():
@@ -110,7 +111,7 @@ def test_l2_bytes_of_prefill():
 @pytest.mark.parametrize(("pair", "limit"), [("BF16, BF16", 130), ("FP8 128x128, BF16", 170), ("NVFP4, BF16", 220)])
 @pytest.mark.parametrize("name", ["sm_90", "sm_100", "gfx942", "gfx950"])
 def test_instructions_per_step_of_prefill(name, pair, limit):
-    problem = signature(DEEPSEEK, parse_pair(pair))
+    problem = Signature.of(DEEPSEEK, parse_pair(pair))
     config = choose(16384, DEEPSEEK, problem.formats, TARGETS[name])
     assert (config.block_m, config.block_n, config.block_k) == (128, 0, 64)
     if TARGETS[name].is_cuda() or pair != "NVFP4, BF16":  # AMD decodes without PTX
@@ -153,7 +154,7 @@ LOAD = "/*0000*/ LDG.E.128 R4, desc[R2.64] ;\n/*0000*/ IADD R4, R4, R4 ;\n"
 )
 def test_faults_of_made_up_binaries(m, changes, expected):
     config = choose(m, DEEPSEEK, FP8, TARGETS["sm_90"])
-    found = faults(TARGETS["sm_90"], signature(DEEPSEEK, FP8), m, config, Binary(**FINE | changes))
+    found = faults(TARGETS["sm_90"], Signature.of(DEEPSEEK, FP8), m, config, Binary(**FINE | changes))
     assert len(found) == len(expected)
     assert all(fault in line for fault, line in zip(expected, found, strict=True))
 
@@ -165,7 +166,7 @@ def test_load_widths_in_sass_and_amdgcn():
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_dense_loads_are_16_bytes(name):
-    for config, _, binary in binaries(name, signature(DEEPSEEK, DENSE)):
+    for config, _, binary in binaries(name, Signature.of(DEEPSEEK, DENSE)):
         if config.regime == "gemv":
             assert set(binary.loads) == {16}, config
         elif config.regime == "split_k":
@@ -176,7 +177,7 @@ def test_dense_loads_are_16_bytes(name):
 
 def arrivals(name, atomic, store):
     """Where programs count themselves in: the code since the last store of partial sums, the atomic, the code after."""
-    for config, _, binary in binaries(name, signature(DEEPSEEK, FP8)):
+    for config, _, binary in binaries(name, Signature.of(DEEPSEEK, FP8)):
         before, *parts = re.split(rf"(\b\w*{atomic}\S*)", binary.assembly)
         assert len(parts) == 2 * (0 if not config.has_workspace else 2 if config.block_n else 1), config
         for counter, after in zip(parts[::2], parts[1::2], strict=True):
@@ -208,7 +209,7 @@ def test_loads_and_registers_amd(name):
     """Buffer loads for tensors up to 2 GB, as Triton's launcher would compile; one wave's registers for gemv."""
     for m in (1, 4, 16):
         config = choose(m, DEEPSEEK, FP8, TARGETS[name])
-        binary = binary_of(name, config, signature(DEEPSEEK, FP8))
+        binary = binary_of(name, config, Signature.of(DEEPSEEK, FP8))
         assert (count(binary, "; Occupancy: 1\n") > 0) == (config.regime == "gemv")
         if m == 16:
             assert count(binary, r"\bbuffer_load_") > 0
@@ -225,7 +226,7 @@ def add_floats(ptr):
 
 @pytest.mark.parametrize("name", NVIDIA)
 def test_no_float_atomics(name):
-    for config, _, binary in binaries(name, signature(DEEPSEEK, FP8)):
+    for config, _, binary in binaries(name, Signature.of(DEEPSEEK, FP8)):
         assert count(binary, FLOAT_ATOMIC) == 0, config
     kernel = compile_kernel(add_floats, TARGETS[name], torch.empty(0), enable_fp_fusion=True)
     assert count(Binary.of(kernel, TARGETS[name]), FLOAT_ATOMIC) > 0  # the pattern finds them
@@ -234,7 +235,7 @@ def test_no_float_atomics(name):
 @pytest.mark.parametrize("name", NVIDIA)
 def test_prefill_accumulates_outside_the_tensor_core(name):
     """Inside, sums over K would be truncated hundreds of times; see `dot` in kernels/tile.py."""
-    for config, _, binary in binaries(name, signature(DEEPSEEK, DENSE)):
+    for config, _, binary in binaries(name, Signature.of(DEEPSEEK, DENSE)):
         if config.regime == "prefill":
             per_thread = config.acc_size(128, 64) // (32 * config.num_warps)
             assert count(binary, r"\bFADD") >= per_thread, config
@@ -247,7 +248,7 @@ def test_prefill_accumulates_outside_the_tensor_core(name):
 def test_activation_scales_use_ieee_division(name, asm, division, m):
     """Triton's approximate division can be off by one bit, and then a code is off by one step."""
     config = choose(m, DEEPSEEK, FP8, TARGETS[name], quantize_x=True)
-    text = warm_up(TARGETS[name], config, signature(DEEPSEEK, FP8, "fp8")).asm[asm]
+    text = warm_up(TARGETS[name], config, Signature.of(DEEPSEEK, FP8, "fp8")).asm[asm]
     assert division in text
     assert "div.full" not in text
 
@@ -270,7 +271,7 @@ def test_pdl_is_off_by_default_and_waits_before_x(name):
     many_steps = KernelConfig("split_k", block_m=16, block_k=64, split_k=2, num_stages=2, slices=4)
     for config in (*(choose(m, DEEPSEEK, FP8, TARGETS[name]) for m in (4, 16)), many_steps):
         for pdl in (False, True):
-            kernel = warm_up(TARGETS[name], replace(config, pdl=pdl), signature(DEEPSEEK, FP8))
+            kernel = warm_up(TARGETS[name], replace(config, pdl=pdl), Signature.of(DEEPSEEK, FP8))
             has_pdl = pdl and TARGETS[name].is_cuda(90)
             binary = Binary.of(kernel, TARGETS[name])
             assert (count(binary, "ACQBULK") > 0) == (count(binary, "PREEXIT") > 0) == has_pdl

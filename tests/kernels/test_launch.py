@@ -1,6 +1,5 @@
 """What reaches the CUDA driver: Triton's real launcher on a driver that runs nothing."""
 
-from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -140,7 +139,7 @@ def test_each_signature_and_bucket_has_its_own_plan(driver):
 
 def test_config_with_half_a_scale_group_of_x_does_not_compile(driver):
     w, outs = weights(FP8, DEEPSEEK), (torch.empty(16, 128, dtype=BF16), torch.empty(16, 64))
-    signature = replace(module.signature_of(w, BF16, FP32), activations=("fp8", None))
+    signature = module.Signature.of(w.shape, w.formats, "fp8")
     with pytest.raises(CompilationError) as caught:
         module.launch(x_of(16), (w.wk.operands, w.gate.operands), outs, signature, KernelConfig("prefill", 16, 64))
     assert "static_assert" in str(caught.value.__cause__.__cause__.__cause__)
@@ -166,7 +165,8 @@ def test_launch_uses_the_tuned_config(driver, tuned, gate_dtype):
 @pytest.mark.usefixtures("tuned")
 def test_launch_with_a_given_config_ignores_the_table(driver):
     config, w = KernelConfig("gemv", block_m=8, block_k=128, slices=8), weights(DENSE, GLM)
-    outs, signature = torch.empty(16, 160, dtype=BF16).split((128, 32), 1), module.signature_of(w, BF16, BF16)
+    outs = torch.empty(16, 160, dtype=BF16).split((128, 32), 1)
+    signature = module.Signature.of(w.shape, w.formats, None, (BF16, BF16))
     module.launch(x_of(16, GLM[2]), (w.wk.operands, w.gate.operands), outs, signature, config)
     assert driver.grid == config.grid(16, 128, 32) != SPLIT.grid(16, 128, 32)
 
