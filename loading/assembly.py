@@ -1,7 +1,6 @@
 """Turns a stream of tensors into weights, all or nothing."""
 
 import operator
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,8 +9,8 @@ from torch import Tensor
 
 from ..kernels.weights import ProjectionWeights
 from .config import Config
-from .headers import DTYPES, GATE, UNUSED, WK, Header, parse
-from .layer import Collector, own, real_device
+from .headers import GATE, UNUSED, WK, parse
+from .layer import Collector, number_of, plan_layers, real_device
 from .problems import CheckpointError, Problem, log
 
 
@@ -39,16 +38,13 @@ class Assembly:
         self._device = real_device(device)
         self._config = Config.of({} if config is None else config)
         self._live: dict[int, ProjectionWeights] = {}
-        self._collector: Collector | None = None
-        self._tensors: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)  # layer -> name -> tensor, until bound
+        self._collectors: dict[int, Collector] | None = None  # by layer; None if no load is open
         self._bound: dict[int, ProjectionWeights] = {}
-        self._problems: list[Problem] = []  # bad values
+        self._problems: list[Problem] = []  # tensors of no layer, and bad values
 
     def begin(self) -> None:
         """Opens a load and drops an unfinished one."""
-        self._collector = Collector(self._config)
-        self._tensors.clear()
-        self._bound, self._problems, self.warnings = {}, [], []
+        self._collectors, self._bound, self._problems, self.warnings = {}, {}, [], []
 
     def offer(self, name: str, tensor: Tensor, file: str = "") -> bool:
         """Takes a tensor, on any device, if it belongs to the projection. file is where it came from, for messages.
@@ -56,17 +52,14 @@ class Assembly:
         Returns True if the full name is one of the projection, in any layer: no one else needs it. Raises RuntimeError
         if no load is open, and TypeError for anything but a tensor.
         """
-        collector = self._open_load("offer")
+        collectors = self._open_load("offer")
         parsed = parse(name)
         if parsed is None or parsed.matrix is None:
             return parsed is not None and parsed.role == UNUSED
-        number = collector.number(parsed)
-        if number is None or number not in self._wanted:
-            return True
-        header = Header.of(name, tensor, file)
-        if header.dtype in DTYPES.values():
-            self._tensors[number][name] = own(tensor, self._device)
-        collector.add(number, parsed, header)  # last: if memory ran out before, the same offer can be made again
+        number = number_of(parsed, self._config, self._problems)
+        if number is not None and number in self._wanted:
+            collector = collectors.setdefault(number, Collector(number, parsed, self._config))
+            collector.offer(parsed, tensor, file, self._device)
         return True
 
     def finish(self) -> dict[int, ProjectionWeights]:
@@ -82,23 +75,24 @@ class Assembly:
                 these, all with bad values.
             RuntimeError: no load is open.
         """
-        collector = self._open_load("finish")
-        plans, problems = collector.plans(), [*self._config.problems, *collector.problems[None]]
+        collectors = self._open_load("finish")
+        plans, problems = plan_layers(collectors), [*self._config.problems, *self._problems]
         for number in self._wanted:
             if number not in plans:
                 problems.append(Problem(f"layer {number}", "", f"{WK} and {GATE} of its indexer", "no tensor of them"))
                 continue
             problems += plans[number].problems
-            if not plans[number].problems and number in self._tensors:
+            tensors = collectors[number].tensors
+            if not plans[number].problems and tensors:
                 faults: list[Problem] = []
                 warnings: list[Problem] = []
-                if weights := plans[number].bind(self._tensors[number], faults, warnings):
+                if weights := plans[number].bind(tensors, faults, warnings):
                     self._bound[number] = weights
-                del self._tensors[number]  # before the next layer, to save memory
+                tensors.clear()  # before the next layer, to save memory
+                problems += faults
                 self._problems += faults  # only now: if memory ran out, they come again
                 self.warnings += warnings
-        self._collector = None  # only now: if memory ran out before, finish() can be called again
-        problems += self._problems
+        self._collectors = None  # only now: if memory ran out before, finish() can be called again
         if problems:
             raise CheckpointError(problems)
         for number, new in self._bound.items():
@@ -115,7 +109,7 @@ class Assembly:
         self._bound = {}
         return dict(self._live)
 
-    def _open_load(self, call: str) -> Collector:
-        if self._collector is None:
+    def _open_load(self, call: str) -> dict[int, Collector]:
+        if self._collectors is None:
             raise RuntimeError(f"Assembly.{call}: no load is open; call begin() first")
-        return self._collector
+        return self._collectors

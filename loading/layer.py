@@ -11,7 +11,7 @@ from ..kernels.matrix import Matrix
 from ..kernels.weights import ProjectionWeights
 from .config import CONFIG, Config
 from .encodings import Encoding, Tensors
-from .headers import FUSED, GATE, WK, Header, IndexerTensor, parse
+from .headers import DTYPES, FUSED, GATE, WK, Header, IndexerTensor, parse
 from .problems import Problem
 from .recognition import explain, recognize
 from .values import judge, nan_codes
@@ -125,57 +125,49 @@ class LayerPlan:
 
 
 class Collector:
-    """Sorts headers by layer and judges them. `Plan` fills one from files, `Assembly` from a stream."""
+    """Collects the tensors of one layer, or only their headers, and plans its weights."""
 
-    def __init__(self, config: Config) -> None:
-        self.problems: defaultdict[int | None, list[Problem]] = defaultdict(list)  # by layer; None: of no layer
-        self._config = config
-        self._first: dict[int, IndexerTensor] = {}  # by layer
-        self._headers: dict[int, defaultdict[str, dict[str, Header]]] = {}  # layer -> matrix -> role -> header
-        self._absent: set[tuple[int, str | None, str]] = set()
+    def __init__(self, number: int, first: IndexerTensor, config: Config) -> None:
+        self.problems: list[Problem] = []  # of tensors that do not belong here
+        self.tensors: dict[str, Tensor] = {}  # by name
+        self._number, self._first, self._config = number, first, config
+        self._headers: defaultdict[str, dict[str, Header]] = defaultdict(dict)  # matrix -> role -> header
+        self._absent: set[tuple[str | None, str]] = set()
 
-    def number(self, tensor: IndexerTensor) -> int | None:
-        """Layer index of a tensor; None, and a problem, if `mtp_layers` cannot be numbered."""
-        number = tensor.layer(self._config.num_hidden_layers)
-        if number is None and not self.problems[None]:
-            expected = "num_hidden_layers (config.json), after which mtp_layers are numbered"
-            self.problems[None].append(Problem(tensor.name, "", expected, "none"))
-        return number
+    def offer(self, part: IndexerTensor, tensor: Tensor, file: str, device: torch.device) -> None:
+        """Takes a copy of a tensor."""
+        header = Header.of(part.name, tensor, file)
+        if header.dtype in DTYPES.values():
+            self.tensors[part.name] = own(tensor, device)
+        self.add(part, header)  # last: if memory ran out before, the same offer can be made again
 
-    def add(self, number: int, tensor: IndexerTensor, header: Header | None) -> None:
-        """Takes a tensor of a layer. Without header: outside the projection, or absent, which the caller reports."""
-        stem = self._first.setdefault(number, tensor).stem
-        matrices = self._headers.setdefault(number, defaultdict(dict))
-        if tensor.matrix is None:
+    def add(self, part: IndexerTensor, header: Header | None) -> None:
+        """Takes a header. Without one: a tensor outside the projection, or absent, which the caller reports."""
+        if part.matrix is None:
             return
+        headers = self._headers[part.matrix]  # a fused matrix counts even if all of it is absent
         if header is None:
-            matrices.setdefault(tensor.matrix, {})  # a fused matrix counts even if all of it is absent
-            self._absent.add((number, tensor.matrix, tensor.role))
+            self._absent.add((part.matrix, part.role))
             return
-        if tensor.stem != stem:
-            expected = f"all tensors of layer {number} under {stem}"
-        elif (first := matrices[tensor.matrix].setdefault(tensor.role, header)) is not header:
+        if part.stem != self._first.stem:
+            expected = f"all tensors of layer {self._number} under {self._first.stem}"
+        elif (first := headers.setdefault(part.role, header)) is not header:
             expected = f"one tensor in the role of {first.name}"
         else:
             return
-        self.problems[number].append(Problem(header.name, header.file, expected, str(header)))
+        self.problems.append(Problem(header.name, header.file, expected, str(header)))
 
-    def is_complete(self, number: int) -> bool:
-        """True if the matrices of a layer are recognized and no tensor can follow. Cheap: called once per tensor."""
-        matrices = self._headers[number]
-        found = [recognize(*matrices.get(name, {}).items()) for name in ([FUSED] if FUSED in matrices else [WK, GATE])]
+    @property
+    def is_complete(self) -> bool:
+        """True if both matrices are recognized and no tensor can follow. Cheap: asked once per tensor."""
+        names = [FUSED] if FUSED in self._headers else [WK, GATE]
+        found = [recognize(*self._headers.get(name, {}).items()) for name in names]
         return all(each and not each[0].optional for each in found)
 
-    def plans(self) -> dict[int, LayerPlan]:
-        """Plans of all layers, ascending. Those that differ from most have a problem."""
-        plans = {number: self.plan(number) for number in sorted(self._first)}
-        _check_alike(plans)
-        return plans
-
-    def plan(self, number: int) -> LayerPlan:
-        """The plan of a layer, from the headers so far."""
+    def plan(self) -> LayerPlan:
+        """The plan of the layer, from the headers so far."""
         problems: list[Problem] = []
-        matrices, first = self._headers[number], self._first[number]
+        matrices, first, number = self._headers, self._first, self._number
         if FUSED in matrices:
             wk, gate = self._split(_plan_matrix(first.stem + FUSED, matrices[FUSED], problems), problems)
             if apart := [header for name in (WK, GATE) for header in matrices.get(name, {}).values()]:
@@ -185,13 +177,13 @@ class Collector:
             wk, gate = (_plan_matrix(first.stem + name, matrices.get(name, {}), problems) for name in (WK, GATE))
         problems += self._check(wk, gate)
         parts = [(problem, parse(problem.subject)) for problem in problems]
-        problems = [p for p, part in parts if not part or (number, part.matrix, part.role) not in self._absent]
+        problems = [p for p, part in parts if not part or (part.matrix, part.role) not in self._absent]
         hidden, mtp = self._config.num_hidden_layers, self._config.num_nextn_predict_layers
         if not first.is_mtp and hidden is not None and mtp is not None and number >= hidden + mtp:
             expected = f"layers below {hidden + mtp} (num_hidden_layers + num_nextn_predict_layers)"
             problems.append(Problem(f"layer {number}", "", expected, "an indexer in it"))
         is_mtp = hidden is not None and number >= hidden
-        return LayerPlan(number, is_mtp, wk, gate, (*self.problems[number], *problems))
+        return LayerPlan(number, is_mtp, wk, gate, (*self.problems, *problems))
 
     def _check(self, wk: MatrixPlan, gate: MatrixPlan) -> list[Problem]:
         """Checks recognized matrices against the model's sizes and quantization_config."""
@@ -230,8 +222,18 @@ def _plan_matrix(name: str, headers: Mapping[str, Header], problems: list[Proble
     return MatrixPlan(name, encoding, headers, layout)
 
 
-def _check_alike(plans: dict[int, LayerPlan]) -> None:
-    """Adds a problem to each layer whose shape, or prefix if it is a hidden layer, differs from that of most layers."""
+def number_of(part: IndexerTensor, config: Config, problems: list[Problem]) -> int | None:
+    """Layer index of a tensor; None, and once a problem, if `mtp_layers` cannot be numbered."""
+    number = part.layer(config.num_hidden_layers)
+    if number is None and not problems:
+        expected = "num_hidden_layers (config.json), after which mtp_layers are numbered"
+        problems.append(Problem(part.name, "", expected, "none"))
+    return number
+
+
+def plan_layers(collectors: Mapping[int, Collector]) -> dict[int, LayerPlan]:
+    """Plans of all layers, ascending. Those whose shape, or prefix, differs from most have a problem."""
+    plans = {number: collectors[number].plan() for number in sorted(collectors)}
     sound = {number: plan for number, plan in plans.items() if not plan.problems}
     prefixes = {number: plan.wk.name.rpartition("layers.")[0] for number, plan in sound.items() if not plan.is_mtp}
     shapes = {number: plan.shape for number, plan in sound.items()}
@@ -242,3 +244,4 @@ def _check_alike(plans: dict[int, LayerPlan]) -> None:
             if value != usual[0][0]:
                 problem = sound[number].wk.wrong(f"{what.format(usual[0][0])}, like most layers", f"{value}", advice)
                 plans[number] = replace(plans[number], problems=(*plans[number].problems, problem))
+    return plans

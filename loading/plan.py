@@ -11,7 +11,7 @@ from ..kernels.weights import ProjectionWeights
 from .checkpoint import Checkpoint
 from .config import CONFIG, Config
 from .headers import parse
-from .layer import Collector, LayerPlan, own, real_device
+from .layer import Collector, LayerPlan, number_of, own, plan_layers, real_device
 from .problems import CheckpointError, Problem, log, ranges
 
 
@@ -36,17 +36,21 @@ class Plan:
             if isinstance(index_head_dim, bool) or not hasattr(index_head_dim, "__index__"):
                 raise TypeError(f"index_head_dim: expected an integer, got {index_head_dim!r}")
             config = replace(config, index_head_dim=index_head_dim)
-        collector = Collector(config)
+        collectors: dict[int, Collector] = {}
+        model_problems: list[Problem] = []
+        file_problems: list[Problem] = []
         faults = [(problem, parse(problem.subject)) for problem in checkpoint.problems]
         others = {*checkpoint.neighbours, *(problem.subject for problem, _ in faults)} - checkpoint.headers.keys()
-        for tensor in filter(None, map(parse, (*sorted(checkpoint.headers), *sorted(others)))):
-            if (number := collector.number(tensor)) is not None:
-                collector.add(number, tensor, checkpoint.headers.get(tensor.name))
-        file_problems: list[Problem] = []
-        for problem, part in faults:
-            (collector.problems[collector.number(part)] if part else file_problems).append(problem)
-        layers = collector.plans()
-        model_problems = [*collector.problems[None], *config.schedule_problems]
+        for part in filter(None, map(parse, (*sorted(checkpoint.headers), *sorted(others)))):
+            if (number := number_of(part, config, model_problems)) is not None:
+                collector = collectors.setdefault(number, Collector(number, part, config))
+                collector.add(part, checkpoint.headers.get(part.name))
+        for problem, fault in faults:
+            number = number_of(fault, config, model_problems) if fault else None
+            at_fault = model_problems if fault else file_problems
+            (at_fault if number is None else collectors[number].problems).append(problem)
+        layers = plan_layers(collectors)
+        model_problems += config.schedule_problems
         if not layers and not file_problems and not model_problems:
             expected = "tensors named ...layers.<L>.self_attn.indexer.wk.weight"
             found, advice = f"none of {checkpoint.tensors} tensors", "is this a model with an indexer?"

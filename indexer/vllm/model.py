@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ...kernels import DenseMatrix, ProjectionWeights
 from ...loading import CheckpointError, Problem
 from ...loading.config import Config
-from ...loading.headers import DTYPES, GATE, UNUSED, WK, Header, IndexerTensor, parse
-from ...loading.layer import Collector, own
+from ...loading.headers import GATE, UNUSED, WK, Header, IndexerTensor, parse
+from ...loading.layer import Collector
 from ...loading.problems import log, ranges
 from ...loading.values import judge
 
@@ -49,7 +49,6 @@ class IndexerLayer:
         """Forgets the current load. Weights that it has completed stay."""
         self.updated = False  # True: computes with weights of the current load, and refuses more tensors
         self.collector: Collector | None = None  # if some tensors have come and others must follow
-        self._tensors: dict[str, Tensor] = {}
         self.problems: list[Problem] = []
         self.warnings: list[Problem] = []  # odd or rounded values
 
@@ -62,23 +61,20 @@ class IndexerLayer:
 
     def offer(self, part: IndexerTensor, tensor: Tensor) -> None:
         """Takes a tensor of the checkpoint, which may be overwritten afterwards. Finishes if no other can follow."""
-        header = Header.of(part.name, tensor, "")
         if self.updated:
-            self.problems.append(Problem(part.name, "", "no more tensors for a complete layer", str(header)))
+            found = str(Header.of(part.name, tensor, ""))
+            self.problems.append(Problem(part.name, "", "no more tensors for a complete layer", found))
             return
-        if self.collector is None:
-            self.collector = Collector(self._config)
-        if header.dtype in DTYPES.values():
-            self._tensors[part.name] = own(tensor, self._device)
-        self.collector.add(self.number, part, header)
-        if self.collector.is_complete(self.number):
+        self.collector = self.collector or Collector(self.number, part, self._config)
+        self.collector.offer(part, tensor, "", self._device)
+        if self.collector.is_complete:
             self.finish()
 
     def finish(self) -> None:
         """Ends a load: uses the collected tensors, or checks the values that the layer holds if none came."""
         if self.collector is not None:
-            plan, tensors = self.collector.plan(self.number), self._tensors
-            self.collector, self._tensors = None, {}
+            plan, tensors = self.collector.plan(), self.collector.tensors
+            self.collector = None
             self.problems += plan.problems
             if not plan.problems and (new := plan.bind(tensors, self.problems, self.warnings)):
                 self._use(new)
@@ -94,13 +90,13 @@ class IndexerLayer:
         """Ends a call of an update that has no end: uses what is complete, also one matrix, or refuses its layout."""
         if self.collector is None:
             return
-        plan = self.collector.plan(self.number)
-        if not plan.problems or self.collector.problems[self.number]:  # complete, or a tensor came twice
+        plan, tensors = self.collector.plan(), self.collector.tensors
+        if not plan.problems or self.collector.problems:  # complete, or a tensor came twice
             self.finish()
             return
         for side, one, other in ("wk", plan.wk, plan.gate), ("gate", plan.gate, plan.wk):
             if one.encoding and not one.encoding.optional and not other.headers:
-                tensors, self.collector, self._tensors = self._tensors, None, {}
+                self.collector = None
                 self.problems += [problem for problem in plan.problems if problem.subject.startswith(one.name)]
                 if not self.problems and (matrix := one.bind(tensors, self.problems, self.warnings)):
                     self._use(replace(self.operands, **{side: matrix}))

@@ -79,7 +79,7 @@ def test_offer_returns_true_for_projection_tensors():
     assert not assembly.offer("model.layers.0.mlp.indexer.wk.weight", one)
     assert assembly.offer(INDEXER.format(7) + "wk.weight", one)  # a layer of another pipeline rank
     assert assembly.offer(f"{STEM}wk.input_scale", one)  # never read, but no one else's
-    assert not assembly._tensors
+    assert not assembly._collectors
     for name, tensor in projection(bf16_layer()):
         assert assembly.offer(name, tensor)
     assert list(assembly.finish()) == [0]
@@ -131,7 +131,7 @@ def test_out_of_memory_in_an_offer(monkeypatch):
     """The caller may free memory and offer the tensor again."""
     offers, assembly = projection(fp8_layer()), started()
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
-        patch.setattr("indexproj.loading.assembly.own", no_memory)
+        patch.setattr("indexproj.loading.layer.own", no_memory)
         assembly.offer(*offers[0])
     for offer in offers:
         assembly.offer(*offer)
@@ -153,7 +153,8 @@ def test_out_of_memory_in_finish(monkeypatch):
 def test_finish_drops_the_tensors_of_each_layer(monkeypatch):
     held, bind = [], LayerPlan.bind
     assembly = started(range(3))
-    monkeypatch.setattr(LayerPlan, "bind", lambda *args: held.append(len(assembly._tensors)) or bind(*args))
+    count = lambda: sum(bool(collector.tensors) for collector in assembly._collectors.values())  # noqa: E731
+    monkeypatch.setattr(LayerPlan, "bind", lambda *args: held.append(count()) or bind(*args))
     stream(projection(*map(fp8_layer, range(3))), assembly=assembly)
     assert held == [3, 2, 1]
 
