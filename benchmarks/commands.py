@@ -136,17 +136,18 @@ def tune(
         device, gpu = current_gpu(), description()["GPU"]
         path = output or table_path(gpu)
         path.parent.mkdir(parents=True, exist_ok=True)
-        own, other = module.read_tuned(path, gpu)
-        if other:
-            complain(f"tune: {path} has configs of other versions, which are tried first", style="yellow")
-        known = {case: KernelConfig(**entry["config"]) for case, entry in (other | own).items()}
+        entries, is_own = module.read_tuned(path, gpu)
+        known = {case: KernelConfig(**entry["config"]) for case, entry in entries.items()}
+        if not is_own:
+            complain(f"tune: {path} is of other versions; replaces it, and tries its configs first", style="yellow")
+            entries = {}
         cases = [(m, SHAPES[name], parse_pair(text)) for name, text in published for m in module.MS]
         with Console(stderr=True).status("Compiling") as status:
             for done, entry in module.tune(cases, device, seconds, known):
                 status.update(done)
                 if entry:
-                    own[module.case_of(entry)] = entry
-                    module.write_tuned(path, gpu, own, other)
+                    entries[module.case_of(entry)] = entry
+                    module.write_tuned(path, gpu, entries)
                     console.print(module.summary(entry), soft_wrap=True)
     console.print(f"Kept in {path}.", soft_wrap=True)
 

@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, TimeoutError, as_completed
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from datetime import date
 from itertools import chain, product, zip_longest
@@ -183,25 +183,23 @@ def _compile_one(target: Target, config: KernelConfig, *arguments: Any) -> None:
     warm_up(target, config, Signature.of(*arguments))
 
 
-def read_tuned(path: Path, gpu: str) -> tuple[Entries, Entries]:
-    """Entries of these versions, and those of others that this one can read.
+def read_tuned(path: Path, gpu: str) -> tuple[Entries, bool]:
+    """The entries of a table, and whether they are of these versions; of others, those that this one can read.
 
     Raises OSError or ValueError for a file that is no table of this GPU.
     """
     if not path.exists():
-        return {}, {}
+        return {}, True
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
         if (found := (table["schema"], table["gpu"])) != (TABLE_SCHEMA, gpu):
             raise ValueError(f"expected schema and GPU {(TABLE_SCHEMA, gpu)}, found {found}")
-        own, others = table.get("entries", ()), table.get("other_versions", ())
-        if table["versions"] != versions():
-            own, others = (), [*others, *own]
-        other: Entries = {}
-        for entry in others:
-            with suppress(ValueError, LookupError, TypeError, AttributeError):  # fields or formats unknown here
-                other[case_of(entry)] = entry
-        return {case_of(entry): entry for entry in own}, other
+        is_own, entries = table["versions"] == versions(), {}
+        for entry in table["entries"]:
+            # Other versions may have fields and formats that are unknown here.
+            with nullcontext() if is_own else suppress(ValueError, LookupError, TypeError, AttributeError):
+                entries[case_of(entry)] = entry
+        return entries, is_own
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be extended; move it away: {error!r}") from error
 
@@ -211,13 +209,9 @@ def case_of(entry: Entry) -> Case:
     return entry["m"], tuple(entry["shape"]), tuple(map(Format, entry["formats"]))
 
 
-def write_tuned(path: Path, gpu: str, own: Entries, other: Entries) -> None:
-    """Writes a table for `kernels.dispatch`, which does not read other versions. A failed write leaves the old file."""
-    kept = [entry for case, entry in other.items() if case not in own]
-    table = {
-        "schema": TABLE_SCHEMA, "gpu": gpu, "versions": versions(), "date": date.today().isoformat(),
-        "entries": list(own.values()), "other_versions": kept,
-    }  # fmt: skip
+def write_tuned(path: Path, gpu: str, entries: Entries) -> None:
+    """Writes a table for `kernels.dispatch`. A failed write leaves the old file."""
+    head = {"schema": TABLE_SCHEMA, "gpu": gpu, "versions": versions(), "date": date.today().isoformat()}
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(table, indent=1), encoding="utf-8")
+    temporary.write_text(json.dumps(head | {"entries": list(entries.values())}, indent=1), encoding="utf-8")
     temporary.replace(path)
