@@ -67,8 +67,8 @@ def project(
         x,
         (weights.wk, weights.gate),
         dtypes=dtypes,
-        factors=None if gate_scale == 1 else (1.0, gate_scale),
-        activations=None if activation is None else (activation, None),
+        factors=(1.0, gate_scale),
+        activations=(activation, None),
         out=out,
         batch_invariant=batch_invariant,
     )
@@ -107,29 +107,26 @@ def project_all(
         raise RuntimeError(
             "project: a tensor requires grad, and the projection is not differentiable; use torch.no_grad() or detach()"
         )
-    formats = [matrix.format.value for matrix in matrices]
-    options = (
-        [] if factors is None else list(map(float, factors)),
-        None if activations is None else ["none" if name is None else name for name in activations],
-        batch_invariant,
-    )
+    formats, count = [matrix.format.value for matrix in matrices], len(matrices)
+    factors = [1.0] * count if factors is None else list(map(float, factors))
+    names = ["none" if name is None else name for name in activations or [None] * count]
     if out is not None:
         if dtypes is not None:
             raise ValueError("project: dtypes must not be given with out=, whose dtype all outputs have")
-        torch.ops.indexproj.project_out.default(x, operands, formats, out, *options)
+        torch.ops.indexproj.project_out.default(x, operands, formats, out, factors, names, batch_invariant)
         return tuple(torch.split(out, [matrix.shape[0] for matrix in matrices], -1))
-    dtypes = [x.dtype] * len(formats) if dtypes is None else dtypes
+    dtypes = [x.dtype] * count if dtypes is None else dtypes
     for dtype in dtypes:
         _check_dtype("an output", dtype, x.dtype)
     fp32 = [dtype == torch.float32 for dtype in dtypes]
-    return tuple(torch.ops.indexproj.project.default(x, operands, formats, fp32, *options))
+    return tuple(torch.ops.indexproj.project.default(x, operands, formats, fp32, factors, names, batch_invariant))
 
 
 # operands: three per matrix, see `Matrix.operands`. formats: per matrix, as `Format` spells them. fp32: per output,
-# False for x.dtype. factors: per output, or none. activations: per matrix, "none" for None, or none.
+# False for x.dtype. factors: per output. activations: per matrix, "none" for None.
 # "CUDA" is also ROCm's dispatch key. On the CPU the kernels run in Triton's interpreter or not at all.
 _INPUTS = "Tensor x, Tensor?[] operands, str[] formats"
-_OPTIONS = "float[] factors=[], str[]? activations=None, bool batch_invariant=False"
+_OPTIONS = "float[] factors, str[] activations, bool batch_invariant"
 torch.library.define("indexproj::project", f"({_INPUTS}, bool[] fp32, {_OPTIONS}) -> Tensor[]")
 torch.library.define("indexproj::project_out", f"({_INPUTS}, Tensor(a!) out, {_OPTIONS}) -> ()")
 
@@ -150,11 +147,8 @@ def _project(
     return outs
 
 
-def _fake_project(
-    x: Tensor, operands: list[Tensor | None], formats: list[str], fp32: list[bool], *options: Any, **named: Any
-) -> list[Tensor]:
-    signature, _ = _resolve(x, operands, formats, fp32, *options, **named, cached=False)
-    return _allocate(x, signature)
+def _fake_project(x: Tensor, *inputs: Any) -> list[Tensor]:
+    return _allocate(x, _resolve(x, *inputs, cached=False)[0])
 
 
 @torch.library.impl("indexproj::project_out", ("CPU", "CUDA"))
@@ -167,12 +161,9 @@ def _project_out(x: Tensor, operands: list[Tensor | None], formats: list[str], o
     launch(_rows(x), matrices, torch.split(_rows(out), list(signature.ns), 1), signature)
 
 
-def _fake_project_out(
-    x: Tensor, operands: list[Tensor | None], formats: list[str], out: Tensor, *options: Any, **named: Any
-) -> None:
+def _fake_project_out(x: Tensor, operands: list[Tensor | None], formats: list[str], out: Tensor, *options: Any) -> None:
     wide = [out.dtype == torch.float32] * len(formats)
-    signature, _ = _resolve(x, operands, formats, wide, *options, **named, cached=False)
-    _check_out(out, x, sum(signature.ns))
+    _check_out(out, x, sum(_resolve(x, operands, formats, wide, *options, cached=False)[0].ns))
 
 
 torch.library.register_fake("indexproj::project", _fake_project)
@@ -193,9 +184,9 @@ def _resolve(
     operands: list[Tensor | None],
     formats: list[str],
     fp32: list[bool],
-    factors: Sequence[float] = (),
-    activations: Sequence[str] | None = None,
-    batch_invariant: bool = False,
+    factors: list[float],
+    activations: list[str],
+    batch_invariant: bool,
     *,
     cached: bool = True,
 ) -> tuple[Signature, tuple[Operands, ...]]:
@@ -211,7 +202,7 @@ def _resolve(
         raise ValueError(
             f"project: x must be contiguous in its last dimension, got strides {x.stride()}; call x.contiguous()"
         )
-    options = tuple(fp32), tuple(factors), tuple(activations or ()), batch_invariant
+    options = tuple(fp32), tuple(factors), tuple(activations), batch_invariant
     found = [None if each is None else (each.dtype, each.shape, each.device, each.is_contiguous()) for each in operands]
     check = _signature if cached else _signature.__wrapped__
     signature = check(x.dtype, k, x.device, tuple(formats), *options, *found)
@@ -233,20 +224,15 @@ def _signature(
     """Checks everything but addresses; cached, so once per kind of call."""
     if x_dtype not in (torch.bfloat16, torch.float16):
         raise TypeError(f"project: x must be torch.bfloat16 or torch.float16, got {x_dtype}")
-    count = len(labels)
+    formats, count = tuple(map(Format, labels)), len(labels)
     if not count:
         raise ValueError("project: expected at least one matrix, got none")
-    known = {format.value: format for format in Format}
-    if unknown := [label for label in labels if label not in known]:
-        raise ValueError(f"project: expected formats among {', '.join(known)}, got {', '.join(unknown)}")
-    formats = tuple([known[label] for label in labels])
+    for name, values in {"dtypes": fp32, "factors": factors, "activations": activations}.items():
+        if len(values) != count:
+            raise ValueError(f"project: expected {count} {name} for {count} matrices, got {len(values)}")
     # -0.0 becomes 0.0: they are equal as keys and would share a compiled kernel.
-    factors = tuple([factor + 0.0 for factor in factors or (1.0,) * count])
-    takes: tuple[Any, ...] = tuple([None if name == "none" else name for name in activations or ("none",) * count])
-    lengths = {"operands": (len(found), 3 * count), "dtypes": (len(fp32), count), "factors": (len(factors), count)}
-    for name, (length, expected) in (lengths | {"activations": (len(takes), count)}).items():
-        if length != expected:
-            raise ValueError(f"project: expected {expected} {name} for {count} matrices, got {length}")
+    factors = tuple([factor + 0.0 for factor in factors])
+    takes: tuple[Any, ...] = tuple([None if name == "none" else name for name in activations])
     if not all(abs(factor) <= torch.finfo(torch.float32).max for factor in factors):
         raise ValueError(f"project: expected factors that are finite in fp32, got {list(factors)}")
     for activation, format in zip(takes, formats, strict=True):

@@ -71,11 +71,14 @@ def launchers(m):
     buffers = workspace(x.device, *config.workspace_size(m, *ns)) if config.has_workspace else ()
     constants = launch.constants(config, signature, target).values()
     ready = x, matrices, outs, *buffers, m, x.stride(0), tuple(out.stride(0) for out in outs), *constants
-    options, formats = launch.options(config, target), list(map(str, w.formats))
+    options, inputs = (
+        launch.options(config, target),
+        (list(map(str, w.formats)), [False, True], [1.0] * 2, ["none"] * 2),
+    )
     return {
         "JITFunction": lambda: kernel[grid](*ready, **options),
         "launch": lambda: launch.launch(x, matrices, outs, signature),
-        "torch.library op": lambda: torch.ops.indexproj.project(x, operands, formats, [False, True]),
+        "torch.library op": lambda: torch.ops.indexproj.project(x, operands, *inputs, False),
         "project": lambda: project(x, w),
     }
 

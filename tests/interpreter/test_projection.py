@@ -248,7 +248,7 @@ def test_opcheck():
     w, x = weights(FP8, (40, 9, 256)), torch.randn(4, 512, dtype=BF16)[:, :256]
     operands = [operand for matrix in (w.wk, w.gate) for operand in matrix.operands]
     tests, formats = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"), [str(f) for f in w.formats]
-    for options in ((), ([1.0, 0.5], ["fp8", "none"], True)):
+    for options in (([1.0, 1.0], ["none"] * 2, False), ([1.0, 0.5], ["fp8", "none"], True)):
         inputs = x, operands, formats, [False, True], *options
         torch.library.opcheck(torch.ops.indexproj.project, inputs, test_utils=tests)
         inputs = x, operands, formats, torch.empty(4, 49, dtype=BF16), *options

@@ -181,7 +181,7 @@ def test_torch_mm_runs_where_it_was_faster(driver, row, products):
     assert torch.equal(out, linear(x, w.fused_weight))
     assert torch.equal(torch.cat((k, gate), 1), out)
     inputs = x.requires_grad_(), [*w.wk.operands, *w.gate.operands], ["BF16", "BF16"]
-    torch.ops.indexproj.project_out(*inputs, again := torch.empty_like(out))
+    torch.ops.indexproj.project_out(*inputs, again := torch.empty_like(out), [1.0] * 2, ["none"] * 2, False)
     assert products.call_count == 2
     assert torch.equal(again, out)
 

@@ -50,8 +50,14 @@ GRAD, MATRICES, BUFFER = DENSE.map(lambda tensor: tensor.clone().requires_grad_(
         (lambda: project(BUFFER[:, :256], W, out=BUFFER[:, 256:400]), ValueError, "out shares storage with x or the w"),
         (lambda: project(X, DENSE, out=DENSE.wk.weight.view(-1)[:576].view(4, 144)), ValueError, "shares storage with"),
         (lambda: project_all(X, MATRICES, dtypes=[FP32]), ValueError, "expected 2 dtypes for 2 matrices, got 1"),
+        (lambda: project_all(X, MATRICES, factors=[1.0] * 3), ValueError, "expected 2 factors for 2 matrices, got 3"),
+        (lambda: project_all(X, MATRICES, activations=["fp8"]), ValueError, "expected 2 activations for 2 matrices"),
+        (lambda: project_all(X, MATRICES, activations=["fp8"] * 2), ValueError, "in FP8 128x128, got .* one in BF16"),
+        (lambda: project_all(X, []), ValueError, "at least one matrix"),
         (lambda: project_all(X.to("meta"), [HUGE]), ValueError, r"fewer than 2\*\*31 values, got one of 8388608 x 256"),
         (lambda: project(X, W, gate_scale=float("nan")), ValueError, "finite in fp32"),
+        (lambda: project(X, W, gate_scale=float("inf")), ValueError, "finite in fp32"),
+        (lambda: project(X, W, gate_scale=-1e39), ValueError, "finite in fp32"),
         (lambda: project(X, W, activation="int8"), ValueError, "None, 'fp8' or 'fp8_ue8m0', got 'int8'"),
         (lambda: project(X, W, activation=""), ValueError, "None, 'fp8' or 'fp8_ue8m0', got ''"),
         (lambda: project(X, W), RuntimeError, "TRITON_INTERPRET=1 before Python starts"),
@@ -77,46 +83,37 @@ def changed(place, operand):
 
 
 @pytest.mark.parametrize(
-    ("operands", "formats", "options", "message"),
+    ("operands", "formats", "message"),
     [
-        (changed(0, CODES.T.contiguous().T), None, {}, "of a matrix in FP8 128x128: expected .* True.*, got .* False"),
-        (changed(0, CODES[:, :128].contiguous()), None, {}, r"K=128\] to fit the weights, got \[..., 256"),
-        (changed(0, CODES[:, 0]), None, {}, "2-D values or codes"),
-        (changed(0, CODES[:, :0]), None, {}, r"2-D values or codes .* got \[128, 0\]"),
-        (changed(0, None), None, {}, r"2-D values or codes .* got \[\]"),
-        (changed(1, torch.ones(1, 3)), None, {}, r"float32, \(1, 2\), .* got \(torch.float32, torch.Size\(\[1, 3\]\)"),
-        (changed(1, SCALES.double()), None, {}, "expected .*float32, .* got .*float64"),
-        (changed(1, SCALES.to("meta")), None, {}, "x is on cpu, the weights are on meta"),
-        (changed(1, None), None, {}, "expected .*float32, .* got None"),
-        (changed(2, torch.ones(128, 1)), None, {}, "expected None, got .*float32"),
-        (changed(3, GATE.float()), None, {}, "of a matrix in BF16: expected .*bfloat16, .* got .*float32"),
-        (changed(3, zeros(16, 128)), None, {}, r"K=128\] to fit the weights, got \[..., 256"),
-        (changed(4, SCALES), None, {}, "expected None, got .*float32"),
-        (OPERANDS[:5], None, {}, "expected 6 operands for 2 matrices, got 5"),
-        ([*OPERANDS, None], None, {}, "expected 6 operands for 2 matrices, got 7"),
-        (OPERANDS, ["FP9", "BF16"], {}, "expected formats among BF16, FP8 128x128, .*, got FP9"),
-        (OPERANDS, ["FP8_BLOCK", "BF16"], {}, "got FP8_BLOCK"),
-        (OPERANDS, [], {}, "at least one matrix"),
-        (OPERANDS, None, {"factors": [1.0]}, "expected 2 factors for 2 matrices, got 1"),
-        (OPERANDS, None, {"factors": [1.0] * 3}, "expected 2 factors for 2 matrices, got 3"),
-        (OPERANDS, None, {"factors": [1.0, float("nan")]}, "finite in fp32"),
-        (OPERANDS, None, {"factors": [float("inf"), 1.0]}, "finite in fp32"),
-        (OPERANDS, None, {"factors": [1.0, -1e39]}, "finite in fp32"),
-        (OPERANDS, None, {"activations": ["fp8"]}, "expected 2 activations for 2 matrices, got 1"),
-        (OPERANDS, None, {"activations": ["none", "fp8"]}, "needs a matrix in FP8 128x128, got .* and one in BF16"),
+        (changed(0, CODES.T.contiguous().T), None, "of a matrix in FP8 128x128: expected .* True.*, got .* False"),
+        (changed(0, CODES[:, :128].contiguous()), None, r"K=128\] to fit the weights, got \[..., 256"),
+        (changed(0, CODES[:, 0]), None, "2-D values or codes"),
+        (changed(0, CODES[:, :0]), None, r"2-D values or codes .* got \[128, 0\]"),
+        (changed(0, None), None, r"2-D values or codes .* got \[\]"),
+        (changed(1, torch.ones(1, 3)), None, r"float32, \(1, 2\), .* got \(torch.float32, torch.Size\(\[1, 3\]\)"),
+        (changed(1, SCALES.double()), None, "expected .*float32, .* got .*float64"),
+        (changed(1, SCALES.to("meta")), None, "x is on cpu, the weights are on meta"),
+        (changed(1, None), None, "expected .*float32, .* got None"),
+        (changed(2, torch.ones(128, 1)), None, "expected None, got .*float32"),
+        (changed(3, GATE.float()), None, "of a matrix in BF16: expected .*bfloat16, .* got .*float32"),
+        (changed(3, zeros(16, 128)), None, r"K=128\] to fit the weights, got \[..., 256"),
+        (changed(4, SCALES), None, "expected None, got .*float32"),
+        (OPERANDS[:5], None, "zip"),
+        ([*OPERANDS, None], None, "zip"),
+        (OPERANDS, ["FP9", "BF16"], "'FP9' is not a valid Format"),
     ],
 )
-def test_operation_refuses_wrong_operands_and_options(operands, formats, options, message):
-    formats = ["FP8 128x128", "BF16"] if formats is None else formats
+def test_operation_refuses_wrong_operands(operands, formats, message):
+    formats, options = formats or ["FP8 128x128", "BF16"], ([1.0] * 2, ["none"] * 2, False)
     with pytest.raises(ValueError, match=message):
-        torch.ops.indexproj.project(X, operands, formats, [False] * len(formats), **options)
+        torch.ops.indexproj.project(X, operands, formats, [False] * 2, *options)
     with pytest.raises(ValueError, match=message):
-        torch.ops.indexproj.project_out(X, operands, formats, OUT, **options)
+        torch.ops.indexproj.project_out(X, operands, formats, OUT, *options)
 
 
 def test_gate_scale_of_minus_zero_is_zero():
     """They are equal, and the first one's kernel would be the other one's."""
-    signature, _ = _resolve(X, OPERANDS, ["FP8 128x128", "BF16"], [False] * 2, [1.0, -0.0])
+    signature, _ = _resolve(X, OPERANDS, ["FP8 128x128", "BF16"], [False] * 2, [1.0, -0.0], ["none"] * 2, False)
     assert math.copysign(1, signature.factors[1]) == 1
 
 
