@@ -114,9 +114,9 @@ class Sampler:
         And RuntimeError if the GPU or torch cannot run the choice.
         """
         if isinstance(choice, KernelConfig):
-            choice = self._into("fp32", partial(launch, signature=self._signature, config=choice))
+            choice = _into(self._outs("fp32"), partial(launch, signature=self._signature, config=choice))
         elif isinstance(choice, str):
-            choice, tolerances = self._into(choice, torch_mm), TORCH_TOLERANCES
+            choice, tolerances = _into(self._outs(choice), torch_mm), TORCH_TOLERANCES
         calls = [choice(self._x, weights) for weights in self._weights]
         for output, exact in zip(calls[0](), self._exact, strict=True):
             error = ((output.double() - exact).abs().max() / exact.abs().max()).item()
@@ -125,24 +125,20 @@ class Sampler:
         with recycled_counters(self._x.device):
             return timer(calls, how)
 
-    def _into(self, outs: str, run: Callable[[Tensor, Sequence[Operands], Sequence[Tensor]], object]) -> Contender:
-        """Runs over outputs of NaN, in one tensor if their dtypes are equal; outs is a key of OUTS."""
-        ns, m = self._signature.ns, len(self._x)
+    def _outs(self, outs: str) -> list[Tensor]:
+        """Outputs of NaN, in one tensor if their dtypes are equal; outs is a key of OUTS."""
+        ns, m = list(self._signature.ns), len(self._x)
         dtypes = out_dtypes(outs, len(ns))
-        buffers = [self._x.new_full((m, n), torch.nan, dtype=dtype) for n, dtype in zip(ns, dtypes, strict=True)]
-        if len(set(dtypes)) == 1:
-            buffers = [*torch.split(torch.cat(buffers, 1), list(ns), 1)]
+        found = [self._x.new_full((m, n), torch.nan, dtype=dtype) for n, dtype in zip(ns, dtypes, strict=True)]
+        return found if len(set(dtypes)) > 1 else [*torch.split(torch.cat(found, 1), ns, 1)]
 
-        def contender(x: Tensor, matrices: Matrices) -> Call:
-            operands = tuple(matrix.operands for matrix in matrices)
 
-            def call() -> Sequence[Tensor]:
-                run(x, operands, buffers)
-                return buffers
+def _into(outs: list[Tensor], run: Callable[[Tensor, Sequence[Operands], Sequence[Tensor]], object]) -> Contender:
+    def call(x: Tensor, operands: Sequence[Operands]) -> Sequence[Tensor]:
+        run(x, operands, outs)
+        return outs
 
-            return call
-
-        return contender
+    return lambda x, matrices: partial(call, x, tuple(matrix.operands for matrix in matrices))
 
 
 @triton.jit

@@ -17,10 +17,11 @@ from time import monotonic
 from typing import Any
 
 import torch
+from triton import next_power_of_2
 from triton.errors import TritonError
 
 from ..kernels import KernelConfig, Target, choose
-from ..kernels.dispatch import MAX_SPLIT_K, OUTS, TABLE_SCHEMA, Case, cdiv, next_power_of_2, prefill_tiles, versions
+from ..kernels.dispatch import MAX_SPLIT_K, OUTS, TABLE_SCHEMA, Case, cdiv, prefill_tiles, versions
 from ..kernels.formats import Format
 from ..kernels.launch import KERNELS, Signature
 from ..kernels.target import target_of

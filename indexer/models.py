@@ -31,12 +31,9 @@ class Model:
     shape: str  # key of SHAPES
     norm_dtype: str  # torch dtype of k_norm
     indexer_layers: tuple[int, ...]  # with indexer weights; the last one is the MTP layer, after all hidden layers
-    config: dict[str, Any]  # config.json, without the keys that depend on how many layers are written
-
-    @property
-    def is_fp8(self) -> bool:
-        """wk and wq_b are FP8 with 128x128 blocks; otherwise they are BF16."""
-        return "quantization_config" in self.config
+    # config.json, without the keys that depend on how many layers are written. With a quantization_config, wk and wq_b
+    # are FP8 in 128x128 blocks, otherwise BF16.
+    config: dict[str, Any]
 
 
 _COMMON = {"index_topk": 2048, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "torch_dtype": "bfloat16"}

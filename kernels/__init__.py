@@ -9,17 +9,6 @@ from .target import TARGETS, Target
 from .weights import ProjectionWeights
 
 __all__ = [
-    "TARGETS",
-    "DenseMatrix",
-    "Format",
-    "Fp4Matrix",
-    "Fp8Matrix",
-    "KernelConfig",
-    "Matrix",
-    "ProjectionWeights",
-    "Target",
-    "choose",
-    "project",
-    "project_all",
-    "reference",
-]
+    "TARGETS", "DenseMatrix", "Format", "Fp4Matrix", "Fp8Matrix", "KernelConfig", "Matrix", "ProjectionWeights",
+    "Target", "choose", "project", "project_all", "reference",
+]  # fmt: skip

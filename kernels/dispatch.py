@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 import triton
+from triton import next_power_of_2
 
 from .formats import Format
 from .target import INTERPRETED, Target
@@ -55,12 +56,11 @@ class KernelConfig:
     pdl: bool = False
 
     def __post_init__(self) -> None:
-        block_n = 1 if self.regime == "prefill" and self.block_n == 0 else self.block_n
-        powers = self.block_m, block_n, self.slices, self.num_warps
+        powers = self.block_m, self.block_n or 1, self.slices, self.num_warps
         sizes = *powers, self.block_k, self.split_k, self.num_stages
         is_looped, is_split = self.loop_splits, self.split_k > 1
-        unfit = {"gemv": is_split or is_looped, "split_k": False, "prefill": is_looped or self.pdl}
-        is_size = all(isinstance(n, int) for n in (*sizes, self.block_n)) and min(sizes) > 0
+        unfit = {"gemv": is_split or is_looped, "split_k": not self.block_n, "prefill": is_looped or self.pdl}
+        is_size = {type(n) for n in (*sizes, self.block_n)} == {int} and min(sizes) > 0
         is_size = is_size and not any(n & (n - 1) for n in powers)
         if unfit.get(self.regime, True) or self.block_k not in (32, 64, 128) or not is_size:
             raise ValueError(
@@ -210,10 +210,6 @@ def _fill(tiles: int, acc_size: int, steps: int, target: Target) -> int:
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
-
-
-def next_power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 TABLE_VARIABLE = "INDEXPROJ_TUNED"  # a file to read instead of the default one; empty for none

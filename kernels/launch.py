@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import KernelConfig, choose, next_power_of_2, out_dtypes, table_of
+from .dispatch import KernelConfig, choose, out_dtypes, table_of
 from .formats import ACTIVATIONS, Activation, Format, Operands
 from .gemv import gemv_kernel
 from .prefill import prefill_kernel
@@ -163,7 +163,7 @@ def plan_of(signature: Signature, bucket: int, config: KernelConfig | None = Non
 
 def decide(m: int, signature: Signature) -> KernelConfig:
     """The config that a launch with m >= 1 rows uses."""
-    return plan_of(signature, next_power_of_2(m)).config
+    return plan_of(signature, triton.next_power_of_2(m)).config
 
 
 def _is_aligned(

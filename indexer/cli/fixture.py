@@ -53,7 +53,7 @@ def _layer(model: Model, layer: int) -> dict[str, Tensor]:
     tensors = {"k_norm.weight": torch.ones(d, dtype=norm), "k_norm.bias": torch.zeros(d, dtype=norm)}
     tensors["weights_proj.weight"] = gate.bfloat16()
     for name, weight in ("wk.weight", wk), ("wq_b.weight", wq_b):
-        if model.is_fp8:
+        if "quantization_config" in model.config:
             tensors[name], tensors[f"{name}_scale_inv"] = quantize_blocks(weight)
         else:
             tensors[name] = weight.bfloat16()
