@@ -21,7 +21,7 @@ from ..indexer.models import PAIRS, SHAPES, fits
 W8A8_WK = "FP8 128x128"  # the format of wk that `activation` is defined for
 _SHAPES = "; ".join(f"{name} (N={'+'.join(map(str, ns))}, K={k})" for name, (*ns, k) in SHAPES.items())
 _SHAPE_HELP = f"Shape of a published model; repeatable. {_SHAPES}."
-_PAIR_HELP = f"Formats of the matrices, quoted; repeatable. {'; '.join(PAIRS)}."
+_PAIR_HELP = f"Formats of the matrices, quoted; repeatable. Default: {'; '.join(PAIRS)}."
 _GPU_HELP = "sm_80, sm_90, sm_100, sm_120, gfx942 or gfx950; repeatable."
 _SM_HELP = "SMs or compute units. Default: those of the largest such GPU."
 _AB_HELP = "One side of a comparison: a KernelConfig in JSON, or a command that starts a Python. Give it twice."
@@ -223,8 +223,15 @@ def _failures(command: str) -> Iterator[None]:
 
 
 def _published(shapes: list[str] | None, pairs: list[str] | None) -> list[tuple[str, str]]:
-    """Shapes and pairs that were asked for, all by default, and that fit each other."""
-    chosen = product(_chosen("--shape", shapes, SHAPES), _chosen("--pair", pairs, PAIRS))
+    """Shapes and pairs that were asked for, by default those of published models, and that fit each other."""
+    from ..kernels.formats import Format, parse_pair
+
+    for pair in pairs or ():
+        try:
+            parse_pair(pair)
+        except ValueError:
+            fail(f"--pair must be formats such as {PAIRS[0]!r}, out of {'; '.join(map(str, Format))}; got {pair!r}")
+    chosen = product(_chosen("--shape", shapes, SHAPES), dict.fromkeys(pairs or PAIRS))
     found = [case for case in chosen if fits(*case)]
     if not found:
         fail("no --pair has as many formats as a --shape has matrices")

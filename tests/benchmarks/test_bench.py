@@ -148,7 +148,7 @@ def test_interrupted_and_killed_runs_keep_results(folder, monkeypatch, error):
     ("arguments", "message"),
     [
         (("--shape", "glm"), "--shape must be one of deepseek-v3.2; glm-5; deepseek-v4-pro; deepseek-v4-flash; got"),
-        (("--pair", "FP8"), "--pair must be one of"),
+        (("--pair", "FP8"), "--pair must be formats such as"),
         (("--pair", THREE, "--shape", "glm-5"), "no --pair has as many formats as a --shape has matrices"),
         (("--contender", "cublas"), "--contender must be one of indexproj;"),
         (("--ab", "python3"), "--ab needs two sides"),

@@ -24,7 +24,7 @@ SM_90 = ("--target", "sm_90")
         (("--all", *SM_90), "expected either --target or --all"),
         (("--target", "sm_70"), "--target must be one of sm_80; sm_90; sm_100; sm_120; gfx942; gfx950; got sm_70"),
         ((*SM_90, "--shape", "glm"), "--shape must be one of deepseek-v3.2; glm-5; deepseek-v4-pro; deepseek-v4-flash"),
-        ((*SM_90, "--pair", "INT4, BF16"), "got INT4, BF16"),
+        ((*SM_90, "--pair", "INT4, BF16"), "got 'INT4, BF16'"),
         ((*SM_90, "--pair", "BF16, BF16", "--shape", "deepseek-v4-pro"), "no --pair has as many formats as a --shape"),
         ((*SM_90, "--activation", "fp8", "--pair", "BF16, BF16"), "--activation needs wk in FP8 128x128"),
         ((*SM_90, "--activation", "fp8", "--shape", "deepseek-v4-pro"), "--activation needs wk in FP8 128x128"),

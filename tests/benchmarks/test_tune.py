@@ -258,7 +258,7 @@ def test_tune_does_not_replace_another_file(h100, tmp_path, change):
     path.write_bytes(before := text.encode("utf-8", "surrogatepass"))
     assert f"tune: {path} cannot be extended; move it away" in run(*PAIR, "--output", path, code=2).stderr
     assert "tune: [Errno" in run("--output", path / "table.json", code=2).stderr
-    assert "--pair must be one of" in run("--pair", "FP8", "--output", path, code=2).stderr
+    assert "--pair must be formats such as" in run("--pair", "FP8", "--output", path, code=2).stderr
     assert (path.read_bytes(), h100) == (before, [])
 
 
