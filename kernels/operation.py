@@ -104,9 +104,8 @@ def project_all(
     """
     operands = [operand for matrix in matrices for operand in matrix.operands]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, out, *operands)):
-        raise RuntimeError(
-            "project: a tensor requires grad, and the projection is not differentiable; use torch.no_grad() or detach()"
-        )
+        advice = "use torch.no_grad() or detach()"
+        raise RuntimeError(f"project: a tensor requires grad, and the projection is not differentiable; {advice}")
     formats, count = [matrix.format.value for matrix in matrices], len(matrices)
     factors = [1.0] * count if factors is None else list(map(float, factors))
     names = ["none" if name is None else name for name in activations or [None] * count]
@@ -199,9 +198,8 @@ def _resolve(
         raise ValueError("project: x must be [..., K] to fit the weights, got []")
     k = x.shape[-1]
     if x.stride(-1) != 1 and k > 1:
-        raise ValueError(
-            f"project: x must be contiguous in its last dimension, got strides {x.stride()}; call x.contiguous()"
-        )
+        got = f"strides {x.stride()}; call x.contiguous()"
+        raise ValueError(f"project: x must be contiguous in its last dimension, got {got}")
     options = tuple(fp32), tuple(factors), tuple(activations), batch_invariant
     found = [None if each is None else (each.dtype, each.shape, each.device, each.is_contiguous()) for each in operands]
     check = _signature if cached else _signature.__wrapped__

@@ -59,11 +59,8 @@ def _project_tile(
     # With an end known at compile time, the compiler would unroll a short loop until it spills.
     for start_k in range(split * SPLIT_SIZE, tl.minimum((split + 1) * SPLIT_SIZE, K), BLOCK_K):
         offs_k = start_k + tl.arange(0, BLOCK_K)
-        x = tl.load(
-            x_ptr + rows[:, None].to(tl.int64) * stride_xm + offs_k[None, :],
-            mask=(rows < M)[:, None] & (offs_k < K)[None, :],
-            other=0.0,
-        )
+        inside = (rows < M)[:, None] & (offs_k < K)[None, :]
+        x = tl.load(x_ptr + rows[:, None].to(tl.int64) * stride_xm + offs_k[None, :], mask=inside, other=0.0)
         sums = ()
         for i in tl.static_range(FIRST, END):
             product = _dot_step(

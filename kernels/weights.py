@@ -28,9 +28,8 @@ class ProjectionWeights:
 
     def __post_init__(self) -> None:
         if self.wk.shape[1] != self.gate.shape[1]:
-            raise ValueError(
-                f"ProjectionWeights: wk {list(self.wk.shape)} and gate {list(self.gate.shape)} differ in K"
-            )
+            shapes = f"wk {list(self.wk.shape)} and gate {list(self.gate.shape)}"
+            raise ValueError(f"ProjectionWeights: {shapes} differ in K")
         if self.wk.device != self.gate.device:
             raise ValueError(f"ProjectionWeights: wk is on {self.wk.device}, gate is on {self.gate.device}")
 
@@ -93,10 +92,8 @@ class ProjectionWeights:
             ValueError: the two do not match.
         """
         if not self.matches(other):
-            raise ValueError(
-                f"ProjectionWeights.copy_: expected {self.formats} {self.shape} on {self.device}, "
-                f"got {other.formats} {other.shape} on {other.device}"
-            )
+            expected, got = (f"{each.formats} {each.shape} on {each.device}" for each in (self, other))
+            raise ValueError(f"ProjectionWeights.copy_: expected {expected}, got {got}")
         sources = (*other.wk.tensors, *other.gate.tensors)
         with torch.inference_mode():  # may write both inference tensors and others
             for tensor, values in zip((*self.wk.tensors, *self.gate.tensors), sources, strict=True):
