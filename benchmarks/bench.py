@@ -39,7 +39,7 @@ from .gpu import TOLERANCES, TORCH_TOLERANCES, Call, Choice, Contender, Matrices
 
 Result = dict[str, Any]
 Maker = Callable[["Case", str], Timer]
-MS = (1, 16, 64, 8192, 4, 256, 1024, 2, 8, 32, 128, 4096, 16384)  # most telling first
+MS = (1, 16, 64, 8192, 4, 256, 1024, 2, 8, 32, 128, 4096, 16384)  # most informative first
 SERVER = ("-m", "indexproj.benchmarks.bench")
 # Bytes through memory and L2, pipes and stalls, of the first launch of ours.
 NCU = "ncu --csv --print-units base --kernel-name regex:^(gemv|split_k|prefill)_kernel$ --launch-count 1"
@@ -48,7 +48,7 @@ NCU += " --metrics dram__bytes.sum,lts__t_bytes.sum"
 
 
 class Case(NamedTuple):
-    """A key of SHAPES, a pair of PAIRS that fits it, and rows of x."""
+    """A key of SHAPES, a pair of formats that fits it, and rows of x."""
 
     shape: str
     pair: str

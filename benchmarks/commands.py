@@ -74,7 +74,7 @@ def compile_(
             found.append(row)
             status.update(f"{_title(row)}, {row['kernel']}")
     if as_json:
-        print(json.dumps(found, indent=2))
+        typer.echo(json.dumps(found, indent=2))
     else:
         _print_compiled(found)
     faulty = [row for row in found if row["faults"]]
@@ -139,7 +139,7 @@ def tune(
         entries, is_own = module.read_tuned(path, gpu)
         known = {case: KernelConfig(**entry["config"]) for case, entry in entries.items()}
         if not is_own:
-            complain(f"tune: {path} is of other versions; replaces it, and tries its configs first", style="yellow")
+            complain(f"tune: {path} is of other versions: tries its configs first and replaces it", style="yellow")
             entries = {}
         cases = [(m, SHAPES[name], parse_pair(text)) for name, text in published for m in module.MS]
         with Console(stderr=True).status("Compiling") as status:
@@ -159,7 +159,7 @@ def bench(
     m: Annotated[list[int] | None, typer.Option(min=1, max=65536, metavar="N", help="Rows of x; repeatable.")] = None,
     contender: Annotated[list[str] | None, typer.Option(metavar="NAME", help=_CONTENDER_HELP)] = None,
     ab: Annotated[list[str] | None, typer.Option(metavar="SIDE", help=_AB_HELP)] = None,
-    minutes: Annotated[int, typer.Option(min=0, max=10**4, help="Time limit; the most telling cases come first.")] = 60,
+    minutes: Annotated[int, typer.Option(min=0, max=10**4, help="Time limit; most informative cases first.")] = 60,
     counters: Annotated[bool, typer.Option("--counters", help="Add what NVIDIA's ncu counts in a launch.")] = False,
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for results; see `report`.")] = Path("results"),
 ) -> None:
@@ -185,7 +185,7 @@ def bench(
             for result in module.run(cases, contenders, ab or (), 60 * minutes, counters):
                 found.append(result)
                 print(json.dumps(result), file=file, flush=True)
-    print(markdown(found))
+    typer.echo(markdown(found))
     errors = [result for result in found if "error" in result and not result["contender"].startswith("torch")]
     for result in errors:
         case = ", ".join(str(result[key]) for key in ("contender", "how", "shape", "pair", "m"))
@@ -224,13 +224,10 @@ def _failures(command: str) -> Iterator[None]:
 
 def _published(shapes: list[str] | None, pairs: list[str] | None) -> list[tuple[str, str]]:
     """Shapes and pairs that were asked for, by default those of published models, and that fit each other."""
-    from ..kernels.formats import Format, parse_pair
+    from ..kernels import Format
 
-    for pair in pairs or ():
-        try:
-            parse_pair(pair)
-        except ValueError:
-            fail(f"--pair must be formats such as {PAIRS[0]!r}, out of {'; '.join(map(str, Format))}; got {pair!r}")
+    labels = [label for pair in pairs or () for label in pair.split(", ")]
+    _chosen(f"each format in a --pair such as {PAIRS[0]!r}", labels, [*map(str, Format)])
     chosen = product(_chosen("--shape", shapes, SHAPES), dict.fromkeys(pairs or PAIRS))
     found = [case for case in chosen if fits(*case)]
     if not found:

@@ -210,7 +210,7 @@ def _cuda_tool(name: str, *arguments: str) -> str:
 
 
 class Case(NamedTuple):
-    """A key of SHAPES, a pair of PAIRS that fits it, and the activation for wk."""
+    """A key of SHAPES, a pair of formats that fits it, and the activation for wk."""
 
     shape: str
     pair: str

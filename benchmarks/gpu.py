@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..indexer.cli.synthetic import random_matrix
-from ..kernels import DenseMatrix, KernelConfig, Matrix
+from ..kernels import KernelConfig, Matrix
 from ..kernels.dispatch import out_dtypes
 from ..kernels.formats import Format, Operands
 from ..kernels.launch import Signature, launch, torch_mm
@@ -63,7 +63,8 @@ def weight_copies(shape: tuple[int, ...], formats: tuple[Format, ...], device: t
     if set(formats) != {Format.BF16}:
         return [tuple(m.map(lambda tensor: tensor.to(device, copy=True)) for m in weights) for _ in range(count)]
     fused = torch.cat([matrix.dequantize(torch.bfloat16) for matrix in weights])
-    return [tuple(map(DenseMatrix, torch.split(fused.to(device, copy=True), ns))) for _ in range(count)]
+    copies = (torch.split(fused.to(device, copy=True), ns) for _ in range(count))
+    return [tuple(Matrix(Format.BF16, weight) for weight in copy) for copy in copies]
 
 
 def timer(calls: Sequence[Callable[[], object]], how: str = "device") -> Timer:

@@ -2,13 +2,13 @@
 
 from .dispatch import KernelConfig, choose
 from .formats import Format
-from .matrix import DenseMatrix, Fp4Matrix, Fp8Matrix, Matrix
+from .matrix import Matrix
 from .operation import project, project_all
 from .reference import reference
 from .target import TARGETS, Target
 from .weights import ProjectionWeights
 
 __all__ = [
-    "TARGETS", "DenseMatrix", "Format", "Fp4Matrix", "Fp8Matrix", "KernelConfig", "Matrix", "ProjectionWeights",
-    "Target", "choose", "project", "project_all", "reference",
+    "TARGETS", "Format", "KernelConfig", "Matrix", "ProjectionWeights", "Target",
+    "choose", "project", "project_all", "reference",
 ]  # fmt: skip

@@ -27,7 +27,7 @@ MAX_SPLIT_K = 16
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """One compiled kernel, apart from pointers, strides and M.
+    """One compiled kernel, apart from pointers, strides and M. Raises ValueError for sizes that no kernel has.
 
     Attributes:
         block_m: rows of x per program.
@@ -39,9 +39,6 @@ class KernelConfig:
         loop_splits: one program computes all splits of its tile (split_k only).
         pdl: programmatic dependent launch: waits for the previous kernel as late as possible (gemv and split_k, sm_90
             and newer). Off by default, as nobody has measured it.
-
-    Raises:
-        ValueError: a regime or sizes that no kernel has.
     """
 
     regime: Literal["gemv", "split_k", "prefill"]
@@ -65,7 +62,8 @@ class KernelConfig:
         if unfit.get(self.regime, True) or self.block_k not in (32, 64, 128) or not is_size:
             raise ValueError(
                 "KernelConfig: expected gemv without splits, split_k, or prefill without loop_splits and pdl; block_k "
-                f"32, 64 or 128; ints, split_k and num_stages of at least 1, others powers of two; got {self!r}"
+                "32, 64 or 128; ints, split_k and num_stages from 1 on, others powers of two (prefill: or block_n 0); "
+                f"got {self!r}"
             )
 
     def __str__(self) -> str:
@@ -79,7 +77,7 @@ class KernelConfig:
         return self.block_m * (self.block_n or sum(self.block_ns(*ns)))
 
     def block_ns(self, *ns: int) -> tuple[int, ...]:
-        """Columns that a program which has to do with a matrix computes of its output; powers of two."""
+        """Output columns per program, for each matrix; powers of two."""
         return tuple([self.block_n or next_power_of_2(max(n, 16)) for n in ns])
 
     @property
@@ -186,7 +184,7 @@ def prefill_tiles(ns: list[int], target: Target, is_fp16: bool, quantize_x: bool
     tiles = [(block_m, 64) for block_m in (128, 64, 32, 16)]
     if sum(cdiv(n, 128) * 128 for n in ns) <= 1.1 * sum(cdiv(n, 64) * 64 for n in ns):
         tiles.insert(0, (128, 128))
-    # Without wgmma or tcgen05, each warp decodes its own weights in registers, and all columns do not fit these.
+    # Without wgmma or tcgen05, each warp decodes its own weights in registers, and all columns would not fit these.
     if not isinstance(target.arch, int) or 90 <= target.arch < 120:
         columns = KernelConfig("prefill", 1, 64, block_n=0).acc_size(*ns)
         heights = (64,) if is_fp16 else (128, 64)  # 128 rows would spill
@@ -199,7 +197,7 @@ def prefill_tiles(ns: list[int], target: Target, is_fp16: bool, quantize_x: bool
 
 
 def _fill(tiles: int, acc_size: int, steps: int, target: Target) -> int:
-    """Splits of K that fill the GPU in one wave, as far as the last program of a tile reads few partial sums.
+    """Splits of K that fill the GPU in one wave, capped so that the last program of a tile reads few partial sums.
 
     Of two splits it reads one.
     """

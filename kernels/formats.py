@@ -17,7 +17,7 @@ Operands = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 class Format(Enum):
-    """How a matrix is stored; `operand_layout` has the tensors. The kernels know a format by its position."""
+    """How a matrix is stored, see `Matrix`. The kernels know a format by its position."""
 
     BF16 = "BF16"
     FP8_BLOCK = "FP8 128x128"
@@ -37,22 +37,31 @@ def parse_pair(pair: str) -> tuple[Format, ...]:
     return tuple(Format(label) for label in pair.split(", "))
 
 
-def operand_layout(format: Format, n: int, k: int) -> tuple[tuple[torch.dtype, tuple[int, int]] | None, ...]:
-    """(dtype, shape) of each operand of a matrix [N, K].
+FP4 = Format.NVFP4, Format.MXFP4  # two codes per byte
 
-    Codes and 8-bit scales are uint8: sm_80 and gfx942 have no e4m3fn type.
-    """
-    codes, packed, rows = (torch.uint8, (n, k)), (torch.uint8, (n, k // 2)), (torch.float32, (n, 1))
-    if format == Format.BF16:
-        return (torch.bfloat16, (n, k)), None, None
-    if format == Format.FP8_ROW:
-        return codes, None, rows
+# (dtype, shape) of the values, scale and row scale of a matrix; None where the format has none.
+Layout = tuple[tuple[torch.dtype, tuple[int, int]] | None, ...]
+
+
+def matrix_layout(format: Format, n: int, k: int) -> Layout:
+    """The layout of a `Matrix` [N, K]."""
+    fp8, fp4, row_scale = (torch.float8_e4m3fn, (n, k)), (torch.uint8, (n, k // 2)), (torch.float32, (n, 1))
     grid = scale_shape((n, k), *scale_group(format, k))
-    if format == Format.FP8_BLOCK:
-        return codes, (torch.float32, grid), None
-    if format == Format.MXFP8:
-        return codes, (torch.uint8, grid), None
-    return packed, (torch.uint8, grid), rows if format == Format.NVFP4 else None
+    fp32, e4m3, e8m0 = ((dtype, grid) for dtype in (torch.float32, torch.float8_e4m3fn, torch.float8_e8m0fnu))
+    return {
+        "BF16": ((torch.bfloat16, (n, k)), None, None),
+        "FP8_BLOCK": (fp8, fp32, None),
+        "FP8_ROW": (fp8, None, row_scale),
+        "MXFP8": (fp8, e8m0, None),
+        "NVFP4": (fp4, e4m3, row_scale),
+        "MXFP4": (fp4, e8m0, None),
+    }[format.name]  # torch 2.11 does not trace a format as a key
+
+
+def operand_layout(format: Format, n: int, k: int) -> Layout:
+    """What the kernels take: codes and 8-bit scales are uint8, as sm_80 and gfx942 have no e4m3fn type."""
+    layout = matrix_layout(format, n, k)
+    return tuple([each and (torch.uint8 if each[0].itemsize == 1 else each[0], each[1]) for each in layout])
 
 
 def scale_group(format: Format, k: int) -> tuple[int, int]:

@@ -49,7 +49,7 @@ def _gemv_row(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     stacked = tl.reshape(_stack(sums, BLOCK_M), (SLICES, BLOCK_K, BLOCK_M))
-    total = tl.sum(tl.sum(stacked, 1), 0)  # in two steps, as the interpreter adds one after another
+    total = tl.sum(tl.sum(stacked, 1), 0)  # in two stages: the interpreter sums one by one, which loses bits
     tile.store(out_ptr, total * FACTOR, first + tl.arange(0, BLOCK_M), row_n + tl.arange(0, 1), M, N, stride_om)
 
 

@@ -23,9 +23,8 @@ from .workspace import workspace
 
 KERNELS = {"gemv": gemv_kernel, "split_k": split_k_kernel, "prefill": prefill_kernel}
 
-_NO_GUARD: AbstractContextManager[Any] = nullcontext()
 # Triton's interpreter keeps the program that it runs in a global.
-_CPU_GUARD: AbstractContextManager[Any] = threading.Lock() if INTERPRETED else _NO_GUARD
+_GUARD: AbstractContextManager[Any] = threading.Lock() if INTERPRETED else nullcontext()
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +60,7 @@ class Signature:
         batch_invariant: bool = False,
         device: torch.device = torch.device("cpu"),  # noqa: B008
     ) -> "Signature":
-        """A projection of bf16 x, the same object every time. shape: rows of each matrix, then K.
+        """A projection of bf16 x; the same arguments give the same object. shape: rows of each matrix, then K.
 
         Only the first matrix takes the activation. By default, the dtypes are those of `project` (fp32 gate).
         """
@@ -161,11 +160,6 @@ def plan_of(signature: Signature, bucket: int, config: KernelConfig | None = Non
     return Plan(signature, bucket, config, prefers_torch)
 
 
-def decide(m: int, signature: Signature) -> KernelConfig:
-    """The config that a launch with m >= 1 rows uses."""
-    return plan_of(signature, triton.next_power_of_2(m)).config
-
-
 def _is_aligned(
     m: int, x: Tensor, matrices: Sequence[Operands], outs: Sequence[Tensor], strides: Sequence[int]
 ) -> bool:
@@ -201,18 +195,16 @@ def torch_mm(x: Tensor, matrices: Sequence[Operands], outs: Sequence[Tensor]) ->
             return False
         pairs = [(weight, out)]
     for weight, out in pairs:
-        if out.dtype == x.dtype:
-            torch.mm(x, weight.T, out=out)
-        else:
-            torch.mm(x, weight.T, out_dtype=out.dtype, out=out)
+        wider = {} if out.dtype == x.dtype else {"out_dtype": out.dtype}
+        torch.mm(x, weight.T, out=out, **wider)
     return True
 
 
 def _device_guard(device: torch.device) -> AbstractContextManager[Any]:
     """Makes the device current, as Triton launches there."""
-    if device.type != "cuda":
-        return _CPU_GUARD
-    return _NO_GUARD if device.index == torch.cuda.current_device() else torch.cuda.device(device)
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _GUARD
+    return torch.cuda.device(device)
 
 
 def constants(config: KernelConfig, signature: Signature, target: Target) -> dict[str, Any]:
@@ -236,7 +228,7 @@ def constants(config: KernelConfig, signature: Signature, target: Target) -> dic
         # In PTX, which Triton's interpreter does not run.
         "PACKED": target.backend == "cuda" and signature.x_dtype == torch.bfloat16 and not INTERPRETED,
         "AMD": target.backend == "hip",
-        "PDL": _has_pdl(config, target),
+        "PDL": config.pdl and target.is_cuda(90),
     }
     return {name: known[name] for name in KERNELS[config.regime].arg_names if name in known}
 
@@ -251,8 +243,4 @@ def options(config: KernelConfig, target: Target) -> dict[str, Any]:
         return chosen | ({"matrix_instr_nonkdim": 16} if config.regime == "split_k" else {})
     # By default ptxas spills a few registers to fit one more program. `choose` counts on two programs of split_k.
     chosen["maxnreg"] = 128 if config.regime == "split_k" and not config.loop_splits else 255
-    return chosen | ({"launch_pdl": True} if _has_pdl(config, target) else {})
-
-
-def _has_pdl(config: KernelConfig, target: Target) -> bool:
-    return config.pdl and target.is_cuda(90)
+    return chosen | ({"launch_pdl": True} if config.pdl and target.is_cuda(90) else {})

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .formats import ACTIVATIONS, Activation, Format, Operands, operand_layout
+from .formats import ACTIVATIONS, FP4, Activation, Format, Operands, operand_layout
 from .launch import Signature, launch
 from .matrix import Matrix
 from .weights import ProjectionWeights
@@ -30,7 +30,7 @@ def project(
     """k = x @ wk.T and gate = gate_scale * x @ weights_proj.T, accumulated in fp32 from exactly decoded weights.
 
     Args:
-        x: [..., K] bf16 or fp16, last dimension contiguous, any row stride, any number of rows including zero. More
+        x: [..., K] bf16 or fp16, last dimension contiguous, any row stride, 0 to 2**20 rows. More
             than two dimensions are flattened, with a copy if their strides do not allow a view.
         weights: the two matrices, on the device of x.
         k_dtype: dtype of k, x.dtype (default) or torch.float32.
@@ -56,17 +56,11 @@ def project(
     """
     if not isinstance(weights, ProjectionWeights):
         raise TypeError(f"project: weights must be ProjectionWeights, got {type(weights).__name__}")
-    dtypes = None
-    if out is None:
-        dtypes = (k_dtype or x.dtype, gate_dtype or torch.float32)
-        for name, dtype in zip(("k_dtype", "gate_dtype"), dtypes, strict=True):
-            _check_dtype(name, dtype, x.dtype)
-    elif k_dtype is not None or gate_dtype is not None:
-        raise ValueError("project: k_dtype and gate_dtype must not be given with out=, whose dtype both outputs have")
+    has_dtypes = out is None or k_dtype is not None or gate_dtype is not None
     k, gate = project_all(
         x,
         (weights.wk, weights.gate),
-        dtypes=dtypes,
+        dtypes=(k_dtype or x.dtype, gate_dtype or torch.float32) if has_dtypes else None,
         factors=(1.0, gate_scale),
         activations=(activation, None),
         out=out,
@@ -97,10 +91,7 @@ def project_all(
         x, out, batch_invariant: as for `project`. out has sum(N) columns, and dtypes must not be given with it.
 
     Returns:
-        [..., N] per matrix.
-
-    Raises:
-        As `project`.
+        [..., N] per matrix. Raises what `project` raises.
     """
     operands = [operand for matrix in matrices for operand in matrix.operands]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, out, *operands)):
@@ -111,12 +102,12 @@ def project_all(
     names = ["none" if name is None else name for name in activations or [None] * count]
     if out is not None:
         if dtypes is not None:
-            raise ValueError("project: dtypes must not be given with out=, whose dtype all outputs have")
+            raise ValueError("project: dtypes of outputs must not be given with out=, whose dtype they all have")
         torch.ops.indexproj.project_out.default(x, operands, formats, out, factors, names, batch_invariant)
         return tuple(torch.split(out, [matrix.shape[0] for matrix in matrices], -1))
     dtypes = [x.dtype] * count if dtypes is None else dtypes
     for dtype in dtypes:
-        _check_dtype("an output", dtype, x.dtype)
+        _check_dtype("the dtype of an output", dtype, x.dtype)
     fp32 = [dtype == torch.float32 for dtype in dtypes]
     return tuple(torch.ops.indexproj.project.default(x, operands, formats, fp32, factors, names, batch_invariant))
 
@@ -225,6 +216,8 @@ def _signature(
     formats, count = tuple(map(Format, labels)), len(labels)
     if not count:
         raise ValueError("project: expected at least one matrix, got none")
+    if len(found) != 3 * count:
+        raise ValueError(f"project: expected {3 * count} operands for {count} matrices, got {len(found)}")
     for name, values in {"dtypes": fp32, "factors": factors, "activations": activations}.items():
         if len(values) != count:
             raise ValueError(f"project: expected {count} {name} for {count} matrices, got {len(values)}")
@@ -249,7 +242,7 @@ def _check_operands(format: Format, k: int, device: torch.device, found: Sequenc
     shape = tuple(found[0][1]) if found[0] else ()
     if len(shape) != 2 or shape[1] == 0:
         raise ValueError(f"project: expected 2-D values or codes of a matrix in {format}, got {list(shape)}")
-    n, own_k = shape[0], shape[1] * (2 if format in (Format.NVFP4, Format.MXFP4) else 1)
+    n, own_k = shape[0], shape[1] * (2 if format in FP4 else 1)
     if k != own_k:
         raise ValueError(f"project: x must be [..., K={own_k}] to fit the weights, got [..., {k}]")
     if n * own_k >= 2**31:  # the kernels' offsets into a matrix are int32
@@ -278,5 +271,4 @@ def _check_out(out: Tensor, x: Tensor, columns: int) -> None:
         raise ValueError(f"project: out is on {out.device}, x is on {x.device}")
     separate_rows = out.ndim == 2 and out.stride(1) == 1 and (out.shape[0] < 2 or out.stride(0) >= columns)
     if not (separate_rows or out.is_contiguous()):
-        found = f"strides {out.stride()}"
-        raise ValueError(f"project: out must be contiguous, or 2-D with contiguous, separate rows, got {found}")
+        raise ValueError(f"project: out must be contiguous, or 2-D with contiguous, separate rows, got {out.stride()}")

@@ -1,4 +1,4 @@
-"""Prefill: many rows. Reading x takes the time, and so do instructions, so weights are decoded once per many rows.
+"""Prefill: many rows. Reading x and decoding weights dominate, so a program decodes its weights once for many rows.
 
 A program owns BLOCK_M rows of x and either all columns of all outputs, which reads x once, or BLOCK_N columns of one
 output, which gives more programs. If these tiles do not fill the GPU, K is divided over SPLIT_K programs, and the last

@@ -4,12 +4,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .formats import SCALE_BLOCK, Activation
+from .formats import ACTIVATIONS, SCALE_BLOCK, Activation
 from .weights import ProjectionWeights
 
 
 def reference(x: Tensor, weights: ProjectionWeights, activation: Activation | None = None) -> tuple[Tensor, Tensor]:
     """k [..., D] and gate [..., H] in fp64, from exactly decoded weights and x [..., K] in any floating dtype."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"reference: expected activation None, 'fp8' or 'fp8_ue8m0', got {activation!r}")
     wide = x.double()
     rounded = wide if activation is None else quantize(x, activation == "fp8_ue8m0")
     return rounded @ weights.wk.dequantize(torch.float64).T, wide @ weights.gate.dequantize(torch.float64).T

@@ -1,6 +1,6 @@
 """Decode and small batches: K divided over programs, partial sums reduced in the same launch.
 
-Few rows leave the time to one round trip to memory, so the weights are spread over as many programs as the GPU holds.
+With few rows, one round trip to memory dominates, so the weights are spread over as many programs as the GPU holds.
 A program owns BLOCK_N rows of one matrix and 1/SPLIT_K of K, for BLOCK_M rows of x. Inside the program, the warps
 multiply SLICES of its K side by side as one 3-D dot. The last program to arrive at a tile sums the splits.
 
@@ -45,7 +45,7 @@ def _dot_step(
     DOT: tl.constexpr, AMD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """w @ x.T of one tile over each of SLICES blocks of K, from block first on: [SLICES, BLOCK_N, BLOCK_M] fp32."""
-    # x comes first where it may: weights pass through shared memory behind a barrier, and loads below it would wait.
+    # Load x first where possible: weights pass through shared memory, whose barrier would delay later loads.
     if not PDL:
         x, x_scales = _load_x(x_ptr, rows, first, M, stride_xm, K, ACTIVATION, BLOCK_K, SLICES, DOT)
     # load_codes takes one row per slice and column.

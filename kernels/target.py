@@ -34,7 +34,7 @@ class Target:
         return isinstance(self.arch, int) and self.arch >= capability
 
 
-# The GPUs that the compile gates cover, each in its largest common variant.
+# The GPUs that `indexproj compile` covers, each in its largest common variant.
 TARGETS = {
     "sm_80": Target("cuda", 80, sm_count=108),
     "sm_90": Target("cuda", 90, sm_count=132),
@@ -49,10 +49,8 @@ TARGETS = {
 def target_of(device: torch.device) -> Target:
     """The target behind a torch device.
 
-    In Triton's interpreter it is always sm_90, so results there do not depend on the machine.
-
-    Raises:
-        RuntimeError: a CPU device outside the interpreter, or a GPU older than sm_80.
+    In Triton's interpreter it is always sm_90, so results there do not depend on the machine. Raises RuntimeError for a
+    CPU device outside the interpreter, or a GPU older than sm_80.
     """
     if INTERPRETED:
         return TARGETS["sm_90"]

@@ -1,14 +1,8 @@
 """What the kernels share: load and decode weights, multiply, store an output tile, sum the K splits.
 
-A matrix reaches a kernel as a tuple w of three pointers and a format (a compile-time integer):
-
-    format       w[0]: values or codes [N, K]       w[1]: group or block scales     w[2]: row scales
-    BF16         bf16 [N, K]                        None                            None
-    FP8_BLOCK    e4m3 as uint8 [N, K]               fp32 [N/128, K/128]             None
-    FP8_ROW      e4m3 as uint8 [N, K]               None                            fp32 [N]
-    MXFP8        e4m3 as uint8 [N, K]               e8m0 as uint8 [N, K/32]         None
-    NVFP4        two e2m1 per uint8 [N, K/2]        e4m3 as uint8 [N, K/16]         fp32 [N]
-    MXFP4        two e2m1 per uint8 [N, K/2]        e8m0 as uint8 [N, K/32]         None
+A matrix reaches a kernel as a tuple w of three pointers and a format (a compile-time integer): values w[0], scales of
+groups or blocks w[1] and scales of rows w[2], see `Matrix` in matrix.py. Codes and 8-bit scales are uint8; None stands
+for a tensor that the format does not have.
 
 In split_k tiles are transposed, [columns of the output, rows of x]: the product is w @ x.T. Weights are then the first
 operand of the dot, which tensor cores take from registers, where they have just been decoded.
@@ -36,7 +30,7 @@ def decode_e4m3(codes):
     bits = codes.to(tl.int32)
     # Moved to fp32's places, sign, exponent and mantissa read as value * 2**-120: the exponent biases are 7 and 127.
     value = ((bits & 0x80) << 24 | (bits & 0x7F) << 20).to(tl.float32, bitcast=True)
-    return value * 1.329227995784916e36
+    return value * 1.329227995784916e36  # 2**120
 
 
 @triton.jit
@@ -45,7 +39,7 @@ def decode_e2m1(codes):
     bits = codes.to(tl.int32)
     # The exponent biases are 1 and 127: value * 2**-126.
     value = ((bits & 0x8) << 28 | (bits & 0x7) << 22).to(tl.float32, bitcast=True)
-    return value * 8.507059173023462e37
+    return value * 8.507059173023462e37  # 2**126
 
 
 @triton.jit
@@ -110,7 +104,7 @@ def quantize(x, AXIS: tl.constexpr, ACTIVATION: tl.constexpr):
     x = x.to(tl.float32)
     scale = tl.div_rn(tl.maximum(tl.max(tl.abs(x), AXIS, keep_dims=True), 1e-4), 448.0)
     if ACTIVATION == FP8_UE8M0:
-        scale = (scale.to(tl.int32, bitcast=True) + 0x7FFFFF & 0x7F800000).to(tl.float32, bitcast=True)
+        scale = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
     value = tl.div_rn(x, tl.broadcast_to(scale, x.shape))
     # e4m3 keeps 3 mantissa bits, and multiples of 2**-9 below 2**-6. Adding 1.5 * 2**20 times the power of two of a
     # value leaves just these bits in fp32, rounded to nearest even.
@@ -121,10 +115,10 @@ def quantize(x, AXIS: tl.constexpr, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def load_codes(w, cols, start_k, N: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, FORMAT: tl.constexpr):
-    """Values or codes [R, BLOCK_K], half as many bytes of 4-bit ones, and [R, groups] codes of group scales.
+    """Values or codes [R, BLOCK_K], or BLOCK_K/2 bytes for 4-bit formats, and [R, groups] codes of group scales.
 
     Zeros beyond N and K. Without group scales, the codes stand in their place, as callers unpack two tensors. `decode`
-    is apart, so that other loads can be issued before these arrive.
+    is a separate function, so that other loads can be issued before these arrive.
     """
     PER_BYTE: tl.constexpr = 2 if FORMAT == NVFP4 or FORMAT == MXFP4 else 1
     SIZE: tl.constexpr = K // PER_BYTE
@@ -217,12 +211,12 @@ def store(out_ptr, tile, rows, cols, M, N: tl.constexpr, stride_om):
 
 @triton.jit
 def last_to_arrive(arrived_ptr, SPLIT_K: tl.constexpr, AMD: tl.constexpr):
-    """Counts this program's stored partials in; True for the last program of the tile.
+    """Marks this program's partials as stored; True for the last program of the tile.
 
     The last one sees all partials (acq_rel) and must reset the counter to zero.
     """
     if AMD:
-        # The barrier alone does not make a wave wait for its own stores there.
+        # The barrier alone does not make a wavefront wait for its own stores there.
         tl.inline_asm_elementwise(
             "s_waitcnt vmcnt(0)\n\tv_mov_b32 $0, $1", "=v,v,~{memory}", [tl.arange(0, 64)],
             dtype=tl.int32, is_pure=False, pack=1,

@@ -1,6 +1,5 @@
 """The two weight matrices of one projection."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -8,19 +7,16 @@ import torch
 from torch import Tensor
 
 from .formats import Format
-from .matrix import DenseMatrix, Matrix
+from .matrix import Matrix
 
 
 @dataclass(frozen=True, eq=False)
 class ProjectionWeights:
-    """The two matrices of one indexer projection, in any pair of formats.
+    """The two matrices of one indexer projection, in any pair of formats. Raises ValueError for different K or devices.
 
     Attributes:
         wk: [D, K], projects to index keys.
         gate: [H, K], `weights_proj`, projects to head weights.
-
-    Raises:
-        ValueError: different K, or two devices.
     """
 
     wk: Matrix
@@ -37,13 +33,14 @@ class ProjectionWeights:
     def pack(cls, wk: Matrix, gate: Matrix) -> "ProjectionWeights":
         """Pairs two matrices. Copies two dense ones into one [D + H, K] buffer unless they share one already."""
         pair = cls(wk, gate)
-        if isinstance(wk, DenseMatrix) and isinstance(gate, DenseMatrix) and pair.fused_weight is None:
-            return cls._split(torch.cat((wk.weight, gate.weight)), wk.shape[0])
+        if pair.formats == (Format.BF16, Format.BF16) and pair.fused_weight is None:
+            return cls.split(torch.cat((wk.values, gate.values)), wk.shape[0])
         return pair
 
     @classmethod
-    def _split(cls, fused: Tensor, d: int) -> "ProjectionWeights":
-        return cls(DenseMatrix(fused[:d]), DenseMatrix(fused[d:]))
+    def split(cls, fused: Tensor, d: int) -> "ProjectionWeights":
+        """Two dense matrices as views of one buffer [D + H, K] bf16."""
+        return cls(Matrix(Format.BF16, fused[:d]), Matrix(Format.BF16, fused[d:]))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -66,30 +63,27 @@ class ProjectionWeights:
     @property
     def fused_weight(self) -> Tensor | None:
         """[D + H, K] bf16, the buffer that two packed dense matrices share; None for any other pair."""
-        if not (isinstance(self.wk, DenseMatrix) and isinstance(self.gate, DenseMatrix)):
-            return None
-        return joined((self.wk.weight, self.gate.weight), 0)
+        is_dense = self.formats == (Format.BF16, Format.BF16)
+        return joined((self.wk.values, self.gate.values), 0) if is_dense else None
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "ProjectionWeights":
         """The same weights with fn applied to every tensor, once to a shared buffer."""
-        fused = self.fused_weight
-        if fused is not None:
-            return self._split(fn(fused), self.shape[0])
-        return dataclasses.replace(self, wk=self.wk.map(fn), gate=self.gate.map(fn))
+        if (fused := self.fused_weight) is not None:
+            return self.split(fn(fused), self.shape[0])
+        return ProjectionWeights(self.wk.map(fn), self.gate.map(fn))
 
     def to_bf16(self) -> "ProjectionWeights":
         """Both matrices decoded and rounded to bf16, in one buffer. Returns dense weights unchanged, without a copy."""
-        return self.pack(*(DenseMatrix(matrix.dequantize(torch.bfloat16)) for matrix in (self.wk, self.gate)))
+        return self.pack(*(Matrix(Format.BF16, each.dequantize(torch.bfloat16)) for each in (self.wk, self.gate)))
 
     def matches(self, other: "ProjectionWeights") -> bool:
-        """True if the two have the same formats, shapes, dtypes and device."""
+        """True if the two have the same formats, shapes and device."""
         return self.wk.matches(other.wk) and self.gate.matches(other.gate)
 
     def copy_(self, other: "ProjectionWeights") -> None:
         """Copies values in place, so that pointers to these weights (CUDA graphs) stay valid.
 
-        Raises:
-            ValueError: the two do not match.
+        Raises ValueError if the two do not match.
         """
         if not self.matches(other):
             expected, got = (f"{each.formats} {each.shape} on {each.device}" for each in (self, other))
@@ -104,7 +98,7 @@ def joined(parts: Sequence[Tensor], dim: int) -> Tensor | None:
     """The tensor that the parts are consecutive slices of, along dim; None if there is none."""
     first, place = parts[0], parts[0].storage_offset()
     for part in parts:
-        is_next = part.storage_offset() == place and part.stride() == first.stride() and part.dtype == first.dtype
+        is_next = part.storage_offset() == place and part.stride() == first.stride()
         if not is_next or part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
             return None
         place += part.shape[dim] * part.stride(dim)

@@ -24,7 +24,7 @@ class Assembly:
         layers: layers to load; tensors of other layers are ignored.
         device: device of the weights.
         config: content of config.json: its sizes, among them index_head_dim, to split `wk_weights_proj`, and
-            num_hidden_layers, to number `mtp_layers` and `mtp`; and its quantization_config, which has a veto.
+            num_hidden_layers, to number `mtp_layers` and `mtp`; and its quantization_config, which can refuse a load.
 
     Attributes:
         warnings: of the current or last load: odd or rounded values, and layers whose weights are new objects.
@@ -58,8 +58,9 @@ class Assembly:
             return parsed is not None and parsed.role == UNUSED
         number = number_of(parsed, self._config, self._problems)
         if number is not None and number in self._wanted:
-            collector = collectors.setdefault(number, Collector(number, parsed, self._config))
+            collector = collectors.get(number) or Collector(number, parsed, self._config)
             collector.offer(parsed, tensor, file, self._device)
+            collectors[number] = collector  # unless the offer failed
         return True
 
     def finish(self) -> dict[int, ProjectionWeights]:

@@ -25,11 +25,8 @@ _ADVICE = {  # part of an error of safetensors -> what to do
 class Checkpoint:
     """The headers of a checkpoint; its tensors are read one by one.
 
-    Args:
-        path: a directory with `model.safetensors.index.json` or `model.safetensors`, or a .safetensors file.
-
-    Raises:
-        CheckpointError: there is no checkpoint at path, or its index is unreadable.
+    path: a directory with `model.safetensors.index.json` or `model.safetensors`, or a .safetensors file. Raises
+    CheckpointError if there is no checkpoint or its index is unreadable.
     """
 
     def __init__(self, path: str | Path) -> None:

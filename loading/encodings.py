@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.formats import MX_GROUP, NVFP4_GROUP, SCALE_BLOCK, scale_shape
-from ..kernels.matrix import DenseMatrix, Fp4Matrix, Fp8Matrix, Matrix
+from ..kernels.formats import MX_GROUP, NVFP4_GROUP, SCALE_BLOCK, Format, scale_shape
+from ..kernels.matrix import Matrix
 from .headers import SPELLINGS, Header
 from .problems import ranges
 from .values import Faults, judge_scale
@@ -71,15 +71,15 @@ class Encoding:
         return "weight_scale" if role == "scale" and self.bind is not _fp8_block else SPELLINGS[role]
 
 
-def _bf16(tensors: Tensors) -> DenseMatrix:
+def _bf16(tensors: Tensors) -> Matrix:
     """Rounds to bf16; no release stores this projection in fp16, and trainers such as prime-rl send bf16 as fp32.
 
     Source: GLM-5, NVIDIA's and AMD's FP4 releases, and `weights_proj` in every DeepSeek-V3.2 and GLM-5 release.
     """
-    return DenseMatrix(tensors["weight"].bfloat16())
+    return Matrix(Format.BF16, tensors["weight"].bfloat16())
 
 
-def _fp8_block(tensors: Tensors) -> Fp8Matrix:
+def _fp8_block(tensors: Tensors) -> Matrix:
     """One scale per 128x128 block (edges rounded up); value = code * scale.
 
     Source: DeepSeek-V3's `inference/kernel.py` (`weight_dequant`) with fp32 scales, compressed-tensors' FP8_BLOCK with
@@ -88,10 +88,10 @@ def _fp8_block(tensors: Tensors) -> Fp8Matrix:
     """
     scale = tensors["scale"]
     scale = (scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale).float()
-    return _fp8(tensors, scale.view(scale_shape(tensors["weight"].shape)))
+    return _fp8(Format.FP8_BLOCK, tensors, scale.view(scale_shape(tensors["weight"].shape)))
 
 
-def _fp8_row(tensors: Tensors) -> Fp8Matrix:
+def _fp8_row(tensors: Tensors) -> Matrix:
     """One scale per row, or one for all, which is repeated for every row; value = code * scale.
 
     Source: compressed-tensors' strategy "channel" ([N, 1]), Quark and PyTorch ([N]); ModelOpt's FP8 (scalar) and
@@ -99,19 +99,19 @@ def _fp8_row(tensors: Tensors) -> Fp8Matrix:
     `Float8Tensor`, as `Float8WeightOnlyConfig` makes it.
     """
     scale = tensors["scale"] if "scale" in tensors else tensors["row_scale"]
-    return _fp8(tensors, scale.float().view(-1, 1).expand(len(tensors["weight"]), 1).contiguous())
+    return _fp8(Format.FP8_ROW, tensors, None, scale.float().view(-1, 1).expand(len(tensors["weight"]), 1).contiguous())
 
 
-def _mxfp8(tensors: Tensors) -> Fp8Matrix:
+def _mxfp8(tensors: Tensors) -> Matrix:
     """One power of two per 32 values of a row (edges rounded up).
 
     Source: OCP Microscaling Formats 1.0. HY-V4's FP8 release, compressed-tensors and torchao write the biased exponent
     (bias 127) as uint8 or float8_e8m0fnu.
     """
-    return _fp8(tensors, tensors["scale"].view(torch.float8_e8m0fnu))
+    return _fp8(Format.MXFP8, tensors, tensors["scale"].view(torch.float8_e8m0fnu))
 
 
-def _fp8_packed(tensors: Tensors) -> Fp8Matrix:
+def _fp8_packed(tensors: Tensors) -> Matrix:
     """One power of two per 128 values of a row, four exponents per int32, the first in its low byte.
 
     Source: DeepGEMM's layout for Blackwell (`get_mn_major_tma_aligned_packed_ue8m0_tensor`), which trainers send. Its
@@ -119,15 +119,24 @@ def _fp8_packed(tensors: Tensors) -> Fp8Matrix:
     """
     exponents = tensors["scale"].view(torch.uint8).repeat_interleave(SCALE_BLOCK // MX_GROUP, 1)
     groups = scale_shape(tensors["weight"].shape, 1, MX_GROUP)[1]
-    return _fp8(tensors, exponents[:, :groups].contiguous().view(torch.float8_e8m0fnu))
+    return _fp8(Format.MXFP8, tensors, exponents[:, :groups].contiguous().view(torch.float8_e8m0fnu))
 
 
-def _fp8(tensors: Tensors, scale: Tensor) -> Fp8Matrix:
+def _fp8(format: Format, tensors: Tensors, *scales: Tensor | None) -> Matrix:
+    """Keeps e4m3fnuz codes, which mean half as much as in e4m3fn with 0x7F as 480, and halves the scales, exactly."""
     codes = tensors["weight"]
-    return (Fp8Matrix.from_e4m3fnuz if codes.dtype == torch.float8_e4m3fnuz else Fp8Matrix)(codes, scale)
+    if codes.dtype == torch.float8_e4m3fnuz:
+        scales = tuple(None if scale is None else _halved(scale) for scale in scales)
+    return Matrix(format, codes.view(torch.float8_e4m3fn), *scales)
 
 
-def _nvfp4(tensors: Tensors) -> Fp4Matrix:
+def _halved(scale: Tensor) -> Tensor:
+    if scale.dtype == torch.float8_e8m0fnu:
+        return (scale.view(torch.uint8).clamp(min=1) - 1).view(scale.dtype)  # 2**-127 stays
+    return scale / 2
+
+
+def _nvfp4(tensors: Tensors) -> Matrix:
     """One e4m3 scale per 16 values of a row, one global factor; value = code * scale * factor.
 
     Two codes per byte, the even column in the low half. A divisor's reciprocal is rounded to fp32 once.
@@ -135,18 +144,19 @@ def _nvfp4(tensors: Tensors) -> Fp4Matrix:
     Source: ModelOpt's `NVFP4QTensor`; compressed-tensors' `NVFP4PackedCompressor`, which has a divisor for the factor.
     """
     factor = tensors["scale_2"] if "scale_2" in tensors else tensors["global_scale"].reciprocal()
-    return Fp4Matrix(tensors["weight"], tensors["scale"], factor.view(1, 1).repeat(len(tensors["weight"]), 1))
+    factors = factor.view(1, 1).repeat(len(tensors["weight"]), 1)
+    return Matrix(Format.NVFP4, tensors["weight"], tensors["scale"], factors)
 
 
-def _mxfp4(tensors: Tensors) -> Fp4Matrix:
+def _mxfp4(tensors: Tensors) -> Matrix:
     """One power of two per 32 values of a row.
 
     Source: OCP Microscaling Formats 1.0; Quark, compressed-tensors and torchao write the same.
     """
-    return Fp4Matrix(tensors["weight"], tensors["scale"].view(torch.float8_e8m0fnu))
+    return Matrix(Format.MXFP4, tensors["weight"], tensors["scale"].view(torch.float8_e8m0fnu))
 
 
-def _int4(tensors: Tensors) -> DenseMatrix:
+def _int4(tensors: Tensors) -> Matrix:
     """Eight 4-bit integers per int32, the first in its low bits; value = (integer - zero point) * scale.
 
     Integers are stored with an offset of 8, and so are zero points, packed along N; a missing zero point is 0. A scale
@@ -155,7 +165,7 @@ def _int4(tensors: Tensors) -> DenseMatrix:
 
     Source: compressed-tensors' `PackedQuantizationCompressor` with 4 bits, which also decodes to bf16.
     """
-    return DenseMatrix(_int4_values(tensors).bfloat16())
+    return Matrix(Format.BF16, _int4_values(tensors).bfloat16())
 
 
 def _int4_values(tensors: Tensors) -> Tensor:

@@ -145,13 +145,13 @@ class Collector:
         """Takes a header. Without one: a tensor outside the projection, or absent, which the caller reports."""
         if part.matrix is None:
             return
-        headers = self._headers[part.matrix]  # a fused matrix counts even if all of it is absent
         if header is None:
+            self._headers.setdefault(part.matrix, {})  # a fused matrix counts even if all of it is absent
             self._absent.add((part.matrix, part.role))
             return
         if part.stem != self._first.stem:
             expected = f"all tensors of layer {self._number} under {self._first.stem}"
-        elif (first := headers.setdefault(part.role, header)) is not header:
+        elif (first := self._headers[part.matrix].setdefault(part.role, header)) is not header:
             expected = f"one tensor in the role of {first.name}"
         else:
             return

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..kernels.matrix import DenseMatrix, Fp4Matrix, Fp8Matrix, Matrix
+from ..kernels.formats import FP4, Format
+from ..kernels.matrix import Matrix
 from .problems import ranges
 
 _LARGEST, _SMALLEST = 2.0**100, 2.0**-100
@@ -31,12 +32,11 @@ def judge(matrix: Matrix) -> tuple[Faults, list[str]]:
     """
     faults: Faults = {}
     oddities: list[str] = []
-    if isinstance(matrix, DenseMatrix):
+    if matrix.format == Format.BF16:
         # Ignoring the sign, bf16 values sort like their bits, with infinity and NaN above all others.
-        bits = (matrix.weight.view(torch.int16) & 0x7FFF).amax(1, keepdim=True)
-        values, sizes = matrix.weight, bits.view(torch.bfloat16).float()
+        bits = (matrix.values.view(torch.int16) & 0x7FFF).amax(1, keepdim=True)
+        values, sizes = matrix.values, bits.view(torch.bfloat16).float()
     else:
-        assert isinstance(matrix, Fp8Matrix | Fp4Matrix)
         sizes = _largest_codes(matrix)
         for role, scale in zip(("scale", "global_scale"), matrix.tensors[1:], strict=False):
             sizes = judge_scale(role, scale.float(), sizes, matrix.group[0] if role == "scale" else 1, faults, oddities)
@@ -64,16 +64,16 @@ def judge_scale(role: str, scale: Tensor, sizes: Tensor, rows: int, faults: Faul
     return sizes * size
 
 
-def _largest_codes(matrix: Fp8Matrix | Fp4Matrix) -> Tensor:
+def _largest_codes(matrix: Matrix) -> Tensor:
     """The largest magnitude of the codes in each group of columns of a row, [N, ceil(K / group)] fp32."""
-    codes, width = matrix.codes.view(torch.uint8), matrix.group[1]
-    if isinstance(matrix, Fp4Matrix):
+    codes, width = matrix.values.view(torch.uint8), matrix.group[1]
+    if matrix.format in FP4:
         codes, width = torch.maximum(codes & 7, codes >> 4 & 7), width // 2
     else:
         codes = codes & 0x7F
     n, k = codes.shape
     groups = torch.nn.functional.pad(codes, (0, -k % width)).view(n, -1, width).amax(2)
-    if isinstance(matrix, Fp4Matrix):
+    if matrix.format in FP4:
         return torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], device=codes.device)[groups.int()]
     return groups.clamp(max=0x7E).view(torch.float8_e4m3fn).float()  # 0x7F is 480 here
 

@@ -43,9 +43,7 @@ def exact_dot(monkeypatch):
     """Dots that treat every element alike, as tensor cores do; a BLAS adds up in an order that depends on the shape."""
 
     def matmul(a, b, dtype):
-        total = np.zeros((*a.shape[:-1], b.shape[-1]), dtype)
-        for k in range(a.shape[-1]):
-            total += a[..., k, None].astype(dtype) * b[..., k, None, :].astype(dtype)
-        return total
+        products = a[..., None].astype(dtype) * b[..., None, :, :].astype(dtype)
+        return np.add.accumulate(products, -2)[..., -1, :]
 
     monkeypatch.setattr(np, "matmul", matmul)

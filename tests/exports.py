@@ -8,13 +8,14 @@ from functools import partial
 
 import pytest
 import torch
+from torch.nn.functional import pad
 
 from indexproj.indexer.cli.synthetic import random_e4m3, random_e8m0
 from indexproj.loading import Assembly, CheckpointError
 from indexproj.loading.headers import parse
 from support import problems_of, write_checkpoint
 
-E8M0 = torch.float8_e8m0fnu
+E8M0, ALL = torch.float8_e8m0fnu, 1 << 30
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
 
 
@@ -40,91 +41,81 @@ def each(scale, rows, columns, shape):
     return scale.double()[i // rows, j // columns]
 
 
+as_bytes = partial(torch.Tensor.view, dtype=torch.uint8)
+
+
+def packed(numbers, count, filler):
+    """So many numbers along K per int32, the first in the low bits; the last word is filled up with nonsense."""
+    words = pad(numbers.long(), (0, -numbers.shape[1] % count), value=filler).unflatten(1, (-1, count))
+    return (words << 32 // count * torch.arange(count)).sum(-1).int()
+
+
 def floats(n, k, dtype, encoding):
     values = (torch.randn(n, k) * torch.exp2(4 * torch.rand(n, 1))).to(dtype)
     return Export({"weight": values}, values.double(), encoding, encoding == "BF16")
 
 
-def scales(n, k, dtype=torch.float32):
-    """Factors that differ by up to 2**6, so that one taken for another is a gross error."""
-    return random_e8m0(n, k) if dtype == E8M0 else (torch.exp2(6 * torch.rand(n, k)) / 448).to(dtype)
-
-
 def e4m3(
     encoding, rows, columns, dtype=torch.float32, stored=torch.clone, leaf="weight_scale", fnuz=False, weight="weight"
 ):
-    """Makes exports with a scale for so many rows and columns, None for all; stored maps it to what the file has."""
+    """Makes exports with a scale for so many rows and columns; stored maps it to what the file has."""
 
     def export(n, k):
         codes = random_e4m3(n, k)
-        if fnuz:
-            bits = torch.randint(0, 256, (n, k), dtype=torch.uint8)
-            codes = bits.masked_fill(bits == 0x80, 0).view(torch.float8_e4m3fnuz)
-        scale = scales(-(-n // (rows or n)), -(-k // (columns or k)), dtype)
-        values = codes.double() * each(scale.float(), rows or n, columns or k, (n, k))
+        if fnuz:  # all codes but 0x80
+            codes = (torch.randint(1, 256, (n, k)) ^ 0x80).to(torch.uint8).view(torch.float8_e4m3fnuz)
+        grid = -(-n // rows), -(-k // columns)
+        # They differ by up to 2**6, so that one taken for another is a gross error.
+        scale = random_e8m0(*grid) if dtype == E8M0 else (torch.exp2(6 * torch.rand(grid)) / 448).to(dtype)
+        values = codes.double() * each(scale.float(), rows, columns, (n, k))
         return Export({weight: codes, leaf: stored(scale)}, values, encoding)
 
     return export
 
 
 block = partial(e4m3, "FP8 128x128", 128, 128, leaf="weight_scale_inv")
-row = partial(e4m3, "FP8 per row", 1, None)
-per_tensor = partial(e4m3, "FP8 per tensor", None, None)
+row = partial(e4m3, "FP8 per row", 1, ALL)
+per_tensor = partial(e4m3, "FP8 per tensor", ALL, ALL)
 mxfp8 = partial(e4m3, "MXFP8", 1, 32, E8M0)
 
 
-def as_bytes(scale):
-    return scale.view(torch.uint8)
-
-
-def packed(numbers, base, filler, dim=1):
-    """Numbers below base along dim in int32, the first in the low bits; the last word is filled up with nonsense."""
-    count = {16: 8, 256: 4}[base]
-    numbers = numbers.movedim(dim, -1)
-    padded = torch.full((*numbers.shape[:-1], -(-numbers.shape[-1] // count) * count), filler)
-    padded[..., : numbers.shape[-1]] = numbers
-    words = (padded.unflatten(-1, (-1, count)) * base ** torch.arange(count)).sum(-1)
-    return torch.where(words < 1 << 31, words, words - (1 << 32)).int().movedim(-1, dim).contiguous()
-
-
-def e2m1(n, k):
-    """Bytes and values of random codes; the even column is in the low half."""
-    numbers = torch.randint(0, 16, (n, k))
-    return (numbers[:, ::2] + 16 * numbers[:, 1::2]).to(torch.uint8), E2M1[numbers]
+def e2m1(scale, group, k):
+    """Bytes of random codes, the even column in the low half, and their values times the scales of groups."""
+    numbers = torch.randint(0, 16, (len(scale), k))
+    codes = (numbers[:, ::2] + 16 * numbers[:, 1::2]).to(torch.uint8)
+    return codes, E2M1[numbers] * each(scale.float(), 1, group, numbers.shape)
 
 
 def nvfp4(n, k, is_divisor=False):
-    packed, values = e2m1(n, k)
-    scale = torch.exp2(6 * torch.rand(n, -(-k // 16))).to(torch.float8_e4m3fn)
-    number = 448 * torch.rand(1) + 1
+    scale, number = torch.exp2(6 * torch.rand(n, -(-k // 16))).to(torch.float8_e4m3fn), 448 * torch.rand(1) + 1
+    codes, values = e2m1(scale, 16, k)
     factor = 1 / number  # rounded to fp32, as the format's own library does
-    values = values * each(scale, 1, 16, (n, k)) * factor.double()
+    values = values * factor.double()
     if is_divisor:
-        tensors = {"weight_packed": packed, "weight_scale": scale, "weight_global_scale": number}
+        tensors = {"weight_packed": codes, "weight_scale": scale, "weight_global_scale": number}
         return Export(tensors, values, "NVFP4 (divisor)")
-    tensors = {"weight": packed, "weight_scale": scale, "weight_scale_2": factor[0]}
+    tensors = {"weight": codes, "weight_scale": scale, "weight_scale_2": factor[0]}
     return Export(tensors, values, "NVFP4", has_input_scale=True)
 
 
 def mxfp4(n, k, weight="weight_packed", stored=as_bytes):
-    packed, values = e2m1(n, k)
     scale = random_e8m0(n, -(-k // 32))
-    values = values * each(scale.float(), 1, 32, (n, k))
-    return Export({weight: packed, "weight_scale": stored(scale)}, values, "MXFP4")
+    codes, values = e2m1(scale, 32, k)
+    return Export({weight: codes, "weight_scale": stored(scale)}, values, "MXFP4")
 
 
 def int4(n, k, groups=None, zero_point=False, g_idx=False):
     groups = groups or k // 32
     numbers, zeros = torch.randint(-8, 8, (n, k)), torch.randint(-8, 8, (n, groups)) * zero_point
-    scale = scales(n, groups, torch.bfloat16)
-    words, shape = packed(numbers + 8, 16, 13), torch.tensor([n, k])
-    tensors = {"weight_packed": words, "weight_scale": scale, "weight_shape": shape}
+    scale = (torch.exp2(6 * torch.rand(n, groups)) / 448).bfloat16()
+    words = packed(numbers + 8, 8, 13)
+    tensors = {"weight_packed": words, "weight_scale": scale, "weight_shape": torch.tensor([n, k])}
     group = torch.arange(k) // (k // groups)
     if g_idx:
         group = group[torch.randperm(k)]
         tensors["weight_g_idx"] = group.int()
     if zero_point:
-        tensors["weight_zero_point"] = packed(zeros + 8, 16, 13, dim=0)
+        tensors["weight_zero_point"] = packed(zeros.T + 8, 8, 13).T.contiguous()
     values = (numbers - zeros[:, group]).double() * scale.double()[:, group]
     return Export(tensors, values, "INT4", is_native=False)
 
@@ -140,14 +131,12 @@ EXPORTS = {
     "fp8_block_fnuz": block(fnuz=True),
     "fp8_row": row(),
     "fp8_row_flat": row(torch.float16, torch.flatten),
-    "fp8_torchao": e4m3("FP8 per row (torchao)", 1, None, weight="_weight_qdata", leaf="_weight_scale"),
+    "fp8_torchao": e4m3("FP8 per row (torchao)", 1, ALL, weight="_weight_qdata", leaf="_weight_scale"),
     "fp8_tensor": lambda n, k: replace(per_tensor(stored=torch.squeeze)(n, k), has_input_scale=True),
     "fp8_tensor_flat": per_tensor(torch.bfloat16, torch.flatten),
     "mxfp8": mxfp8(),
     "mxfp8_u8": mxfp8(as_bytes, "weight_scale_inv"),
-    "fp8_packed": e4m3(
-        "FP8 packed UE8M0", 1, 128, E8M0, lambda scale: packed(as_bytes(scale), 256, 255), "weight_scale_inv"
-    ),
+    "fp8_packed": e4m3("FP8 packed UE8M0", 1, 128, E8M0, lambda s: packed(as_bytes(s), 4, 255), "weight_scale_inv"),
     "nvfp4": nvfp4,
     "nvfp4_divisor": partial(nvfp4, is_divisor=True),
     "mxfp4": mxfp4,

@@ -8,12 +8,10 @@ import os
 import torch
 
 from indexproj.benchmarks import bench, gpu
+from indexproj.indexer import models
 
 CPU = torch.device("cpu")
-SHAPES = {
-    "deepseek-v3.2": (128, 64, 512), "glm-5": (128, 32, 256),
-    "deepseek-v4-pro": (192, 64, 32, 256), "deepseek-v4-flash": (192, 64, 32, 512),
-}  # fmt: skip
+SHAPES = {name: (*(min(n, 128) for n in ns), 256) for name, (*ns, _) in models.SHAPES.items()}
 
 
 def timer(calls, how="device"):

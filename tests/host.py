@@ -6,7 +6,6 @@ Loading: all of DeepSeek-V3.2's indexers from the page cache, on one thread, as 
 """
 
 import itertools
-import re
 import tempfile
 import time
 from functools import partial
@@ -40,11 +39,10 @@ def run(layers=None):
         write_fixture("deepseek-v3.2", path, layers)
         ours, upcast = load(path), load_upcast(path)
         assert all(torch.equal(upcast[layer], ours[layer].to_bf16().fused_weight) for layer in ours)
-        loaders = {"ours, which keeps FP8": load, "streaming and upcasting": load_upcast}
-        calls = {name: partial(loader, path) for name, loader in loaders.items()}
+        calls = {"ours, which keeps FP8": partial(load, path), "streaming and upcasting": partial(load_upcast, path)}
         yield from results("loading", calls | {"ours, headers only": lambda: Plan.of(Checkpoint(path))}, 1)
-        for name, loader in loaders.items():
-            print(f"{name}: {{:.1f}} MB of weights, {{:.1f}} MB beyond them".format(*megabytes(loader, path)))
+        for name, call in calls.items():
+            print(f"{name}: {{:.1f}} MB of weights, {{:.1f}} MB beyond them".format(*megabytes(call, path)))
 
 
 def results(suite, calls, count, m=0):
@@ -61,48 +59,41 @@ def results(suite, calls, count, m=0):
 def launchers(m):
     """Ways to launch m rows, from Triton's launcher to `project`."""
     (*ns, k), w, target = DEEPSEEK, weights("FP8 128x128, BF16", DEEPSEEK), TARGETS["sm_90"]
-    x = torch.zeros(m, k, dtype=torch.bfloat16)
-    dtypes = out_dtypes("fp32", len(ns))
+    x, dtypes = torch.zeros(m, k, dtype=torch.bfloat16), out_dtypes("fp32", len(ns))
     outs = tuple(torch.empty(m, n, dtype=dtype) for n, dtype in zip(ns, dtypes, strict=True))
     matrices = w.wk.operands, w.gate.operands
-    operands = [operand for matrix in matrices for operand in matrix]
+    operands, formats = [*w.wk.operands, *w.gate.operands], list(map(str, w.formats))
+    options_of_op = [False, True], [1.0] * 2, ["none"] * 2, False
     signature, config = launch.Signature.of(w.shape, w.formats), choose(m, DEEPSEEK, w.formats, target)
     kernel, grid = launch.KERNELS[config.regime], config.grid(m, *ns)
     buffers = workspace(x.device, *config.workspace_size(m, *ns)) if config.has_workspace else ()
-    constants = launch.constants(config, signature, target).values()
+    constants, options = launch.constants(config, signature, target).values(), launch.options(config, target)
     ready = x, matrices, outs, *buffers, m, x.stride(0), tuple(out.stride(0) for out in outs), *constants
-    options, inputs = (
-        launch.options(config, target),
-        (list(map(str, w.formats)), [False, True], [1.0] * 2, ["none"] * 2),
-    )
     return {
         "JITFunction": lambda: kernel[grid](*ready, **options),
         "launch": lambda: launch.launch(x, matrices, outs, signature),
-        "torch.library op": lambda: torch.ops.indexproj.project(x, operands, *inputs, False),
+        "torch.library op": lambda: torch.ops.indexproj.project(x, operands, formats, *options_of_op),
         "project": lambda: project(x, w),
     }
 
 
 def load_upcast(path):
     """[D + H, K] bf16 per layer. Reads all tensors and upcasts wk, as engines do."""
-    fused, waiting = {}, {}
+    tensors, fused = {}, {}
     for file in sorted(path.glob("*.safetensors")):
-        for name, tensor in load_file(file).items():
-            if found := re.search(r"layers\.(\d+)\..*indexer\.((?:wk|weights_proj)\..*)", name):
-                layer, parts = int(found[1]), waiting.setdefault(int(found[1]), {})
-                parts[found[2]] = tensor
-                if len(parts) == 3:
-                    codes, scale = parts["wk.weight"], parts["wk.weight_scale_inv"]
-                    wk = (codes.float() * spread(scale, (128, 128), codes.shape)).bfloat16()
-                    fused[layer] = torch.cat((wk, parts["weights_proj.weight"]))
-                    del waiting[layer]
+        tensors |= load_file(file)
+    for name, codes in tensors.items():
+        if name.endswith(".indexer.wk.weight"):
+            scale, gate = tensors[f"{name}_scale_inv"], tensors[name.replace("wk.", "weights_proj.")]
+            wk = (codes.float() * spread(scale, (128, 128), codes.shape)).bfloat16()
+            fused[int(name.split(".")[2])] = torch.cat((wk, gate))
     return fused
 
 
-def megabytes(loader, path):
+def megabytes(call, path):
     """Of what a loader returns, and the most that torch holds beyond it while the loader runs."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        result = loader(path)
+        result = call()
     mapped = {file.stat().st_size for file in path.iterdir()}  # the profiler counts mapped files
     events = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = list(itertools.accumulate(nbytes for nbytes in events if abs(nbytes) not in mapped))

@@ -14,8 +14,6 @@ from triton.backends.nvidia import driver as nvidia
 
 from indexproj.kernels import TARGETS, launch
 
-SOURCE = Path(__file__).with_name("stub.c")
-
 
 class Stub:
     """What the driver was last asked for; pointers are the first eight arguments."""
@@ -32,9 +30,18 @@ class Stub:
 def _library():
     """(directory, library) of the driver: one per process, as Triton's launchers stay bound to the first."""
     directory = tempfile.TemporaryDirectory()
-    path = Path(directory.name) / "libcuda.so.1"
-    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-w", "-Wl,-soname,libcuda.so.1", "-o", path, SOURCE], check=True)
+    path, source = Path(directory.name) / "libcuda.so.1", Path(__file__).with_name("stub.c")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-w", "-Wl,-soname,libcuda.so.1", "-o", path, source], check=True)
     return directory, ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
+
+
+def _driver():
+    nvidia.library_dirs.cache_clear()
+    driver = nvidia.CudaDriver()
+    driver.get_current_device = lambda: 0
+    driver.get_current_stream = lambda _: 0
+    driver.get_device_capability = lambda _: (9, 0)
+    return driver
 
 
 @contextlib.contextmanager
@@ -44,20 +51,10 @@ def stub_driver(cache, target=TARGETS["sm_90"]):
     Tensors stay on the CPU. Triton's launcher, and what it is compiled from, are the real ones.
     """
     directory, library = _library()
-    before = triton.runtime.driver._active
     with (
         mock.patch.dict(os.environ, {"TRITON_LIBCUDA_PATH": directory.name, "TRITON_CACHE_DIR": str(cache)}),
         mock.patch.object(launch, "target_of", return_value=target),
+        mock.patch.object(launch, "plan_of", functools.cache(launch.plan_of.__wrapped__)),
+        mock.patch.object(triton.runtime.driver, "_active", _driver()),
     ):
-        nvidia.library_dirs.cache_clear()
-        launch.plan_of.cache_clear()
-        driver = nvidia.CudaDriver()
-        driver.get_current_device = lambda: 0
-        driver.get_current_stream = lambda _: 0
-        driver.get_device_capability = lambda _: (9, 0)
-        triton.runtime.driver.set_active(driver)
-        try:
-            yield Stub(library)
-        finally:
-            triton.runtime.driver._active = before
-            launch.plan_of.cache_clear()
+        yield Stub(library)

@@ -18,7 +18,7 @@ from indexproj.loading import CheckpointError, load
 from indexproj.loading.checkpoint import INDEX
 from indexproj.loading.layer import BAD_VALUES
 
-DEEPSEEK, GLM, V4, _ = SHAPES.values()
+DEEPSEEK, GLM, *_ = SHAPES.values()
 
 INDEXER = "model.layers.{}.self_attn.indexer."
 WK, SCALE, GATE = (INDEXER.format(0) + leaf for leaf in ("wk.weight", "wk.weight_scale_inv", "weights_proj.weight"))
@@ -31,7 +31,7 @@ def random_matrix(format, n, k):
     return matrix.map(lambda tensor: tensor.to(torch.get_default_device()))
 
 
-dense, fp8 = (functools.partial(random_matrix, format) for format in (Format.BF16, Format.FP8_BLOCK))
+dense = functools.partial(random_matrix, Format.BF16)
 # Pairs in published checkpoints, and FP8 per row, which requantized checkpoints have.
 ALL_PAIRS = (*(pair for pair in PAIRS if fits("glm-5", pair)), "FP8 per row, BF16")
 
@@ -44,20 +44,15 @@ def weights(pair, shape):
 
 def fp8_layer(layer=0, d=128, h=16, k=256):
     """The tensors of one layer under DeepSeek-V3.2's names, other indexer tensors included."""
-    stem = INDEXER.format(layer)
-    wk = fp8(d, k)
-    return {
-        f"{stem}k_norm.weight": torch.ones(d),
-        f"{stem}weights_proj.weight": dense(h, k).weight,
-        f"{stem}wk.weight": wk.codes,
-        f"{stem}wk.weight_scale_inv": wk.scale,
-        f"{stem}wq_b.weight": torch.zeros(h * d, 64, dtype=torch.float8_e4m3fn),
-    }
+    wk = random_matrix(Format.FP8_BLOCK, d, k)
+    tensors = {"k_norm.weight": torch.ones(d), "weights_proj.weight": dense(h, k).values, "wk.weight": wk.values}
+    tensors |= {"wk.weight_scale_inv": wk.scale, "wq_b.weight": torch.zeros(h * d, 64).to(wk.values.dtype)}
+    return {INDEXER.format(layer) + leaf: tensor for leaf, tensor in tensors.items()}
 
 
 def bf16_layer(layer=0, d=128, h=16, k=256):
     stem = INDEXER.format(layer)
-    return {f"{stem}weights_proj.weight": dense(h, k).weight, f"{stem}wk.weight": dense(d, k).weight}
+    return {f"{stem}weights_proj.weight": dense(h, k).values, f"{stem}wk.weight": dense(d, k).values}
 
 
 def write_checkpoint(directory: Path, *shards: dict[str, torch.Tensor], config: dict | None = None) -> Path:
@@ -76,9 +71,8 @@ def write_checkpoint(directory: Path, *shards: dict[str, torch.Tensor], config: 
 
 def same(a, b):
     """True if two matrices hold the same bits."""
-    return type(a) is type(b) and all(
-        torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(a.tensors, b.tensors, strict=True)
-    )
+    pairs = zip(a.tensors, b.tensors, strict=True)
+    return a.format == b.format and all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in pairs)
 
 
 def invoke(*arguments, code=None):

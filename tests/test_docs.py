@@ -18,9 +18,7 @@ from indexproj.loading.encodings import ENCODINGS
 from support import fp8_layer, invoke, write_checkpoint
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-LOADING = (ROOT / "docs/loading.md").read_text()
-VLLM = (ROOT / "docs/vllm.md").read_text()
+README, LOADING, VLLM = ((ROOT / page).read_text() for page in ("README.md", "docs/loading.md", "docs/vllm.md"))
 FLOORS = ("kernels", "loading", "indexer", "benchmarks", "main")
 
 
@@ -63,15 +61,14 @@ def test_loading_page_lists_every_encoding():
         assert all(dtype in row or "the same" in row for dtype in encoding.weight_dtypes)
 
 
-def test_make_targets_exist():
+def test_make_targets_and_names_exist():
     found = re.findall(r"^make ([^#\n]+)|`make ([^`]+)`", README + VLLM, re.MULTILINE)
     targets = {target for line in map("".join, found) for target in line.split()}
     assert {"demo", "test"} <= targets
     subprocess.run(["make", "-n", *sorted(targets)], cwd=ROOT, check=True, capture_output=True)
-
-
-def test_names_exist():
     assert not [name for name in (*INDEXERS, "INDEXPROJ_VLLM") if name not in VLLM]
+    test, file = re.search(r"-k (\w+) (\S+)", (ROOT / "tests/gpu/sanitize.sh").read_text()).groups()
+    assert f"def {test}(" in (ROOT / file).read_text()
     paths = re.findall(r"`((?:kernels|loading|indexer|benchmarks|tests)/[\w/.]*)`", README + LOADING + VLLM)
     assert not [path for path in paths if not (ROOT / path).exists()]
 
@@ -81,28 +78,25 @@ def test_imports_only_go_down():
     paths = {}
     for floor in FLOORS:
         for path in (ROOT / floor).rglob("*.py"):
-            parts = path.relative_to(ROOT / "main" if floor == "main" else ROOT).with_suffix("").parts
-            paths[".".join(("indexproj", *(part for part in parts if part != "__init__")))] = path
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            paths[".".join(["indexproj", *(part for part in parts if part not in ("main", "__init__"))])] = path
     graph = {name: set(imports(name, path, paths)) for name, path in paths.items()}
     assert "indexproj.kernels.formats" in graph["indexproj.indexer.cli.synthetic"]
     floor_of = {name: FLOORS.index(path.relative_to(ROOT).parts[0]) for name, path in paths.items()}
     for name, imported in graph.items():
         above = [other for other in imported & paths.keys() if floor_of[other] > floor_of[name]]
         assert not above, f"{name} imports {above}"
-        if "vllm" in imported:
+        if any(other.split(".")[0] == "vllm" for other in imported):
             assert name.startswith(("indexproj.indexer.vllm.", "indexproj.benchmarks.")), f"{name} imports vllm"
     TopologicalSorter({name: imported & paths.keys() for name, imported in graph.items()}).prepare()  # CycleError
 
 
 def imports(name, path, modules):
-    """What a module imports anywhere in its code: this project's modules by full name, others by first part."""
+    """Full names of the modules that a module imports anywhere in its code."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = resolve_name("." * node.level + (node.module or ""), package) if node.level else node.module
-            names = [f"{base}.{alias.name}" if f"{base}.{alias.name}" in modules else base for alias in node.names]
-        else:
-            continue
-        yield from (name if name.startswith("indexproj") else name.partition(".")[0] for name in names)
+            base = resolve_name("." * node.level + (node.module or ""), package)
+            yield from (full if (full := f"{base}.{alias.name}") in modules else base for alias in node.names)

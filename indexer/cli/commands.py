@@ -4,41 +4,20 @@ Commands import torch, Triton and the kernels when they run: `--help` does not w
 between GPU and interpreter before Triton is imported.
 """
 
-import errno
 import json
 import logging
 import os
 import shutil
-import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
-import typer.core
 from rich.console import Console
 
 from ..models import MODELS
 
-
-class _Commands(typer.core.TyperGroup):
-    def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Reports output that cannot be written, such as to a full disk, without a traceback."""
-        try:
-            try:
-                return super().main(*args, **kwargs)
-            finally:
-                sys.stdout.flush()
-        except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes once more
-            if error.errno == errno.EPIPE:  # the reader has seen enough
-                sys.exit(1)
-            complain(str(error))
-            sys.exit(2)
-
-
 app = typer.Typer(
-    cls=_Commands,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -59,7 +38,7 @@ DEFAULT_MS = [1, 17, 100]
 def _options(show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     """Audit, verify, compile, tune and benchmark the indexer projection of DeepSeek Sparse Attention."""
     if show:
-        print(f"indexproj {version('indexproj')}")
+        typer.echo(f"indexproj {version('indexproj')}")
         raise typer.Exit
 
 
@@ -96,13 +75,13 @@ def audit(
 
     report = module.audit(checkpoint, index_head_dim)
     if as_json:
-        print(json.dumps(report, indent=2, default=vars))
+        typer.echo(json.dumps(report, indent=2, default=vars))
         raise typer.Exit(0 if report["loads"] else 2)
     if counts := report["counts"]:
         console.print(module.audit_table(report["layers"]))
         console.print(
-            f"{len(report['layers'])} layers with an indexer. {counts['all_tensors']} tensors: "
-            f"{counts['projection_tensors']} of the projection, {counts['other_indexer_tensors']} others of indexers.",
+            f"Layers with an indexer: {len(report['layers'])}. Tensors: {counts['all_tensors']}, of the projection "
+            f"{counts['projection_tensors']}, of indexers besides {counts['other_indexer_tensors']}.",
             soft_wrap=True,
         )
         if counts["unread_shards"]:
@@ -138,7 +117,7 @@ def verify(
     if logging.lastResort:  # prints warnings of loading, without saying that they are some
         logging.lastResort.setFormatter(logging.Formatter("warning: %(message)s"))
     try:
-        with console.status("Loading") as status:
+        with Console(stderr=True).status("Loading") as status:
             for measurement in module.verify(checkpoint, m, device, layer, index_head_dim):
                 found.append(measurement)
                 status.update(f"Layer {measurement.layer}, M = {measurement.m}")

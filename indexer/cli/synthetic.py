@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ...kernels import DenseMatrix, Format, Fp4Matrix, Fp8Matrix, Matrix
+from ...kernels import Format, Matrix
 from ...kernels.formats import SCALE_BLOCK, scale_group, scale_shape
 
 
@@ -11,18 +11,18 @@ def random_matrix(format: Format, n: int, k: int) -> Matrix:
     """[n, k] from torch's default generator. Scales differ by up to 2**6, so mixing them up is a gross error."""
     grid = scale_shape((n, k), *scale_group(format, k))
     if format == Format.BF16:
-        return DenseMatrix(random_weight(n, k, torch.default_generator).bfloat16())
+        return Matrix(format, random_weight(n, k, torch.default_generator).bfloat16())
     if format == Format.FP8_BLOCK:
         codes, scale = quantize_blocks(random_weight(n, k, torch.default_generator))
-        return Fp8Matrix(codes, scale * torch.exp2(6 * torch.rand(grid)))
+        return Matrix(format, codes, scale * torch.exp2(6 * torch.rand(grid)))
     if format == Format.FP8_ROW:
-        return Fp8Matrix(random_e4m3(n, k), torch.exp2(6 * torch.rand(grid)) / 448)
+        return Matrix(format, random_e4m3(n, k), None, torch.exp2(6 * torch.rand(grid)) / 448)
     if format == Format.MXFP8:
-        return Fp8Matrix(random_e4m3(n, k), random_e8m0(*grid))
+        return Matrix(format, random_e4m3(n, k), random_e8m0(*grid))
     packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8)
     if format == Format.MXFP4:
-        return Fp4Matrix(packed, random_e8m0(*grid))
-    return Fp4Matrix(packed, torch.exp2(6 * torch.rand(grid)).to(torch.float8_e4m3fn), torch.rand(n, 1) / 448)
+        return Matrix(format, packed, random_e8m0(*grid))
+    return Matrix(format, packed, torch.exp2(6 * torch.rand(grid)).to(torch.float8_e4m3fn), torch.rand(n, 1) / 448)
 
 
 def quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:

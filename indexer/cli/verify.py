@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from rich.table import Table
 from torch import Tensor
+from triton import next_power_of_2
 
 from ...kernels import project, reference
-from ...kernels.launch import Signature, decide
+from ...kernels.launch import Signature, plan_of
 from ...loading import Checkpoint, Plan, load
 from .audit import new_table
 
@@ -58,8 +59,8 @@ def verify(
             as_loaded = reference(x, weights)
             outputs = project(x, weights, k_dtype=torch.float32)
             pairs = (outputs, exact), (as_loaded, exact), (outputs, as_loaded), (reference(x, weights.to_bf16()), exact)
-            regime = decide(m, Signature.of(weights.shape, weights.formats, device=device)).regime
-            yield Measurement(layer, encodings, m, regime, *(_error(*pair) for pair in pairs))
+            launched = plan_of(Signature.of(weights.shape, weights.formats, device=device), next_power_of_2(m)).config
+            yield Measurement(layer, encodings, m, launched.regime, *(_error(*pair) for pair in pairs))
 
 
 def verify_table(measurements: Iterable[Measurement]) -> Table:

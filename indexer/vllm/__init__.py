@@ -1,5 +1,3 @@
 """The vLLM plugin. `register` is its entry point. Importing it imports neither vLLM nor the kernels."""
 
-from .plugin import register
-
-__all__ = ["register"]
+from .plugin import register as register

@@ -4,7 +4,7 @@ import importlib.metadata
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from weakref import ref
@@ -12,7 +12,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from ...kernels import DenseMatrix, ProjectionWeights
+from ...kernels import ProjectionWeights
 from ...loading import CheckpointError, Problem
 from ...loading.config import Config
 from ...loading.headers import GATE, UNUSED, WK, Header, IndexerTensor, parse
@@ -57,7 +57,8 @@ class IndexerLayer:
         """The two matrices. Raises RuntimeError if nothing has been loaded."""
         if self.layout is None:
             raise RuntimeError(f"{self.name}: no weights have been loaded")
-        return self.weights or self._split(self.module.weight)  # not cached: offloading moves the parameter
+        # Not cached: offloading moves the parameter.
+        return self.weights or ProjectionWeights.split(self.module.weight.data, self.shape[0])
 
     def offer(self, part: IndexerTensor, tensor: Tensor) -> None:
         """Takes a tensor of the checkpoint, which may be overwritten afterwards. Finishes if no other can follow."""
@@ -65,8 +66,9 @@ class IndexerLayer:
             found = str(Header.of(part.name, tensor, ""))
             self.problems.append(Problem(part.name, "", "no more tensors for a complete layer", found))
             return
-        self.collector = self.collector or Collector(self.number, part, self._config)
-        self.collector.offer(part, tensor, "", self._device)
+        collector = self.collector or Collector(self.number, part, self._config)
+        collector.offer(part, tensor, "", self._device)
+        self.collector = collector  # unless the offer failed
         if self.collector.is_complete:
             self.finish()
 
@@ -79,7 +81,7 @@ class IndexerLayer:
             if not plan.problems and (new := plan.bind(tensors, self.problems, self.warnings)):
                 self._use(new)
         elif not self.updated and not self.problems:
-            held = self.weights or self._split(self._dense)
+            held = self.weights or ProjectionWeights.split(self._dense.data, self.shape[0])
             if judge(held.wk)[0] or judge(held.gate)[0]:  # nobody wrote to it, or a sleep discarded it
                 found = "none of them, and uninitialized memory"
                 self.problems.append(Problem(self.name, "", f"tensors of {WK} and {GATE}", found))
@@ -100,9 +102,6 @@ class IndexerLayer:
                 self.problems += [problem for problem in plan.problems if problem.subject.startswith(one.name)]
                 if not self.problems and (matrix := one.bind(tensors, self.problems, self.warnings)):
                     self._use(replace(self.operands, **{side: matrix}))
-
-    def _split(self, weight: Tensor) -> ProjectionWeights:
-        return ProjectionWeights(*map(DenseMatrix, torch.split(weight.data, list(self.shape[:2]))))
 
     def _use(self, new: ProjectionWeights) -> None:
         if self._to_bf16 or (self.layout and self.weights is None):  # `weight` stays dense
@@ -125,9 +124,10 @@ class IndexerLayer:
         del self._dense  # frees its memory
         self.weights = new.map(lambda tensor: nn.Parameter(tensor, requires_grad=False))
         for prefix, matrix in ((WK, self.weights.wk), (GATE, self.weights.gate)):
-            for attribute, tensor in zip(fields(matrix), matrix.tensors, strict=False):  # type: ignore[arg-type]
-                is_first = tensor is self.weights.wk.tensors[0]  # LoRA layers read the device from `qweight`
-                self.module.register_parameter("qweight" if is_first else f"{prefix}_{attribute.name}", tensor)
+            tensors = {name: tensor for name, tensor in vars(matrix).items() if isinstance(tensor, Tensor)}
+            for name, tensor in tensors.items():
+                is_first = tensor is self.weights.wk.values  # LoRA layers read the device from `qweight`
+                self.module.register_parameter("qweight" if is_first else f"{prefix}_{name}", tensor)
         self.module.register_state_dict_post_hook(partial(self._save_dense))  # not for bound methods
 
     def _save_dense(self, module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:

@@ -1,15 +1,15 @@
 """`indexproj bench` and `report` on a made-up GPU: everything but the GPU and the clock is real."""
 
-import contextlib
 import json
 import os
 import re
+import select
 import signal
 import sys
-import time
 from functools import partial
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -41,12 +41,21 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines() if line]
 
 
+def executable(name, script):
+    Path(name).write_text(f"#!/bin/sh\n{script}\n")
+    Path(name).chmod(0o755)
+
+
 @pytest.mark.parametrize(
     ("shape", "pair", "weights_bytes", "out_bytes"),
-    [("glm-5", FP8, 128 * 256 + 2 * 4 + 2 * 32 * 256, 160 + 32), ("deepseek-v4-pro", THREE, 2 * 288 * 256, 2 * 288)],
+    [("glm-5", FP8, 128 * 256 + 2 * 4 + 2 * 32 * 256, 160 + 32), ("deepseek-v4-pro", THREE, 2 * 320 * 256, 2 * 320)],
 )
-def test_every_contender_in_turn(folder, shape, pair, weights_bytes, out_bytes):
+def test_every_contender_in_turn(folder, monkeypatch, shape, pair, weights_bytes, out_bytes):
     """out_bytes: of a row, in units of bf16."""
+    scaled_mm = mock.Mock(side_effect=torch._scaled_mm)
+    in_turn = mock.Mock(side_effect=gpu.in_turn)
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    monkeypatch.setattr(gpu, "in_turn", in_turn)
     out = run("--shape", shape, "--pair", pair, "--m", 3).stdout
     start, empty, copy, *results, end = lines(folder)
     assert start["machine"] == end["machine"] == {"GPU": "made-up GPU"}
@@ -60,16 +69,10 @@ def test_every_contender_in_turn(folder, shape, pair, weights_bytes, out_bytes):
     moved, rows = weights_bytes + 3 * 2 * 256, sum(fake_gpu.SHAPES[shape][:-1])
     assert [r.get("bytes") for r in results[:3]] == [moved + 3 * 2 * out_bytes, moved + 3 * 2 * rows, None]
     assert f"## projection, {shape}, {pair}" in out
+    assert [len(call.args[0]) for call in in_turn.mock_calls] == [1, 1, 5, 5]
+    assert len({call.args[0].data_ptr() for call in scaled_mm.mock_calls}) == 1  # quantizes x once
     run(*SMALL, "--minutes", 0)
     assert len(lines(folder)) == 14 + 4  # appended; no time for more than ceilings
-
-
-def test_scaled_mm_quantizes_x_once(folder, monkeypatch):
-    codes, multiply = set(), torch._scaled_mm
-    spy = lambda a, *others, **named: codes.add(a.data_ptr()) or multiply(a, *others, **named)  # noqa: E731
-    monkeypatch.setattr(torch, "_scaled_mm", spy)
-    run(*SMALL, "--contender", "torch _scaled_mm")
-    assert len(codes) == 1
 
 
 def test_most_telling_cases_first_and_filters(folder, monkeypatch):
@@ -85,40 +88,26 @@ def test_most_telling_cases_first_and_filters(folder, monkeypatch):
     assert asked == [(("glm-5", "MXFP8, MXFP8", m), "torch linear") for m in (5, 6)]
 
 
-@pytest.mark.parametrize(("names", "code"), [({"indexproj", "indexproj, bf16"}, 1), ({"torch linear"}, 0)])
-def test_wrong_results_are_not_timed(folder, monkeypatch, names, code):
-    """Ours fail the run; others are left out of it."""
-    for name in names:
-        right, tolerances = bench.CONTENDERS[name]
-        wrong = lambda x, matrices, right=right: lambda: [1.1 * each for each in right(x, matrices)()]  # noqa: E731
-        monkeypatch.setitem(bench.CONTENDERS, name, (wrong, tolerances))
-    result = run(*SMALL, code=code)
-    errors = [each for each in lines(folder) if "error" in each]
-    assert {each["contender"] for each in errors} == names
-    assert all(each["wrong"] and "us" not in each and "off by" in each["error"] for each in errors)
-    assert ("bench: indexproj, device, glm-5, FP8 128x128, BF16, 3: off by" in result.stderr) == bool(code)
-
-
 @pytest.mark.parametrize(
     ("name", "pair", "tolerance"),
-    [
-        ("indexproj", FP8, 2e-6), ("indexproj", THREE, 2e-6), ("indexproj", "BF16, BF16", 1e-4),
-        ("indexproj, bf16", FP8, 2**-8), ("indexproj, bf16", "BF16, BF16", 2**-8),
-        ("torch mm, fp32", FP8, 2**-6), ("torch linear", FP8, 2**-6), ("torch _scaled_mm", FP8, 0.1),
-    ],
+    [("indexproj", THREE, 2e-6), ("indexproj", "BF16, BF16", 1e-4), ("indexproj, bf16", "BF16, BF16", 2**-8),
+     ("torch mm, fp32", FP8, 2**-6), ("torch linear", FP8, 2**-6), ("torch _scaled_mm", FP8, 0.1)],
 )  # fmt: skip
 @pytest.mark.parametrize("factor", [0.5, 2])
-def test_tolerances(folder, monkeypatch, name, pair, tolerance, factor):
-    """A contender that adds error to exact results: half as much as is tolerated, or twice."""
-    case = bench.Case("deepseek-v4-pro" if pair == THREE else "glm-5", pair, 3)
-    dtype = torch.bfloat16 if name in ("indexproj, bf16", "torch linear", "torch _scaled_mm") else torch.float32
-
-    def contender(x, matrices):
-        return lambda: [((1 + factor * tolerance) * each).to(dtype) for each in fake_gpu.exact_outputs(x, matrices)]
-
-    monkeypatch.setitem(bench.CONTENDERS, name, (contender, bench.CONTENDERS[name][1]))
-    with pytest.raises(gpu.WrongError, match="off by") if factor > 1 else contextlib.nullcontext():
-        bench.timer(name, case, "device")
+def test_wrong_results_are_not_timed(folder, monkeypatch, name, pair, tolerance, factor):
+    """A contender adds error to exact results: half as much as is tolerated, or twice. Only ours fail the run."""
+    exact = fake_gpu.exact_outputs
+    inexact = lambda x, matrices: [(1 + factor * tolerance) * each for each in exact(x, matrices)]  # noqa: E731
+    monkeypatch.setattr(fake_gpu, "exact_outputs", inexact)
+    if name.startswith("torch"):
+        dtype = torch.float32 if name == "torch mm, fp32" else torch.bfloat16
+        contender = lambda x, matrices: lambda: [each.to(dtype) for each in inexact(x, matrices)]  # noqa: E731
+        monkeypatch.setitem(bench.CONTENDERS, name, (contender, bench.CONTENDERS[name][1]))
+    shape = "deepseek-v4-pro" if pair == THREE else "glm-5"
+    is_wrong, fails = factor > 1, factor > 1 and name.startswith("indexproj")
+    result = run("--shape", shape, "--pair", pair, "--m", 3, "--contender", name, code=int(fails))
+    assert (f"bench: {name}, device, {shape}, {pair}, 3: off by" in result.stderr) == fails
+    assert [("us" in each, "wrong" in each) for each in lines(folder)[3:-1]] == [(not is_wrong, is_wrong)] * 2
 
 
 @pytest.mark.parametrize("error", ["interrupted", "CUDA error: an illegal memory access"])
@@ -147,14 +136,9 @@ def test_interrupted_and_killed_runs_keep_results(folder, monkeypatch, error):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--shape", "glm"), "--shape must be one of deepseek-v3.2; glm-5; deepseek-v4-pro; deepseek-v4-flash; got"),
-        (("--pair", "FP8"), "--pair must be formats such as"),
-        (("--pair", THREE, "--shape", "glm-5"), "no --pair has as many formats as a --shape has matrices"),
         (("--contender", "cublas"), "--contender must be one of indexproj;"),
         (("--ab", "python3"), "--ab needs two sides"),
         (("--ab", "no-such-python", "--ab", "python3"), "No such file or directory: 'no-such-python'"),
-        (("--ab", "false", "--ab", SIDE), "A: false: expected a Python that has indexproj and prints nothing else, fo"),
-        (("--ab", "echo Welcome", "--ab", SIDE), "A: echo Welcome: expected a Python that has indexproj and prints no"),
         (("--ab", '{"regime": "gem"}', "--ab", SIDE, *SMALL), "KernelConfig.__init__() missing 2 required positional"),
         (("--output", __file__), "File exists"),
         (("--output", "full"), "No space left on device"),
@@ -171,22 +155,20 @@ def test_bad_input_exits_with_2(folder, arguments, message):
 
 def test_without_a_supported_gpu(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert run(code=2).stderr == "bench: needs a GPU, but there is none\n"
-    with monkeypatch.context() as patch:
-        patch.setattr(gpu, "INTERPRETED", True)
-        assert "TRITON_INTERPRET" in run(code=2).stderr
-    old = mock.Mock(major=7, minor=5, multi_processor_count=40)
-    old.name = "Tesla T4"
-    cuda = {"is_available": lambda: True, "current_device": lambda: 0, "get_device_properties": lambda _: old}
-    with mock.patch.multiple(torch.cuda, **cuda):
-        assert "Tesla T4 is sm_75; the kernels need sm_80" in run(code=2).stderr
+    properties = SimpleNamespace(name="Tesla T4", major=7, minor=5)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for is_available, message in ((True, "Tesla T4 is sm_75; the kernels need sm_80"), (False, "there is none\n")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda found=is_available: found)
+        assert message in run(code=2).stderr
+    monkeypatch.setattr(gpu, "INTERPRETED", True)
+    assert "TRITON_INTERPRET" in run(code=2).stderr
     assert not [*tmp_path.iterdir()]
 
 
 def test_ab_of_two_processes(folder):
     """One has another clock, or measures a config that is wrong: one with one warp."""
-    slower = f"env SLOWER=3 TABLE=bf16.json {SIDE}"
+    slower = f"env SLOWER=3 {SIDE}"
     config = '{"regime": "gemv", "block_m": 4, "block_k": 128, "num_warps": 1}'
     run(*SMALL, "--ab", SIDE, "--ab", slower)
     start, *_, a, b, c, d, _ = lines(folder)
@@ -195,93 +177,53 @@ def test_ab_of_two_processes(folder):
         assert (one["suite"], one["contender"], two["contender"]) == ("A/B", f"A: {SIDE}", f"B: {slower}")
         assert [own / base for own, base in zip(two["us"], one["us"], strict=True)] == [3.0] * gpu.ROUNDS
         assert one["bytes"] == two["bytes"]
-    assert "3 (3-3)" in report.markdown(report.read(folder))
     result = run(*SMALL, "--ab", SIDE, "--ab", config, code=1)
     assert result.stderr.count("off by 1.0e+00 of the largest output") == 1
+    assert bench.contender_of(config)[1] == bench.CONTENDERS["indexproj"][1]  # tolerances
     assert [each["how"] for each in lines(folder)[-3:-1]] == ["device"] * 2  # a config's launches are not those of A
-
-
-def is_running(pid):
-    """Zombies are not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split()[2] not in "ZX"
-    except OSError:
-        return False
 
 
 @pytest.mark.parametrize("output", ["Welcome", "3", "null", '"error"', "{}", '{"error": "no wrong"}', ""])
 def test_a_side_without_the_protocol_is_ended(folder, output):
-    """With all of its processes, so that no later answer is taken for another question's."""
-    script = folder.parent / "side"
-    script.write_text(f"#!/bin/sh\necho $$ >> pids\nsleep 100 &\necho $! >> pids\necho '{output}'\nwait\n")
-    script.chmod(0o755)
-    message = "B: ./side: expected a Python that has indexproj and prints nothing else, found output "
-    assert message + repr(output) in run(*SMALL, "--ab", SIDE, "--ab", "./side", code=2).stderr
-    pids, deadline = (folder.parent / "pids").read_text().split(), time.monotonic() + 10
-    while any(map(is_running, pids)):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def test_no_answer_is_read_after_an_unreadable_one(folder):
-    """The side answers the request for versions, and the next request twice."""
-    script = folder.parent / "side"
-    late = """while echo '{"answer": 1.0}'; do read -r line || exit; done"""
-    script.write_text(f"""#!/bin/sh\nread -r line\necho '{{"answer": {{}}}}'\nread -r line\necho Warning\n{late}\n""")
-    script.chmod(0o755)
+    """With all of its processes, which hold a pipe open, and before an answer is taken for that to a later question."""
+    os.mkfifo("held")
+    held, hangup = os.open("held", os.O_RDONLY | os.O_NONBLOCK), select.poll()
+    hangup.register(held)
+    versions, late = """echo '{"answer": {}}'""", """while echo '{"answer": 1.0}'; do read -r line || exit; done"""
+    executable("side", f"exec 3> held; sleep 100 & read -r line; {versions}; read -r line; echo '{output}'; {late}")
     run(*SMALL, "--ab", "./side", "--ab", SIDE, code=2)
-    errors = [each["error"] for each in lines(folder) if "error" in each]
-    assert [error.rpartition("found ")[2] for error in errors] == ["output 'Warning'", "that the process ended"]
+    errors = [each["error"].partition(", found ") for each in lines(folder) if "error" in each]
+    expected = "A: ./side: expected a Python that has indexproj and prints nothing else"
+    assert [error[::2] for error in errors] == [(expected, f"output {output!r}"), (expected, "that the process ended")]
+    assert hangup.poll(10_000) == [(held, select.POLLHUP)]
+    os.close(held)
 
 
-def test_a_side_without_the_shape_answers(folder, monkeypatch, capsys):
-    requests = [["indexproj", ["deepseek-v9", FP8, 3], "device"], ["indexproj", ["glm-5", FP8, 3], "device"]]
-    monkeypatch.setattr(sys, "stdin", map(json.dumps, requests))
+def test_a_side_prepares_a_case_once_and_answers_errors(folder, monkeypatch, capsys):
+    unknown, known = ([["indexproj", [shape, FP8, 3], "device"]] for shape in ("deepseek-v9", "glm-5"))
+    timer = mock.Mock(side_effect=fake_gpu.timer)
+    monkeypatch.setattr(gpu, "timer", timer)
+    monkeypatch.setattr(sys, "stdin", map(json.dumps, unknown + 3 * known))
     bench.serve()
-    failed, measured = map(json.loads, capsys.readouterr().out.splitlines())
+    failed, *measured = map(json.loads, capsys.readouterr().out.splitlines())
     assert failed == {"error": "KeyError('deepseek-v9')", "wrong": False}
-    assert measured["answer"] > 1
-
-
-def test_contenders_take_turns(folder, monkeypatch):
-    """One call of each per round, and its checks only before the first."""
-    log = []
-
-    def timer(choice, tolerances, how):
-        log.append("check")
-        return lambda: log.append(choice) or 1.0
-
-    monkeypatch.setattr(bench, "sampler_of", lambda *_: mock.Mock(timer=timer))
-    monkeypatch.setattr(bench, "CONTENDERS", {name: (name, {}) for name in "ab"})
-    list(
-        bench.measure("projection", bench.Case("glm-5", FP8, 3), {n: partial(bench.timer, n) for n in "ab"}, ["eager"])
-    )
-    assert log == ["check"] * 2 + ["a", "b"] * (1 + gpu.ROUNDS)
-    log.clear()
-    request = json.dumps(["a", ["glm-5", FP8, 3], "eager"])
-    monkeypatch.setattr(sys, "stdin", [request] * 3)
-    bench.serve()
-    assert log == ["check", "a", "a", "a"]
+    assert [each["answer"] > 1 for each in measured] == [True] * 3
+    assert timer.call_count == 1
 
 
 def test_counters(folder, monkeypatch):
-    def ncu(text):
-        tool = folder.parent / "ncu"
-        tool.write_text(f"#!/bin/sh\ncat > request\necho $* > arguments\ncat <<'END'\n{text}\nEND\n")
-        tool.chmod(0o755)
-        monkeypatch.setenv("PATH", f"{folder.parent}:/usr/bin:/bin")
-
-    ncu('==PROF== Connected\n"ID","Metric Name","Metric Unit","Metric Value"\n'
-        '"0","dram__bytes.sum","byte","1,234"\n"0","Executed Ipc","inst/cycle","0.5"\n"0","","",""')  # fmt: skip
+    monkeypatch.setenv("PATH", ".:/usr/bin:/bin")
+    csv = '==PROF== Connected\n"ID","Metric Name","Metric Unit","Metric Value"\n'
+    csv += '"0","dram__bytes.sum","byte","1,234"\n"0","","",""'
+    executable("ncu", f"cat > request; echo $* > arguments; echo '{csv}'")
     out = run(*SMALL, "--counters", "--contender", "torch linear").stdout
     found = lines(folder)[-2]
-    assert (found["suite"], found["m"]) == ("counters", 3)
-    assert found["counters"] == {"dram__bytes.sum": "1,234 byte", "Executed Ipc": "0.5 inst/cycle"}
-    assert json.loads((folder.parent / "request").read_text()) == ["indexproj", ["glm-5", FP8, 3], "eager"]
-    assert "--launch-count 1" in (folder.parent / "arguments").read_text()
+    assert (found["suite"], found["m"], found["counters"]) == ("counters", 3, {"dram__bytes.sum": "1,234 byte"})
+    assert json.loads(Path("request").read_text()) == ["indexproj", ["glm-5", FP8, 3], "eager"]
+    assert "--launch-count 1" in Path("arguments").read_text()
     assert re.search(r"dram__bytes.sum +\| 1,234 byte", out)
-    ncu("==ERROR== ERR_NVGPUCTRPERM: no permission")
-    result = run(*SMALL, "--m", 1, "--counters", "--contender", "torch linear", code=2)
     message = "ncu: ==ERROR== ERR_NVGPUCTRPERM: no permission"
+    executable("ncu", f"cat > request; echo '{message[5:]}'")
+    result = run(*SMALL, "--m", 1, "--counters", "--contender", "torch linear", code=2)
     assert result.stderr == "".join(f"bench: indexproj, device, glm-5, {FP8}, {m}: {message}\n" for m in (3, 1))
     assert re.search(rf"error +\| {message} \| {message} \|", report.markdown(report.read(folder)))

@@ -1,6 +1,7 @@
 """`indexproj report`: tables and plots of results that nobody measured."""
 
 import json
+from itertools import product
 
 import pytest
 from matplotlib.figure import Figure
@@ -8,32 +9,35 @@ from matplotlib.figure import Figure
 from indexproj.benchmarks import report
 from support import invoke
 
+HEAD = {"suite": "projection", "shape": "glm-5", "pair": "FP8 128x128, BF16", "how": "device"}
+US_PER_ROW = {"indexproj": 2, "torch mm, fp32": 4, "torch linear": 3, "torch _scaled_mm": 1}
+
 
 @pytest.fixture
 def folder(tmp_path):
-    """Ours take 2 us per row, torch 3."""
     machine = {"machine": {"GPU": "made-up GPU", "clocks.sm": "1980 MHz"}, "versions": {"torch": "2.13.0"}}
-    found = [machine | {"date": "today"}]
-    found += [{"suite": "ceilings", "contender": "copy", "how": "device", "us": [2.0], "bytes": 6000}]
-    head = {"suite": "projection", "shape": "glm-5", "pair": "FP8 128x128, BF16", "how": "device"}
-    for m in (16, 1, 64):
-        torch_us = {"torch mm, fp32": 4 * m, "torch linear": 3 * m, "torch _scaled_mm": m}
-        for contender, us in {"indexproj": 2 * m, **torch_us}.items():
-            times = {"us": [0.9 * us, us, us, 1.1 * us, us]} | ({"bytes": 3000 * m} if us == 2 * m else {})
-            found.append(head | {"m": m, "contender": contender} | times)
-    found.append(head | {"m": 64, "contender": "indexproj, bf16", "error": "not supported", "wrong": False})
+    copy = {"suite": "ceilings", "contender": "copy", "how": "device", "us": [2.0], "bytes": 6000}
+    found = [machine | {"date": "today"}, copy]
+    for m, (name, us) in product((16, 1, 64), US_PER_ROW.items()):
+        times = [factor * us * m for factor in (0.9, 1, 1, 1.1, 1)]
+        found.append(HEAD | {"m": m, "contender": name, "us": times, "bytes": 3000 * m})
+    found.append(HEAD | {"m": 64, "contender": "indexproj, bf16", "error": "not supported", "wrong": False})
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(each) + "\n" for each in found))
     return tmp_path
+
+
+def cells(text, start):
+    """Of the rows that start with this."""
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith(start)]
 
 
 def test_tables_and_plots(folder):
     invoke("report", folder, code=0)
     text = (folder / "report.md").read_text()
     assert "- GPU made-up GPU, clocks.sm 1980 MHz, torch 2.13.0, date today" in text
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| 1 ")]
+    rows = cells(text, "| 1 ")
     assert rows[0] == ["1", "indexproj", "2 (2-2)", "0.667 (0.667-0.667)", "1.5", "50%"]
-    assert rows[2][:4] == ["1", "torch linear", "3 (3-3)", "1 (1-1)"]
-    assert rows[3][3] == "0.333 (0.333-0.333)"
+    assert [row[3] for row in rows[1:]] == ["1.33 (1.33-1.33)", "1 (1-1)", "0.333 (0.333-0.333)"]
     assert "not supported" in text
     assert text.index("| 1 ") < text.index("| 16 ") < text.index("| 64 ")
     assert (folder / "projection-glm-5-fp8-128x128-bf16.png").read_bytes().startswith(b"\x89PNG")
@@ -46,51 +50,43 @@ def test_tables_and_plots(folder):
     assert len(axes.collections) == 4  # quartiles
 
 
-def test_results_of_a_second_run_of_one_contender(folder):
-    """They replace those of the first run, and are not compared with them."""
-    results = report.read(folder)
-    newer = next(result for result in results if result.get("contender") == "indexproj") | {"us": [1.0, 1.0]}
-    text = report.markdown([*results, results[0], newer])
-    (row,) = [line for line in text.splitlines() if line.startswith("| 16 | indexproj ")]
-    assert [cell.strip() for cell in row.split("|")[3:5]] == ["1 (1-1)", ""]
-
-
-@pytest.mark.parametrize("fastest", ["torch linear", "torch mm, fp32"])
-def test_fastest_of_torch_is_the_baseline(folder, fastest):
-    """Not that in FP8, which computes something else."""
-    machine, _, *results = report.read(folder)
-    us = {"indexproj": 1.0, "torch linear": 4.0, "torch mm, fp32": 4.0, "torch _scaled_mm": 0.5} | {fastest: 2.0}
-    text = report.markdown([machine, *(each | {"us": [us[each["contender"]]]} for each in results if "us" in each)])
-    ratios = [line.split("|")[4].strip()[:4] for line in text.splitlines() if line.startswith("| 16 | indexproj ")]
-    assert ratios == ["0.5 "]
-
-
-def test_side_a_is_the_baseline_of_every_ab(folder):
-    """Side B of the second run has a place in the table before its A. A side without its rival has no ratio."""
-    machine, *_ = report.read(folder)
-    head = {"suite": "A/B", "shape": "glm-5", "pair": "FP8 128x128, BF16", "m": 1, "how": "device"}
-    runs = [{"A: old": 4.0, "B: new": 2.0}, {"A: config": 8.0, "B: new": 2.0}]
+@pytest.mark.parametrize(
+    ("runs", "ratios"),
+    [
+        # The fastest of torch, but not that in FP8, which computes something else.
+        ([{"torch linear": 2, "torch mm, fp32": 4, "indexproj": 1, "torch _scaled_mm": 0.5}], "1, 2, 0.5, 0.25"),
+        ([{"torch linear": 4, "torch mm, fp32": 2, "indexproj": 1, "torch _scaled_mm": 0.5}], "2, 1, 0.5, 0.25"),
+        # A later result replaces an earlier one, and is not compared with those of another run.
+        ([{"torch linear": 4, "indexproj": 2}, {"indexproj": 1}], "1, "),
+        # Side B of the second run stands in the table before its A. A side without its rival has no ratio.
+        ([{"A: old": 4, "B: new": 2}, {"A: config": 8, "B: new": 2}], "1, 0.25, 1"),
+        ([{"A: old": 4, "B: new": 2}, {"B: new": 2}], "1, "),
+    ],
+)
+def test_baseline(runs, ratios):
     results = []
     for run in runs:
-        results += [machine, *(head | {"contender": name, "us": [us]} for name, us in run.items())]
-    text = report.markdown(results)
-    rows = [[cell.strip() for cell in line.split("|")[2:5]] for line in text.splitlines() if line.startswith("| 1 ")]
-    assert rows == [["A: old", "4 (4-4)", "1 (1-1)"], ["B: new", "2 (2-2)", "0.25 (0.25-0.25)"],
-                    ["A: config", "8 (8-8)", "1 (1-1)"]]  # fmt: skip
+        results.append({"machine": {}, "versions": {}, "date": "today"})
+        results += [HEAD | {"m": 1, "contender": name, "us": [us]} for name, us in run.items()]
+    assert ", ".join(row[3].partition(" ")[0] for row in cells(report.markdown(results), "| 1 ")) == ratios
 
 
-NO_NUMBERS = '{"suite": "host", "contender": "a", "how": "cpu", "us": ["b"]}'
-OTHER_GPU = '{"machine": {"GPU": "another GPU"}, "versions": {}, "date": "today"}'
+NO_RESULT = "results.jsonl, line 16: expected a result of `indexproj bench`"
 
 
-@pytest.mark.parametrize("line", ["3", "null", "[]", '{"suite": "projection"}', NO_NUMBERS, OTHER_GPU])
-def test_bad_results(folder, line):
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("3", NO_RESULT),
+        ('{"suite": "projection"}', NO_RESULT),
+        ('{"suite": "host", "contender": "a", "how": "cpu", "us": ["b"]}', NO_RESULT),
+        ('{"machine": {"GPU": "another GPU"}, "versions": {}, "date": "today"}',
+         "expected results of one GPU, found another GPU, made-up GPU; use a folder each"),
+    ],
+)  # fmt: skip
+def test_bad_results(folder, line, message):
     with (folder / "results.jsonl").open("a") as file:
-        file.write(line + "\n")
-    result = invoke("report", folder, code=2)
-    expected = "results.jsonl, line 16: expected a result of `indexproj bench`"
-    if line == OTHER_GPU:
-        expected = "expected results of one GPU, found another GPU, made-up GPU; use a folder each"
-    assert expected in result.stderr
+        file.write(line)
+    assert message in invoke("report", folder, code=2).stderr
     (folder / "results.jsonl").unlink()
-    assert "found none" in invoke("report", folder).stderr
+    assert "found none" in invoke("report", folder, code=2).stderr

@@ -29,14 +29,10 @@ ROWS = {"wk": D, "weights_proj": H, "wk_weights_proj": D + H}
 DEEPSEEK = {
     "architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32", "torch_dtype": "bfloat16",
     "hidden_size": K, "vocab_size": VOCAB, "num_hidden_layers": LAYERS, "num_nextn_predict_layers": 1,
-    "index_head_dim": D, "index_n_heads": H, "index_topk": 64,
-    "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "q_lora_rank": Q_RANK, "kv_lora_rank": KV_RANK,
-    "qk_nope_head_dim": NOPE, "qk_rope_head_dim": ROPE, "v_head_dim": V,
-    "intermediate_size": INNER, "moe_intermediate_size": INNER, "n_routed_experts": 2, "n_shared_experts": 1,
-    "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1000,
-    "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "hidden_act": "silu",
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0,
+    "index_head_dim": D, "index_n_heads": H, "index_topk": 64, "num_attention_heads": HEADS,
+    "num_key_value_heads": HEADS, "q_lora_rank": Q_RANK, "kv_lora_rank": KV_RANK, "qk_nope_head_dim": NOPE,
+    "qk_rope_head_dim": ROPE, "v_head_dim": V, "intermediate_size": INNER, "first_k_dense_replace": 1000,
+    "max_position_embeddings": 256, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }  # fmt: skip
 DENSE = {**DEEPSEEK, "mlp_layer_types": ["dense"] * LAYERS, "indexer_types": ["full"] * LAYERS}
 HY_V4 = {
@@ -59,7 +55,7 @@ def pair(wk, gate="bf16"):
 
 
 BF16, FP8, FUSED = pair("bf16"), pair("fp8_block"), {"wk_weights_proj": EXPORTS["bf16"]}
-BOTH_FP8, NVFP4, INT4 = pair("fp8_block", "fp8_block"), pair("nvfp4"), pair("int4")
+BOTH_FP8, NVFP4, INT4 = pair("fp8_block", "fp8_block"), pair("nvfp4", "nvfp4"), pair("int4")
 
 
 def values(prefix, **shapes):
@@ -87,45 +83,36 @@ def decoder_layer(prefix):
     }
 
 
-def deepseek():
-    """A BF16 checkpoint with one MTP layer."""
+def deepseek(**attention):
+    """A BF16 checkpoint with one MTP layer. attention: name -> shape of matrices in self_attn that differ."""
     tensors = values("", model__embed_tokens=(VOCAB, K), model__norm=(K,), lm_head=(VOCAB, K))
     for layer in range(LAYERS + 1):
-        tensors |= decoder_layer(f"model.layers.{layer}.")
+        stem = f"model.layers.{layer}."
+        tensors |= decoder_layer(stem) | values(f"{stem}self_attn.", **attention)
     mtp = {"embed_tokens": (VOCAB, K), "eh_proj": (K, 2 * K), "enorm": (K,), "hnorm": (K,)}
     mtp |= {"shared_head__head": (VOCAB, K), "shared_head__norm": (K,)}
-    return tensors | values(f"model.layers.{LAYERS}.", **mtp)
+    return tensors | values(stem, **mtp)
 
 
 def hy_v4():
-    """The same for HY-V4, whose MTP layer has another name and other parts."""
-    last, lost = f"model.layers.{LAYERS}.", ("mtp_layers.0.embed_tokens", "mtp_layers.0.shared_head")
-    tensors = {name.replace(last, "model.mtp_layers.0."): tensor for name, tensor in deepseek().items()}
-    tensors = {name: tensor for name, tensor in tensors.items() if not any(part in name for part in lost)}
-    return tensors | values("model.mtp_layers.0.", final_layernorm=(K,))
+    """Its MTP layer has another name and other parts."""
+    old, new = f"model.layers.{LAYERS}.", "model.mtp_layers.0."
+    lost = (f"{old}embed_tokens", f"{old}shared_head")
+    tensors = {name.replace(old, new): tensor for name, tensor in deepseek().items() if not name.startswith(lost)}
+    return tensors | values(new, final_layernorm=(K,))
 
 
 def glm5next():
-    """The same for GLM-5.3-Flash: without RoPE, and with tensors that pool keys."""
-    tensors = deepseek()
+    """Without RoPE, and with tensors that pool keys."""
+    tensors = deepseek(q_b_proj=(HEADS * NOPE, Q_RANK), kv_a_proj_with_mqa=(KV_RANK, K))
     for layer in range(LAYERS + 1):
-        stem = f"model.layers.{layer}.self_attn."
-        tensors |= values(stem, q_b_proj=(HEADS * NOPE, Q_RANK), kv_a_proj_with_mqa=(KV_RANK, K))
-        tensors[f"{stem}indexer.index_kpool_compress_gate"] = value(D, K)
-        tensors[f"{stem}indexer.index_kpool_compress_ape"] = value(4, D).float()
+        tensors[f"{INDEXER.format(layer)}index_kpool_compress_gate"] = value(D, K)
+        tensors[f"{INDEXER.format(layer)}index_kpool_compress_ape"] = value(4, D).float()
     return tensors
 
 
 def dots3():
-    """The same for dots3-note, without an MTP layer."""
-    tensors = {name: tensor for name, tensor in deepseek().items() if f"layers.{LAYERS}." not in name}
-    for layer in range(LAYERS):
-        tensors |= values(f"model.layers.{layer}.self_attn.", g_proj=(HEADS, K), k_rope_only_layernorm=(64,))
-    return tensors
-
-
-def is_projection(name):
-    return ".indexer.wk" in name or ".indexer.weights_proj" in name
+    return deepseek(g_proj=(HEADS, K), k_rope_only_layernorm=(64,))
 
 
 def checkpoint(makers, tensors=None):
@@ -135,7 +122,7 @@ def checkpoint(makers, tensors=None):
     """
     tensors = deepseek() if tensors is None else tensors
     result, truth = only_projections(tensors, False), {}
-    for stem in dict.fromkeys(name[: name.index("indexer.") + 8] for name in tensors if is_projection(name)):
+    for stem in dict.fromkeys(name[: name.index("indexer.") + 8] for name in only_projections(tensors)):
         exports = {name: make(ROWS[name], K) for name, make in makers.items()}
         truth[parse(stem + "wk").layer(LAYERS)] = torch.cat([export.loaded for export in exports.values()])
         for name, export in exports.items():
@@ -145,7 +132,8 @@ def checkpoint(makers, tensors=None):
 
 def only_projections(tensors, which=True):
     """The tensors of projections, or with which=False all others."""
-    return {name: tensor for name, tensor in tensors.items() if is_projection(name) == which}
+    parts = ".indexer.wk", ".indexer.weights_proj"
+    return {name: tensor for name, tensor in tensors.items() if any(part in name for part in parts) == which}
 
 
 def fp8_checkpoint(directory, model="deepseek-v3.2"):

@@ -3,19 +3,19 @@
 import contextlib
 import importlib.machinery
 import os
+import re
 import sys
+import zlib
 from unittest import mock
 
 # Before vLLM: sets the environment.
-from engine.checkpoints import Q_RANK, K, M, checkpoint, is_projection, only_projections, write
+from engine.checkpoints import Q_RANK, K, M, checkpoint, only_projections, write
 
 # isort: split
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed import init_distributed_environment, initialize_model_parallel
-from vllm.distributed.parallel_state import destroy_model_parallel
+from vllm.distributed import parallel_state
 from vllm.engine.arg_utils import EngineArgs
-from vllm.model_executor.kernels import linear
 from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel import Fp8BlockScaledMMLinearKernel
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
@@ -23,10 +23,7 @@ from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.reload.inplace import reload_weights
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
 from vllm.platforms import PlatformEnum
-from vllm.platforms.cpu import CpuPlatform
 from vllm.utils.torch_utils import set_default_torch_dtype
-from vllm.v1.attention.backends import fa_utils
-from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.cpu_model_runner import _set_torch_accelerator_to_noop
 
 from indexproj.indexer.vllm import plugin as vllm_plugin
@@ -62,13 +59,13 @@ def stand_ins():
     names += ["vllm.third_party.deep_gemm", "vllm.vllm_flash_attn", "vllm.vllm_flash_attn.flash_attn_interface"]
     modules = {name: mock.MagicMock(__path__=[], __spec__=importlib.machinery.ModuleSpec(name, None)) for name in names}
     names = "compile_flash_attn_varlen_func_from_specs", "flash_attn_varlen_func", "get_scheduler_metadata"
-    functions = {name: mock.MagicMock() for name in names if not hasattr(fa_utils, name)}
-    mla = classmethod(lambda *_, **__: AttentionBackendEnum.CPU_MLA.get_path())
+    mla = classmethod(lambda *_, **__: "vllm.v1.attention.backends.mla.cpu_mla.CPUMLABackend")
+    kernels = "vllm.model_executor.kernels.linear._POSSIBLE_FP8_BLOCK_KERNELS"
     with (
         mock.patch.dict(sys.modules, modules),
-        mock.patch.multiple(fa_utils, create=True, **functions),
-        mock.patch.object(CpuPlatform, "get_attn_backend_cls", mla),
-        mock.patch.dict(linear._POSSIBLE_FP8_BLOCK_KERNELS, {PlatformEnum.CPU: [TorchKernel]}),
+        mock.patch.multiple("vllm.v1.attention.backends.fa_utils", create=True, **dict.fromkeys(names, mock.DEFAULT)),
+        mock.patch("vllm.platforms.cpu.CpuPlatform.get_attn_backend_cls", mla),
+        mock.patch.dict(kernels, {PlatformEnum.CPU: [TorchKernel]}),
     ):
         yield
 
@@ -78,7 +75,7 @@ def cpu_worker(rendezvous, rank=0, world_size=1):
     """What vLLM's CPU worker does before it loads a model. rendezvous: a file that does not exist."""
     _set_torch_accelerator_to_noop()
     os.environ["VLLM_DIST_IDENT"] = f"{rendezvous}".replace("/", "-")
-    init_distributed_environment(world_size, rank, f"file://{rendezvous}", rank, "gloo")
+    parallel_state.init_distributed_environment(world_size, rank, f"file://{rendezvous}", rank, "gloo")
     set_model_parallel()
     with stand_ins():
         yield
@@ -86,18 +83,20 @@ def cpu_worker(rendezvous, rank=0, world_size=1):
 
 def set_model_parallel(tensor_parallel_size=1, pipeline_parallel_size=1):
     """Groups of ranks, in place of those there are."""
-    destroy_model_parallel()
+    parallel_state.destroy_model_parallel()
     with set_current_vllm_config(VllmConfig()):
-        initialize_model_parallel(tensor_parallel_size, pipeline_parallel_size)
+        parallel_state.initialize_model_parallel(tensor_parallel_size, pipeline_parallel_size)
 
 
-def engine_config(path, **arguments):
-    defaults = {
-        "skip_tokenizer_init": True, "dtype": "bfloat16", "enforce_eager": True, "max_model_len": 128,
-        "max_num_batched_tokens": 128, "use_tqdm_on_load": False,
-        "enable_prefix_caching": False,  # or vLLM decides by what the CPU can do, too late for GLM-5.3-Flash
-    }  # fmt: skip
-    return EngineArgs(model=f"{path}", **{**defaults, **arguments}).create_engine_config()
+def engine_config(path, enable_elastic_ep=False, **arguments):
+    config = EngineArgs(
+        model=f"{path}", skip_tokenizer_init=True, dtype="bfloat16", enforce_eager=True, max_model_len=128,
+        max_num_batched_tokens=128, use_tqdm_on_load=False,
+        enable_prefix_caching=False,  # or vLLM decides by what the CPU can do, too late for GLM-5.3-Flash
+        **arguments,
+    ).create_engine_config()  # fmt: skip
+    config.parallel_config.enable_elastic_ep = enable_elastic_ep  # which needs several GPUs
+    return config
 
 
 class Worker:
@@ -119,13 +118,13 @@ class Worker:
     @contextlib.contextmanager
     def environment(self):
         """With the plugin, which "0" turns off, and without its patches afterwards."""
-        patched = (BaseModelLoader, "create_model"), (layerwise, "finalize_layerwise_processing")
-        with contextlib.ExitStack() as stack:
-            for owner, name in patched:
-                stack.enter_context(mock.patch.object(owner, name, getattr(owner, name)))
-            stack.enter_context(mock.patch.dict(os.environ, {"INDEXPROJ_VLLM": self.switch}))
-            stack.enter_context(set_current_vllm_config(self.config))
-            stack.enter_context(set_default_torch_dtype(torch.bfloat16))
+        with (
+            mock.patch.multiple(BaseModelLoader, create_model=BaseModelLoader.create_model),
+            mock.patch.multiple(layerwise, finalize_layerwise_processing=layerwise.finalize_layerwise_processing),
+            mock.patch.dict(os.environ, {"INDEXPROJ_VLLM": self.switch}),
+            set_current_vllm_config(self.config),
+            set_default_torch_dtype(torch.bfloat16),
+        ):
             vllm_plugin.register()
             yield
 
@@ -134,7 +133,6 @@ class Worker:
             self.loader.load_weights(self.model, self.model_config)
 
     def process(self):
-        """Ends the load."""
         with self.environment():
             process_weights_after_loading(self.model, self.model_config, torch.device("cpu"))
 
@@ -150,30 +148,31 @@ class Server(Worker):
     def addresses(self):
         return {name: p.data_ptr() for name, p in self.model.named_parameters() if "wk_weights_proj" in name}
 
-    def update(self, *calls):
-        """What a trainer does. Returns the names that the last call returns."""
-        for tensors in calls:
-            loaded = self.model.load_weights(only_projections(tensors).items())
-        return loaded
+    def update(self, tensors, *patterns):
+        """What a trainer does: for each pattern, it sends the tensors of projections whose names match."""
+        for pattern in patterns or [".*"]:
+            found = {name: tensor for name, tensor in tensors.items() if re.fullmatch(pattern, name)}
+            self.model.load_weights(only_projections(found).items())
 
     def reload(self, tensors, is_checkpoint_format=True):
-        """vLLM's own reload."""
         with self.environment():
             reload_weights(self.config, self.model, tensors.items(), None, is_checkpoint_format)
 
-    def reload_and_check(self):
-        tensors, self.truth = checkpoint(self.makers)
-        self.reload(tensors)
+    def renew(self, act=reload, makers=None, to_bf16=False):
+        """A new checkpoint arrives, by default in the first one's encodings."""
+        tensors, truth = checkpoint(makers or self.makers)
+        self.truth = {layer: rounded(values) if to_bf16 else values for layer, values in truth.items()}
+        act(self, tensors)
         self.check()
 
     def check(self):
         """It computes with the true values, at the addresses that CUDA graphs would hold."""
         assert_outputs(self.model, self.truth)
         assert self.addresses() == self.pointers
-        for layer in self.model.indexproj.layers.values():
-            used = (*layer.operands.wk.tensors, *layer.operands.gate.tensors)
-            parameters = {parameter.untyped_storage().data_ptr() for parameter in layer.module.parameters()}
-            assert {tensor.untyped_storage().data_ptr() for tensor in used} == parameters
+
+
+def rounded(values):
+    return values.bfloat16().double()
 
 
 def projections(model):
@@ -189,6 +188,7 @@ def indexer_inputs(indexer, rope=None):
     with (
         mock.patch.multiple(file, **dict.fromkeys(quantizers, quantize)),
         mock.patch.dict(indexer._modules, {"indexer_op": recorder}),
+        torch.compiler.set_stance("force_eager"),  # vLLM's GEMMs cannot be garbage collected while torch.compile runs
         torch.no_grad(),
     ):
         indexer(X, QR, torch.arange(M), rope)
@@ -215,22 +215,18 @@ def assert_outputs(model, truth):
         assert_close(module(X)[0], X.double() @ truth[layer].T, 2**-8)
 
 
-def assert_neighbors_equal(stock, swapped):
-    """All modules, buffers and parameters but those of the projections are the same, bit by bit."""
-    assert [type(module) for module in stock.modules()] == [type(module) for module in swapped.modules()]
-    theirs, ours = ({**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (stock, swapped))
-    names = [name for name in theirs if not is_projection(name)]
-    assert names == [name for name in ours if not is_projection(name)]
-    for name in names:
-        assert like(theirs[name]) == like(ours[name]), name
-        assert torch.equal(bits(theirs[name]), bits(ours[name])), name
+def neighbors(model):
+    """The classes of all modules, and the layout and bits of what they hold except in the projections."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    found = {name: (like(tensor), zlib.crc32(bits(tensor).numpy())) for name, tensor in tensors.items()}
+    return [type(module) for module in model.modules()], only_projections(found, False)
 
 
 def assert_indexer_inputs_agree(stock, swapped):
     """q is the same, k and weights agree up to bf16: vLLM rounds their weights, or their sums in another order."""
     for layer in projections(swapped):
         attentions = (model.model.layers[layer].self_attn for model in (stock, swapped))
-        theirs, ours = (indexer_inputs(each.indexer, each.indexer_rope_emb) for each in attentions)
+        theirs, ours = (indexer_inputs(each.indexer, getattr(each, "indexer_rope_emb", None)) for each in attentions)
         assert torch.equal(bits(theirs[0]), bits(ours[0]))
         for found, expected in zip(ours[1:], theirs[1:], strict=True):
             assert like(found) == like(expected)

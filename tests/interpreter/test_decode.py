@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from indexproj.kernels import Format, Fp4Matrix, Fp8Matrix, ProjectionWeights, choose, launch, project, reference, tile
+from indexproj.kernels import Format, Matrix, ProjectionWeights, choose, launch, project, reference, tile
 from indexproj.kernels.reference import quantize
 from indexproj.kernels.target import INTERPRETED, target_of
 from numerics import relative_error, run
@@ -29,8 +29,8 @@ def assert_identity(regime, w, step=1, dtype=BF16):
 def all_codes(format, n, k):
     """A matrix with every code, many times over: 0x7F and 0xFF of e4m3 are +-480."""
     matrix = random_matrix(format, n, k)
-    codes = (torch.arange(n * matrix.codes.shape[1]).view(n, -1) * 37 % 256).to(torch.uint8)
-    return dataclasses.replace(matrix, codes=codes.view(matrix.codes.dtype))
+    codes = (torch.arange(n * matrix.values.shape[1]).view(n, -1) * 37 % 256).to(torch.uint8)
+    return dataclasses.replace(matrix, values=codes.view(matrix.values.dtype))
 
 
 @pytest.mark.parametrize("regime", REGIMES)
@@ -46,9 +46,9 @@ def test_identity_returns_the_decoded_weights(format, dtype, regime):
 @pytest.mark.parametrize("format", [Format.MXFP4, Format.MXFP8], ids=str)
 def test_outermost_e8m0_scales_are_exact(format, scale, regime):
     matrix = random_matrix(format, 16, 64)
-    ones = torch.full_like(matrix.codes.view(torch.uint8), 0x22 if isinstance(matrix, Fp4Matrix) else 0x38)
+    ones = torch.full_like(matrix.values.view(torch.uint8), 0x22 if format == Format.MXFP4 else 0x38)
     e8m0 = torch.full_like(matrix.scale.view(torch.uint8), scale).view(torch.float8_e8m0fnu)
-    matrix = type(matrix)(ones.view(matrix.codes.dtype), e8m0)
+    matrix = Matrix(format, ones.view(matrix.values.dtype), e8m0)
     assert (matrix.dequantize() == 2.0 ** (scale - 127)).all()
     assert_identity(regime, ProjectionWeights(matrix, matrix), 32)
 
@@ -85,7 +85,7 @@ def test_w8a8_rounds_every_bf16_value_as_torch_does(ue8m0):
     x = torch.arange(0x7F80).to(torch.int16).view(BF16)
     x = torch.cat((x, -x)).view(-1, 128)  # groups of neighbors
     x = torch.cat((x, x.T.reshape(-1, 128)))  # groups of distant values
-    eye = Fp8Matrix(torch.eye(128).to(torch.float8_e4m3fn), torch.ones(1, 1))
+    eye = Matrix(Format.FP8_BLOCK, torch.eye(128).to(torch.float8_e4m3fn), torch.ones(1, 1))
     w = ProjectionWeights(eye, dense(16, 128))
     k, _ = project(x, w, k_dtype=torch.float32, activation="fp8_ue8m0" if ue8m0 else "fp8")
     assert torch.equal(k, quantize(x, ue8m0).float())

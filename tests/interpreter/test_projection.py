@@ -9,6 +9,7 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
+from indexproj.benchmarks.tune import candidates
 from indexproj.kernels import Format, KernelConfig, ProjectionWeights, choose, project, project_all, reference
 from indexproj.kernels.formats import parse_pair
 from indexproj.kernels.reference import quantize
@@ -99,8 +100,6 @@ def test_addresses_that_are_no_multiples_of_16(pair, m):
 @pytest.mark.parametrize(("m", "regimes"), [(5, {"gemv", "split_k"}), (40, {"split_k", "prefill"})])
 @pytest.mark.full
 def test_every_candidate_of_tune(m, regimes):
-    from indexproj.benchmarks.tune import candidates
-
     w, x = weights(FP8, (128, 16, 300)), torch.randn(m, 300, dtype=BF16)
     found = candidates(m, w.shape, w.formats, dataclasses.replace(target_of(w.device), sm_count=40))
     assert {config.regime for config in found} == regimes
@@ -165,11 +164,9 @@ def equal(outputs, expected):
 )
 @pytest.mark.usefixtures("poison")
 def test_three_matrices(formats, shape, activations, m):
-    *ns, size = shape
-    matrices = list(map(random_matrix, parse_pair(formats), ns, [size] * 3))
-    x = torch.randn(m, size, dtype=BF16)
-    options = {"dtypes": [FP32] * 3, "activations": activations}
-    outputs = project_all(x, matrices, **options)
+    *ns, k = shape
+    matrices, x = list(map(random_matrix, parse_pair(formats), ns, [k] * 3)), torch.randn(m, k, dtype=BF16)
+    outputs = project_all(x, matrices, dtypes=[FP32] * 3, activations=activations)
     xs = [x.double() if each is None else quantize(x, each == "fp8_ue8m0") for each in activations]
     exact = [own @ matrix.dequantize(torch.float64).T for own, matrix in zip(xs, matrices, strict=True)]
     assert relative_error(outputs, exact) <= 2e-6
@@ -208,21 +205,14 @@ def test_k_of_one():
     assert relative_error(project(x, w, k_dtype=FP32), reference(x, w)) <= 2e-6
 
 
-def test_leading_dimensions_are_kept():
-    w, x = weights("BF16, BF16", (128, 16, 128)), torch.randn(2, 3, 128, dtype=BF16)
-    k, gate = project(x, w)
-    assert (k.shape, gate.shape) == ((2, 3, 128), (2, 3, 16))
-    assert torch.equal(k.view(6, 128), project(x.view(6, 128), w)[0])
-    assert torch.equal(project(x[1, 2], w)[0], k[1, 2])
-
-
-@pytest.mark.parametrize("rows", [(0,), (4, 0)])
-def test_zero_rows(rows):
-    w, x = weights(FP8, (128, 16, 128)), torch.empty(*rows, 128, dtype=BF16)
+@pytest.mark.parametrize("rows", [(2, 3), (), (0,), (4, 0)], ids=str)
+def test_leading_dimensions_are_kept(rows):
+    w, x, out = weights(FP8, (128, 16, 128)), torch.randn(*rows, 128, dtype=BF16), torch.empty(*rows, 144, dtype=BF16)
     k, gate = project(x, w)
     assert (k.shape, k.dtype) == ((*rows, 128), BF16)
     assert (gate.shape, gate.dtype) == ((*rows, 16), FP32)
-    assert project(x, w, out=torch.empty(*rows, 144, dtype=BF16))[1].shape == (*rows, 16)
+    assert equal((k, gate.bfloat16()), project(x, w, out=out))
+    assert torch.equal(k.flatten(), project(x.reshape(k.numel() // 128, 128), w)[0].flatten())
 
 
 @pytest.mark.parametrize("activation", [None, "fp8"])

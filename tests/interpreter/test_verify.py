@@ -1,15 +1,16 @@
 """`indexproj verify`: the kernels on checkpoints, exit codes, and the numbers behind the verdict."""
 
-import math
-
 import pytest
 import torch
 
-from exports import EXPORTS, named
+from exports import EXPORTS, layer_of, named
 from indexproj.indexer.cli import verify
-from indexproj.indexer.cli.verify import MAX_ERROR, Measurement
+from indexproj.indexer.cli.verify import MAX_ERROR
+from indexproj.kernels import project
 from indexproj.kernels.target import INTERPRETED
 from support import INDEXER, SCALE, fp8_layer, invoke, table_rows, write_checkpoint
+
+LOST = INDEXER.format(2) + "wk.weight_scale_inv"
 
 
 @pytest.fixture(autouse=True)
@@ -19,12 +20,15 @@ def default_device():
 
 @pytest.fixture
 def tiny(tmp_path):
-    return write_checkpoint(tmp_path, fp8_layer(0), fp8_layer(1))
+    """A good layer 1 between one whose scales are zero and one without scales."""
+    layers = [fp8_layer(layer) for layer in range(3)]
+    layers[0][SCALE].zero_()
+    del layers[2][LOST]
+    return write_checkpoint(tmp_path, *layers)
 
 
 def test_verify_errors_per_layer(tiny):
-    result = invoke("verify", tiny, "--layer", 1)
-    assert result.exit_code == 0, result.stderr
+    result = invoke("verify", tiny, "--layer", 1, code=0)
     rows = table_rows(result)
     assert [row[:5] for row in rows] == [
         ["1", "FP8 128x128", "BF16", "1", "gemv"],
@@ -41,82 +45,53 @@ def test_verify_errors_per_layer(tiny):
 
 @pytest.mark.parametrize("encoding", ["nvfp4", "mxfp8"])
 def test_verify_encodings(tmp_path, encoding):
-    stem = INDEXER.format(0)
-    tensors = named(stem, "wk", EXPORTS[encoding](128, 256)) | named(stem, "weights_proj", EXPORTS["bf16"](16, 256))
-    result = invoke("verify", write_checkpoint(tmp_path, tensors), "--m", 9, "--m", 9)
-    assert result.exit_code == 0, result.stderr
-    ((_, wk, *_, verdict),) = table_rows(result)
+    path = write_checkpoint(tmp_path, layer_of(encoding))
+    ((_, wk, *_, verdict),) = table_rows(invoke("verify", path, "--m", 9, "--m", 9, code=0))
     assert (wk, verdict) == (encoding.upper(), "ok")
 
 
 def test_verify_shows_what_loading_rounded(tmp_path):
     """The reference has the values on disk, so an F32 gate shows its rounding; the kernel is right nevertheless."""
-    stem, (wk, gate) = INDEXER.format(0), (EXPORTS[name](n, 256) for name, n in (("fp8_block", 128), ("f32", 16)))
-    path = write_checkpoint(tmp_path, named(stem, "wk", wk) | named(stem, "weights_proj", gate))
+    path = write_checkpoint(tmp_path, layer_of("fp8_block", "f32"))
     ((_, *encodings, m, _, error, load_error, _, verdict),) = table_rows(invoke("verify", path, "--m", 9))
     assert (encodings, m, verdict) == (["FP8 128x128", "F32"], "9", "ok")
     assert float(error) == pytest.approx(float(load_error), rel=0.01)
     assert 1e-4 < float(error) < 1e-2
 
 
-def test_verify_index_head_dim(tmp_path):
-    both = named(INDEXER.format(0), "wk_weights_proj", EXPORTS["bf16"](160, 256))
-    path = write_checkpoint(tmp_path, both)
-    assert invoke("verify", path, "--m", 9).exit_code == 2
-    assert table_rows(invoke("verify", path, "--m", 9, "--index-head-dim", 64))[0][-1] == "ok"
+def test_index_head_dim(tmp_path):
+    path = write_checkpoint(tmp_path, named(INDEXER.format(0), "wk_weights_proj", EXPORTS["bf16"](160, 256)))
+    for command, last in ((("verify", "--m", 9), "ok"), (("audit",), "yes")):
+        invoke(*command, path, code=2)
+        assert table_rows(invoke(*command, path, "--index-head-dim", 64))[0][-1] == last
 
 
-def test_verify_wrong_kernel_exits_with_1(tiny, monkeypatch):
-    monkeypatch.setattr(verify, "MAX_ERROR", 0.0)
-    result = invoke("verify", tiny, "--m", 9)
-    assert result.exit_code == 1
-    assert [row[-1] for row in table_rows(result)] == ["WRONG", "WRONG"]
+@pytest.mark.parametrize("error", [3e-6, torch.nan])
+@pytest.mark.parametrize("which", [0, 1], ids=["k", "gate"])
+def test_verify_wrong_kernel_exits_with_1(tiny, monkeypatch, which, error):
+    """One wrong value, by more than 2e-6 of the largest."""
+
+    def wrong(x, *arguments, **options):
+        outputs = project(x, *arguments, **options)
+        if len(x) == 9:
+            outputs[which][0, 0] += error * outputs[which].abs().max()
+        return outputs
+
+    monkeypatch.setattr(verify, "project", wrong)
+    result = invoke("verify", tiny, "--layer", 1, "--m", 9, "--m", 1, code=1)
+    assert [row[-1] for row in table_rows(result)] == ["WRONG", "ok"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["nowhere"], "nowhere: expected the directory of a checkpoint or a .safetensors file"),
-        (["{tiny}", "--layer", "9"], "layer 9: expected one of the layers with an indexer, 0-1"),
+        (["{tiny}", "--layer", "9"], "layer 9: expected one of the layers with an indexer, 0-2"),
+        (["{tiny}", "--layer", "0", "--m", "9"], SCALE),
+        (["{tiny}", "--layer", "2", "--m", "9"], LOST),
         (["{tiny}", "--m", "0"], "Invalid value for '--m'"),
         (["{tiny}", "--m", "65537"], "Invalid value for '--m'"),
     ],
 )
 def test_verify_bad_input_exits_with_2(tiny, arguments, message):
-    result = invoke("verify", *(argument.format(tiny=tiny) for argument in arguments))
-    assert result.exit_code == 2
-    assert message in result.stderr
-
-
-def test_verify_layers_that_do_not_load(tmp_path):
-    bad_values = fp8_layer(0)
-    bad_values[SCALE].zero_()
-    bad_headers = fp8_layer(2)
-    del bad_headers[INDEXER.format(2) + "wk.weight_scale_inv"]
-    path = write_checkpoint(tmp_path, bad_values, fp8_layer(1), bad_headers)
-    for layer, message in ((0, SCALE), (2, INDEXER.format(2) + "wk.weight_scale_inv")):
-        result = invoke("verify", path, "--layer", layer, "--m", 9)
-        assert result.exit_code == 2
-        assert message in result.stderr
-    assert invoke("verify", path, "--layer", 1, "--m", 9).exit_code == 0
-
-
-@pytest.mark.parametrize(
-    ("k", "gate", "expected"),
-    [
-        ([1.0, 2.0], [-5.0], 0.0),
-        ([1.0, 2.5], [-5.0], 0.25),
-        ([1.0, 2.0], [-4.0], 0.2),
-        ([math.nan, 2.0], [-5.0], math.nan),
-        ([1.0, 2.0], [math.nan], math.nan),
-    ],
-)
-def test_error_is_the_larger_of_k_and_gate(k, gate, expected):
-    exact = torch.tensor([1.0, 2.0]), torch.tensor([-5.0])
-    error = verify._error((torch.tensor(k), torch.tensor(gate)), exact)
-    assert error == pytest.approx(expected, nan_ok=True)
-
-
-@pytest.mark.parametrize(("error", "passed"), [(2e-6, True), (2.1e-6, False), (math.nan, False)])
-def test_verdict(error, passed):
-    assert Measurement(0, ("BF16", "BF16"), 1, "gemv", 1.0, 1.0, error, 0.0).passed == passed
+    assert message in invoke("verify", *(argument.format(tiny=tiny) for argument in arguments), code=2).stderr

@@ -44,10 +44,6 @@ def test_every_m_has_a_regime_and_every_split_has_work(name, shape, dtype, quant
             assert step % 128 == 0 or not quantize_x  # scale groups of x
             if config.regime == "split_k":
                 assert programs <= 2 * target.sm_count
-            if config.regime == "gemv":
-                assert config.grid(m, *ns) == (sum(ns), 1, 1)  # loads weights once
-            if shape == DEEPSEEK and m >= 128 and not m & (m - 1) and not quantize_x:
-                assert programs >= dispatch.FILLED * target.sm_count
             # Bytes that the last program of a tile reads: of two splits, one.
             read = 1 if config.split_k == 2 and config.regime == "prefill" else config.split_k
             assert not config.has_workspace or 4 * read * config.acc_size(*ns) <= 100_000
@@ -71,39 +67,26 @@ W8A8, X_FP16, INVARIANT = {"quantize_x": True}, {"x_dtype": FP16}, {"batch_invar
 @pytest.mark.parametrize(
     ("m", "shape", "name", "options", "config", "programs", "workspace"),
     [
-        (1, DEEPSEEK, "sm_90", {}, "gemv 1x2048; 8, 1", 192, (0, 0)),
         (4, DEEPSEEK, "sm_90", {}, "gemv 4x2048; 8, 1", 192, (0, 0)),
         (4, DEEPSEEK, "gfx942", {}, "gemv 4x2048; 4, 1", 192, (0, 0)),
         (16, DEEPSEEK, "sm_90", {}, "split_k 16x16x512, K/14; 8, 2", 12 * 14, (12 * 14 * 16 * 16, 12)),
         (64, DEEPSEEK, "sm_90", {}, "split_k 32x16x512, K/7; 8, 2", 2 * 12 * 7, (24 * 7 * 16 * 32, 24)),
-        (100, DEEPSEEK, "sm_90", {}, "prefill 32x64x64, K/11; 4, 3", 4 * 3 * 11, (4 * 3 * 11 * 32 * 64, 12)),
-        (512, DEEPSEEK, "sm_90", {}, "prefill 64x64x64, K/5; 4, 3", 8 * 3 * 5, (8 * 3 * 5 * 64 * 64, 24)),
         (4096, DEEPSEEK, "sm_90", {}, "prefill 128xNx64, K/2; 8, 3", 32 * 2, (32 * 2 * 128 * 192, 32)),
-        (65536, DEEPSEEK, "sm_90", {}, "prefill 128xNx64; 8, 3", 512, (0, 0)),
-        (2048, DEEPSEEK, "sm_100", {}, "prefill 128x64x64, K/3; 8, 3", 16 * 3 * 3, (16 * 3 * 3 * 128 * 64, 48)),
-        (65536, DEEPSEEK, "gfx942", {}, "prefill 128xNx64; 8, 2", 512, (0, 0)),
         # x in fp16 takes half of K per step, x in e4m3 whole scale groups. Both take registers.
         (100, GLM, "sm_90", X_FP16, "prefill 32x64x32, K/11; 4, 3", 4 * 3 * 11, (4 * 3 * 11 * 32 * 64, 12)),
         (10000, GLM, "sm_90", X_FP16, "prefill 64xNx32; 8, 3", 157, (0, 0)),
         (33, DEEPSEEK, "sm_90", W8A8, "prefill 32x64x128, K/12; 4, 2", 2 * 3 * 12, (2 * 3 * 12 * 32 * 64, 6)),
         (65536, DEEPSEEK, "sm_90", W8A8, "prefill 64xNx128; 8, 2", 1024, (0, 0)),
-        (65536, DEEPSEEK, "gfx942", W8A8, "prefill 64xNx128; 8, 1", 1024, (0, 0)),
         (65536, DEEPSEEK, "sm_90", W8A8 | X_FP16, "prefill 32x64x128; 4, 2", 2048 * 3, (0, 0)),
         (65536, DEEPSEEK, "sm_90", INVARIANT, "split_k 32x16x512, K/14, looped; 8, 2", 2048 * 12, (0, 0)),
-        # No more splits than K has steps, nor more than 16.
-        (10, (128, 16, 100), "sm_90", {}, "split_k 16x16x512; 8, 2", 9, (9 * 16 * 16, 9)),
-        (100, (128, 16, 100), "sm_90", {}, "prefill 16x64x64, K/2; 4, 3", 7 * 3 * 2, (7 * 3 * 2 * 16 * 64, 21)),
-        (10, (128, 16, 16384), "gfx942", {}, "split_k 16x16x512, K/16; 8, 2", 9 * 16, (9 * 16 * 16 * 16, 9)),
+        # No more than 16 splits.
+        (8, (128, 16, 16384), "gfx942", {}, "split_k 16x16x512, K/16; 8, 2", 9 * 16, (9 * 16 * 16 * 16, 9)),
         (100, (40, 9, 7168), "gfx942", {}, "prefill 16x64x64, K/16; 4, 2", 14 * 16, (14 * 16 * 16 * 64, 14)),
         # All columns in one program while its accumulators fit the registers, else 128 if they divide the rows well.
-        (65536, (128, 128, 7168), "sm_90", {}, "prefill 64xNx64; 8, 3", 1024, (0, 0)),
         (65536, (128, 256, 6144), "sm_90", {}, "prefill 64xNx64; 8, 3", 1024, (0, 0)),
         (65536, (128, 256, 6144), "sm_90", W8A8, "prefill 64x64x128; 4, 2", 1024 * 6, (0, 0)),
         (65536, (128, 272, 6144), "sm_90", {}, "prefill 128x64x64; 8, 3", 512 * 7, (0, 0)),
-        (65536, V4, "sm_90", {}, "prefill 128x128x64; 8, 3", 512 * 21, (0, 0)),
-        (65536, (128, 128, 7168), "sm_80", {}, "prefill 128x128x64; 8, 3", 512 * 2, (0, 0)),
         (65536, (640, 64, 7168), "sm_80", {}, "prefill 128x128x64; 8, 3", 512 * 6, (0, 0)),
-        (65536, (512, 64, 7168), "sm_80", {}, "prefill 128x64x64; 8, 3", 512 * 9, (0, 0)),
     ],
 )
 def test_choose_table(m, shape, name, options, config, programs, workspace):
@@ -132,8 +115,6 @@ def test_configs_that_no_kernel_has_are_refused(field):
     with pytest.raises(ValueError, match="KernelConfig: expected"):
         KernelConfig(**{"regime": "prefill", "block_m": 16, "block_k": 64} | field)
 
-
-# The tuned table.
 
 GPU = "NVIDIA H100 80GB HBM3"
 SPLIT_FIELDS = {"regime": "split_k", "block_m": 16, "block_k": 64, "split_k": 6, "slices": 4}
@@ -166,11 +147,9 @@ def test_table_is_found_by_default_and_by_variable(gpu, monkeypatch, tmp_path):
     path = dispatch.table_path(GPU)
     assert path == tmp_path / "config/indexproj/nvidia-h100-80gb-hbm3.json"
     path.parent.mkdir(parents=True)
-    path.write_text(
-        json.dumps(content(*[entry(pair, torch_for=["bf16"]) for pair in ("FP8 128x128, BF16", "BF16, BF16")]))
-    )
-    other = tmp_path / "other.json"
-    other.write_text(json.dumps(content()))
+    entries = [entry(pair, torch_for=["bf16"]) for pair in ("FP8 128x128, BF16", "BF16, BF16")]
+    path.write_text(json.dumps(content(*entries)))
+    (other := tmp_path / "other.json").write_text(json.dumps(content()))
     split, dense = KernelConfig(**SPLIT_FIELDS), (Format.BF16, Format.BF16)
     # torch.mm takes no FP8.
     expected = {(16, GLM, FP8): (split, ()), (16, GLM, dense): (split, ((BF16, BF16),))}
@@ -181,6 +160,9 @@ def test_table_is_found_by_default_and_by_variable(gpu, monkeypatch, tmp_path):
         assert dispatch.table_of(gpu) == table
     monkeypatch.delenv(dispatch.TABLE_VARIABLE)
     assert dispatch.table_of(torch.device("cpu")) == {}
+    with mock.patch.object(dispatch, "table_path", side_effect=RuntimeError("no home directory")):
+        dispatch.table_of.cache_clear()
+        assert dispatch.table_of(gpu) == {}
     monkeypatch.setattr(dispatch, "INTERPRETED", True)
     dispatch.table_of.cache_clear()
     assert dispatch.table_of(gpu) == {}
@@ -215,8 +197,3 @@ def test_unusable_table_is_one_warning(gpu, monkeypatch, tmp_path, caplog, text)
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert str(path) in record.getMessage()
-
-
-def test_no_home_folder_is_no_error(gpu, monkeypatch):
-    monkeypatch.setattr(dispatch, "table_path", mock.Mock(side_effect=RuntimeError("no home directory")))
-    assert dispatch.table_of(gpu) == {}

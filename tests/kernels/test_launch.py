@@ -8,11 +8,12 @@ import triton
 from torch.nn.functional import linear
 from triton.compiler import CompilationError
 
-from indexproj.kernels import TARGETS, DenseMatrix, KernelConfig, ProjectionWeights, choose, project
+from indexproj.kernels import TARGETS, KernelConfig, ProjectionWeights, choose, project
 from indexproj.kernels import launch as module
 from indexproj.kernels.formats import parse_pair
+from numerics import surrounded
 from stub import stub_driver
-from support import ALL_PAIRS, DEEPSEEK, GLM, weights
+from support import DEEPSEEK, GLM, weights
 
 FP8, DENSE = "FP8 128x128, BF16", "BF16, BF16"
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -50,7 +51,6 @@ def x_of(m, k=DEEPSEEK[2]):
 
 
 def grid_of(driver, *arguments, **options):
-    """The grid of the one launch of `project`."""
     before = driver.launches
     project(*arguments, **options)
     assert driver.launches == before + 1
@@ -61,59 +61,39 @@ def default_grid(m, w):
     return choose(m, w.shape, w.formats, TARGETS["sm_90"]).grid(m, *w.shape[:-1])
 
 
-@pytest.mark.parametrize("pair", ALL_PAIRS)
-def test_projection_is_one_launch(driver, pair):
-    w = weights(pair, (128, 16, 512))
-    for m in (2, 2, 16, 16, 100, 100):
-        assert grid_of(driver, x_of(m, 512), w) == default_grid(m, w)
-    before = driver.launches
-    project(x_of(0, 512), w)
-    assert driver.launches == before
-
-
-@pytest.mark.parametrize("m", [16, 64])
-def test_direct_launch_passes_what_tritons_launcher_passes(driver, m):
-    w, out, workspaces = weights(FP8, DEEPSEEK), torch.empty(m, 192, dtype=BF16), set()
-    config = choose(m, w.shape, w.formats, TARGETS["sm_90"])
+@pytest.mark.parametrize(("pair", "m"), [(FP8, 16), ("NVFP4, NVFP4", 100)])
+def test_direct_launch_passes_what_tritons_launcher_passes(driver, pair, m):
+    w, out, workspaces = weights(pair, DEEPSEEK), torch.empty(m, 192, dtype=BF16), set()
     for x in (x_of(m), x_of(m), x_of(m - 1)):  # compiled, kept, and another M of the same plan
-        assert grid_of(driver, x, w, out=out[: len(x)]) == config.grid(len(x), 128, 64)
-        own = (x, *w.wk.tensors, w.gate.weight, out, out[:, 128:])
-        assert driver.pointers[:6] == tuple(tensor.data_ptr() for tensor in own)
-        workspaces.add(driver.pointers[6:])
+        assert grid_of(driver, x, w, out=out[: len(x)]) == default_grid(len(x), w)
+        own = (x, *w.wk.tensors, *w.gate.tensors, out, out[:, 128:])[:8]
+        assert driver.pointers[: len(own)] == tuple(tensor.data_ptr() for tensor in own)
+        workspaces.add(driver.pointers[len(own) :])
     assert module.plan_of.cache_info().currsize == len(workspaces) == 1
 
 
 @pytest.mark.parametrize("side", ["launch_enter_hook", "launch_exit_hook"])
 def test_profilers_see_every_launch(driver, side):
-    w, seen = weights(FP8, DEEPSEEK), []
-
-    def hook(metadata):
-        seen.append(metadata.get()["name"])
-
-    getattr(triton.knobs.runtime, side).add(hook)
+    w, hook, chain = weights(FP8, DEEPSEEK), mock.Mock(), getattr(triton.knobs.runtime, side)
+    chain.add(hook)
     try:
         for _ in range(2):
             project(x_of(16), w)
     finally:
-        getattr(triton.knobs.runtime, side).remove(hook)
-    assert seen == ["split_k_kernel"] * 2
+        chain.remove(hook)
+    assert [call.args[0].get()["name"] for call in hook.call_args_list] == ["split_k_kernel"] * 2
 
 
 def test_kept_kernel_never_gets_unaligned_or_far_memory(driver, monkeypatch):
-    def shift(tensor):
-        """The same tensor one byte or more off."""
-        flat = tensor.view(-1).view(torch.uint8)
-        return torch.cat((flat[: tensor.itemsize], flat)).view(tensor.dtype)[1:].view(tensor.shape)
-
     w, x = weights(FP8, DEEPSEEK), x_of(16)
     far = torch.empty(15 * 2**25 + 7168, dtype=BF16).as_strided((16, 7168), (2**25, 1))  # never touched
     odd = {
         "stride of x": (torch.zeros(16, 7168 + 8, dtype=BF16)[:, :7168], w, None),
-        "address of x": (shift(x), w, None),
+        "address of x": (x_of(17).view(-1)[1 : 16 * 7168 + 1].view(16, 7168), w, None),
         "reach of x": (far, w, None),
         "stride of out": (x, w, torch.empty(16, 200, dtype=BF16)[:, :192]),
         "address of out": (x, w, torch.empty(16, 208, dtype=BF16)[:, 1:193]),
-        "address of weights": (x, w.map(shift), None),
+        "address of weights": (x, surrounded(w, offset=1), None),
     }
     kept = mock.Mock(side_effect=AssertionError("the kept kernel ran"))
     monkeypatch.setattr(module.Plan, "_run_compiled", kept)
@@ -145,9 +125,6 @@ def test_config_with_half_a_scale_group_of_x_does_not_compile(driver):
     assert "static_assert" in str(caught.value.__cause__.__cause__.__cause__)
 
 
-# With a tuned table.
-
-
 @pytest.mark.parametrize("gate_dtype", [FP32, BF16])
 def test_launch_uses_the_tuned_config(driver, tuned, gate_dtype):
     w, x = weights(FP8, GLM), x_of(17, GLM[2])
@@ -162,35 +139,28 @@ def test_launch_uses_the_tuned_config(driver, tuned, gate_dtype):
     assert grid_of(driver, x[:16], weights("NVFP4, NVFP4", GLM)) == default_grid(16, w)  # not measured
 
 
-@pytest.mark.usefixtures("tuned")
-def test_launch_with_a_given_config_ignores_the_table(driver):
-    config, w = KernelConfig("gemv", block_m=8, block_k=128, slices=8), weights(DENSE, GLM)
-    outs = torch.empty(16, 160, dtype=BF16).split((128, 32), 1)
-    signature = module.Signature.of(w.shape, w.formats, None, (BF16, BF16))
-    module.launch(x_of(16, GLM[2]), (w.wk.operands, w.gate.operands), outs, signature, config)
-    assert driver.grid == config.grid(16, 128, 32) != SPLIT.grid(16, 128, 32)
-
-
 @pytest.mark.parametrize("row", [160, 200], ids=["contiguous", "row-strided"])
-@pytest.mark.usefixtures("tuned")
-def test_torch_mm_runs_where_it_was_faster(driver, row, products):
+@pytest.mark.usefixtures("mm_to_fp32")
+def test_torch_mm_runs_where_it_was_faster(driver, tuned, row, products):
     w, x = weights(DENSE, GLM), torch.randn(13, GLM[2]).bfloat16()
     out, before = torch.full((13, row), torch.nan, dtype=BF16)[:, :160], driver.launches
     k, gate = project(x, w, out=out)
-    assert (products.call_count, driver.launches) == (1, before)  # both in one GEMM, as in vLLM
+    assert products.call_count == 1  # both in one GEMM, as in vLLM
     assert torch.equal(out, linear(x, w.fused_weight))
     assert torch.equal(torch.cat((k, gate), 1), out)
+    tuned[16, GLM, parse_pair(DENSE)] = SPLIT, ((BF16, FP32),)
+    assert torch.equal(project(x, w)[1], x.float() @ w.gate.values.float().T)
     inputs = x.requires_grad_(), [*w.wk.operands, *w.gate.operands], ["BF16", "BF16"]
     torch.ops.indexproj.project_out(*inputs, again := torch.empty_like(out), [1.0] * 2, ["none"] * 2, False)
-    assert products.call_count == 2
+    assert (products.call_count, driver.launches) == (4, before)
     assert torch.equal(again, out)
 
 
 @pytest.mark.usefixtures("tuned")
 def test_torch_mm_is_left_out(driver, products):
-    """For outputs or weights apart, for gate_scale, as torch would round before it multiplies, and if not allowed."""
+    """For outputs or weights apart, for gate_scale, as torch would round before it multiplies, and if not wanted."""
     w, x, out = weights(DENSE, GLM), x_of(13, GLM[2]), torch.empty(13, 160, dtype=BF16)
-    apart = ProjectionWeights(*(DenseMatrix(matrix.weight.clone()) for matrix in (w.wk, w.gate)))
+    apart = ProjectionWeights(w.wk.map(torch.clone), w.gate.map(torch.clone))
     calls = [(w, {"gate_dtype": BF16}), (apart, {"out": out}), (w, {"out": out, "gate_scale": 0.5})]
     for each, options in (*calls, *calls):
         assert grid_of(driver, x, each, **options) == SPLIT.grid(13, 128, 32)
@@ -199,15 +169,10 @@ def test_torch_mm_is_left_out(driver, products):
         grid_of(driver, x, w, out=out)
     finally:
         torch.use_deterministic_algorithms(False)
+    config = KernelConfig("gemv", block_m=8, block_k=128, slices=8)
+    signature = module.Signature.of(w.shape, w.formats, dtypes=(BF16, BF16))
+    module.launch(x, (w.wk.operands, w.gate.operands), out.split((128, 32), 1), signature, config)
+    assert driver.grid == config.grid(13, 128, 32)
     assert products.call_count == 0
     project(x, w, out=out)
     assert products.call_count == 1
-
-
-@pytest.mark.usefixtures("mm_to_fp32")
-def test_torch_mm_gives_the_gate_in_fp32(driver, tuned):
-    tuned[16, GLM, parse_pair(DENSE)] = SPLIT, ((BF16, FP32),)
-    w, x, before = weights(DENSE, GLM), torch.randn(13, GLM[2]).bfloat16(), driver.launches
-    _, gate = project(x, w)
-    assert driver.launches == before
-    assert torch.equal(gate, x.float() @ w.gate.weight.float().T)

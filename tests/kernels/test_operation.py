@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from indexproj.kernels import DenseMatrix, ProjectionWeights, project, project_all
+from indexproj.kernels import Format, Matrix, ProjectionWeights, project, project_all
 from indexproj.kernels.operation import _resolve
 from support import ALL_PAIRS, weights
 
@@ -18,7 +18,7 @@ def zeros(*shape):
 
 
 W, DENSE, X, OUT = weights("FP8 128x128, BF16", SHAPE), weights("BF16, BF16", SHAPE), zeros(4, 256), zeros(4, 144)
-HUGE = DenseMatrix(torch.empty(2**23, 256, dtype=BF16, device="meta"))
+HUGE = Matrix(Format.BF16, torch.empty(2**23, 256, dtype=BF16, device="meta"))
 GRAD, MATRICES, BUFFER = DENSE.map(lambda tensor: tensor.clone().requires_grad_()), (W.wk, W.gate), zeros(4, 512)
 
 
@@ -34,8 +34,12 @@ GRAD, MATRICES, BUFFER = DENSE.map(lambda tensor: tensor.clone().requires_grad_(
         (lambda: project(X, GRAD), RuntimeError, "not differentiable"),
         (lambda: project(X, DENSE, out=zeros(4, 144).requires_grad_()), RuntimeError, "not differentiable"),
         (lambda: project(X, zeros(144, 256)), TypeError, "must be ProjectionWeights, got Tensor"),
-        (lambda: project(X, W, k_dtype=FP16), TypeError, "k_dtype must be x's torch.bfloat16 or torch.float32"),
-        (lambda: project(X, W, gate_dtype=torch.float64), TypeError, "gate_dtype must be"),
+        (
+            lambda: project(X, W, k_dtype=FP16),
+            TypeError,
+            "output must be x's torch.bfloat16 or .*32, got torch.float16",
+        ),
+        (lambda: project(X, W, gate_dtype=torch.float64), TypeError, "output must be .* got torch.float64"),
         (lambda: project(X, W, out=zeros(4, 128)), ValueError, r"\[4, 144\], got \[4, 128\]"),
         (lambda: project(X, W, out=zeros(5, 144)), ValueError, r"\[4, 144\], got \[5, 144\]"),
         (lambda: project(X, W, out=OUT.half()), TypeError, "out's dtype"),
@@ -48,7 +52,7 @@ GRAD, MATRICES, BUFFER = DENSE.map(lambda tensor: tensor.clone().requires_grad_(
         (lambda: project(X, W, out=OUT, gate_dtype=FP32), ValueError, "must not be given with out="),
         (lambda: project_all(X, MATRICES, out=OUT, dtypes=[FP32] * 2), ValueError, "must not be given with out="),
         (lambda: project(BUFFER[:, :256], W, out=BUFFER[:, 256:400]), ValueError, "out shares storage with x or the w"),
-        (lambda: project(X, DENSE, out=DENSE.wk.weight.view(-1)[:576].view(4, 144)), ValueError, "shares storage with"),
+        (lambda: project(X, DENSE, out=DENSE.wk.values.view(-1)[:576].view(4, 144)), ValueError, "shares storage with"),
         (lambda: project_all(X, MATRICES, dtypes=[FP32]), ValueError, "expected 2 dtypes for 2 matrices, got 1"),
         (lambda: project_all(X, MATRICES, factors=[1.0] * 3), ValueError, "expected 2 factors for 2 matrices, got 3"),
         (lambda: project_all(X, MATRICES, activations=["fp8"]), ValueError, "expected 2 activations for 2 matrices"),
@@ -98,8 +102,8 @@ def changed(place, operand):
         (changed(3, GATE.float()), None, "of a matrix in BF16: expected .*bfloat16, .* got .*float32"),
         (changed(3, zeros(16, 128)), None, r"K=128\] to fit the weights, got \[..., 256"),
         (changed(4, SCALES), None, "expected None, got .*float32"),
-        (OPERANDS[:5], None, "zip"),
-        ([*OPERANDS, None], None, "zip"),
+        (OPERANDS[:5], None, "expected 6 operands for 2 matrices, got 5"),
+        ([*OPERANDS, None], None, "expected 6 operands for 2 matrices, got 7"),
         (OPERANDS, ["FP9", "BF16"], "'FP9' is not a valid Format"),
     ],
 )
@@ -134,6 +138,6 @@ def test_compile_with_dynamic_rows_of_weights():
 
     @torch.compile(backend="aot_eager", fullgraph=True)
     def run(x, wk, gate):
-        return project(x, ProjectionWeights(DenseMatrix(wk), DenseMatrix(gate)))
+        return project(x, ProjectionWeights(Matrix(Format.BF16, wk), Matrix(Format.BF16, gate)))
 
     assert [tuple(output.shape) for output in run(zeros(0, 256), zeros(128, 256), gate)] == [(0, 128), (0, 16)]

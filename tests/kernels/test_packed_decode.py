@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from indexproj.kernels import Fp4Matrix, Fp8Matrix
+from indexproj.kernels import Format, Matrix
 from indexproj.kernels.tile import DECODE_E2M1_PTX, DECODE_E4M3_PTX, decode_e2m1_packed, decode_e4m3_packed
 
 
@@ -59,8 +59,8 @@ def execute(ptx, constraints, codes):
 
 
 CODES = torch.arange(256, dtype=torch.uint8).view(1, 256)
-E4M3 = Fp8Matrix(CODES.view(torch.float8_e4m3fn), torch.ones(1, 1))
-E2M1 = Fp4Matrix(CODES, torch.ones(1, 16).to(torch.float8_e8m0fnu))
+E4M3 = Matrix(Format.FP8_BLOCK, CODES.view(torch.float8_e4m3fn), torch.ones(1, 2))
+E2M1 = Matrix(Format.MXFP4, CODES, torch.ones(1, 16).to(torch.float8_e8m0fnu))
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,6 @@ E2M1 = Fp4Matrix(CODES, torch.ones(1, 16).to(torch.float8_e8m0fnu))
     ids=["e4m3", "e2m1"],
 )
 def test_ptx_decodes_every_code(ptx, decoder, matrix, per_code):
-    """Every code in every place of a register."""
     (constraints,), expected = re.findall(r'"(=.*,r)"', decoder.src), bits_of(matrix.dequantize())
     for code in range(256):
         codes = code, (code + 77) % 256, 255 - code, (code * 5 + 3) % 256

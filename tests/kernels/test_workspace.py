@@ -1,20 +1,14 @@
 """Which launch gets which workspace, on a mocked GPU."""
 
 import itertools
+from unittest import mock
 
 import pytest
 import torch
 
 from indexproj.kernels import workspace as module
 
-
-class Cuda:
-    """A mocked CUDA device; its tensors are on the CPU."""
-
-    type, index = "cuda", 0
-
-
-CUDA = Cuda()
+CUDA = mock.Mock(type="cuda", index=0)  # its tensors are on the CPU
 
 
 @pytest.fixture
@@ -23,7 +17,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(module, "_buffers", {})
     monkeypatch.setattr(module, "_reserves", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["capturing"])
-    active = type("Driver", (), {"get_current_stream": lambda _, index: (index, state["stream"])})()
+    active = mock.Mock(get_current_stream=lambda index: (index, state["stream"]))
     monkeypatch.setattr(module.triton.runtime.driver, "_active", active)
     for name in ("empty", "zeros"):
         make = getattr(torch, name)
@@ -62,28 +56,27 @@ def test_captured_launches_share_no_memory(gpu):
 
 def test_captured_launch_has_no_memset_while_the_reserve_lasts(gpu, monkeypatch):
     monkeypatch.setattr(module, "RESERVE", 32)
-    made = []
-    zeros = torch.zeros
-    monkeypatch.setattr(torch, "zeros", lambda *size, **options: made.append(size) or zeros(*size, **options))
+    zeros = mock.Mock(wraps=torch.zeros)
+    monkeypatch.setattr(torch, "zeros", zeros)
     gpu["capturing"] = True
     assert not counters(10).any()
-    assert made == [(10,)]  # no eager launch yet
+    assert zeros.call_count == 1  # no eager launch yet
     gpu["capturing"] = False
     counters(10)
     gpu["capturing"] = True
-    made.clear()
-    taken = [counters(10), counters(16)]
-    assert made == []
+    zeros.reset_mock()
+    first, second = counters(10), counters(16)
+    assert zeros.call_count == 0
+    assert first.data_ptr() + 48 == second.data_ptr()
     assert not counters(10).any()
-    assert made == [(10,)]
-    assert taken[0].data_ptr() + 48 == taken[1].data_ptr()
+    assert zeros.call_count == 1
 
 
 def test_recycled_counters_are_used_again(gpu):
     with module.recycled_counters(CUDA):
         gpu["capturing"] = True
-        first = counters(10).data_ptr()
-        assert counters(10).data_ptr() != first
+        first, second = (counters(10).data_ptr() for _ in range(2))
+        assert first != second
         gpu["capturing"] = False
     gpu["capturing"] = True
     assert counters(10).data_ptr() == first

@@ -1,57 +1,51 @@
-"""Which layers own an indexer, and how config.json is checked against them."""
+"""Which layers own an indexer, what config.json says about them, what loads, and whose problems count."""
 
+import json
+import re
+from functools import partial
+from pathlib import Path
+
+import numpy as np
 import pytest
+import torch
 from safetensors.torch import save_file
 
-from exports import refused, renamed, stream, stream_problems
-from indexproj.loading import Checkpoint, Plan, load
+from exports import EXPORTS, named, refused, renamed, stream, stream_problems
+from indexproj.kernels import Format, Matrix
+from indexproj.loading import Checkpoint, CheckpointError, Plan, load
+from indexproj.loading.checkpoint import INDEX
 from indexproj.loading.headers import parse
-from support import GATE, INDEXER, WK, bf16_layer, fp8_layer, only, problems_of, write_checkpoint
+from support import GATE, INDEXER, WK, bf16_layer, fp8_layer, only, problems_of, same, write_checkpoint
 
 
 def plan_of(tmp_path, owners, config):
-    """The plan of tiny layers under a config."""
     path = write_checkpoint(tmp_path, *(bf16_layer(layer, k=32) for layer in owners), config=config)
     return Plan.of(Checkpoint(path))
 
 
 def test_indexer_without_projection(tmp_path):
     others = {name: tensor for name, tensor in fp8_layer(1).items() if not parse(name).matrix}
-    problems = problems_of(write_checkpoint(tmp_path, fp8_layer(0), others))
-    stem = INDEXER.format(1)
-    assert [problem.subject for problem in problems] == [f"{stem}wk.weight", f"{stem}weights_proj.weight"]
+    wk, gate = problems_of(write_checkpoint(tmp_path, fp8_layer(0), others))
+    assert wk.subject == INDEXER.format(1) + "wk.weight"
+    assert gate.subject == INDEXER.format(1) + "weights_proj.weight"
 
 
 INTEGER = "num_hidden_layers to be an integer from 0 to 999999"
 
 
 @pytest.mark.parametrize(
-    ("config", "subject", "expected"),
+    ("change", "config", "subject", "expected"),
     [
-        ({"index_head_dim": 64}, WK, "64 in dimension 0 of the matrix (index_head_dim)"),
-        ({"hidden_size": 512}, WK, "512 in dimension 1 of the matrix (hidden_size)"),
-        ({"index_n_heads": 32}, GATE, "32 in dimension 0 of the matrix (index_n_heads)"),
-        *(({"num_hidden_layers": value}, "config.json", INTEGER) for value in ("many", True, -1, 1.5, 10**9)),
+        ({}, {"index_head_dim": 64}, WK, "64 in dimension 0 of the matrix (index_head_dim)"),
+        ({}, {"hidden_size": 512}, WK, "512 in dimension 1 of the matrix (hidden_size)"),
+        ({}, {"index_n_heads": 32}, GATE, "32 in dimension 0 of the matrix (index_n_heads)"),
+        ({GATE: torch.ones(16, 128)}, {}, GATE, "wk's K = 256"),
+        *(({}, {"num_hidden_layers": value}, "config.json", INTEGER) for value in ("many", True, -1, 1.5, 10**9)),
     ],
 )
-def test_config_contradicts_tensors(tmp_path, config, subject, expected):
-    problem = only(refused(tmp_path, fp8_layer(), config))
+def test_shapes_and_sizes_that_differ(tmp_path, change, config, subject, expected):
+    problem = only(refused(tmp_path, fp8_layer() | change, config))
     assert (problem.subject, problem.expected) == (subject, expected)
-
-
-def test_matrices_that_differ_in_k(tmp_path):
-    problem = only(refused(tmp_path, {**bf16_layer(), GATE: bf16_layer(k=128)[GATE]}))
-    assert (problem.subject, problem.expected, problem.found) == (GATE, "wk's K = 256", "BF16 [16, 128]")
-
-
-@pytest.mark.parametrize(("d", "h", "k"), [(128, 16, 384), (128, 32, 256), (64, 16, 256)])
-def test_layer_unlike_the_others(tmp_path, d, h, k):
-    layers = fp8_layer(0) | fp8_layer(1) | fp8_layer(2, d, h, k)
-    problem = only(refused(tmp_path, layers))
-    assert (problem.subject, problem.found) == (f"{INDEXER.format(2)}wk.weight", f"({d}, {h}, {k})")
-    assert problem.expected == "(D, H, K) = (128, 16, 256), like most layers"
-    assert list(load(tmp_path, [0, 1])) == [0, 1]
-    assert {problem.subject for problem in refused(tmp_path, layers, {"hidden_size": 384})} > {WK}
 
 
 @pytest.mark.parametrize(("old", "new"), [("model.", "text.model."), ("layers.0.", "layers.00.")])
@@ -71,11 +65,10 @@ def test_hidden_layers_have_one_prefix(tmp_path):
     plan = Plan.of(Checkpoint(write_checkpoint(tmp_path, layers, config={"num_hidden_layers": 4})))
     assert not plan.problems
     assert [layer.is_mtp for layer in plan.layers.values()] == [False, False, True]
-    strange = renamed(fp8_layer(0, k=384), "model.", "model.mtp.")
-    problems = refused(tmp_path, layers | strange, {"num_hidden_layers": 4})
-    assert [problem.subject for problem in problems] == ["model.mtp.layers.0.self_attn.indexer.wk.weight"] * 2
-    assert problems[0].expected == "hidden layers under model.layers, like most layers"
-    assert problems[1].expected == "(D, H, K) = (128, 16, 256), like most layers"
+    strange = renamed(fp8_layer(), "model.", "model.mtp.")
+    problem = only(refused(tmp_path, layers | strange, {"num_hidden_layers": 4}))
+    assert problem.subject == "model.mtp.layers.0.self_attn.indexer.wk.weight"
+    assert problem.expected == "hidden layers under model.layers, like most layers"
 
 
 def test_mtp_layers_by_their_own_name(tmp_path):
@@ -85,10 +78,9 @@ def test_mtp_layers_by_their_own_name(tmp_path):
     assert [(layer.layer, layer.is_mtp) for layer in plan.layers.values()] == [(1, False), (79, True)]
     assert list(load(tmp_path)) == list(stream(tensors, [1, 79], config)) == [1, 79]
     assert len(refused(tmp_path, tensors | fp8_layer(79), config)) == 3  # two layers with one number
-    (tmp_path / "config.json").unlink()
     streamed, missing = stream_problems(tensors, [1, 79])
     assert missing.subject == "layer 79"
-    for problem in (streamed, only(problems_of(write_checkpoint(tmp_path, tensors)))):
+    for problem in (streamed, only(problems_of(write_checkpoint(tmp_path / "alone", tensors)))):
         assert problem.subject.startswith("model.mtp_layers.1.")
         assert problem.expected == "num_hidden_layers (config.json), after which mtp_layers are numbered"
 
@@ -106,8 +98,7 @@ DEFAULT = "index_topk_freq = 4 (index_skip_topk_offset = 2, the default)"
     [
         FREQ, {"indexer_types": TYPES}, {"index_topk_pattern": "FFFSSSFS"}, {"index_topk_pattern": TYPES},
         {"indexer_types": TYPES, **FREQ}, {"indexer_types": TYPES, "index_topk_freq": 1},
-        {"text_config": {"num_hidden_layers": 8, "indexer_types": TYPES}}, {"model_type": "glm_moe_dsa", **FREQ},
-        {"indexer_types": [*TYPES, "shared"]},  # one more, for the MTP layer
+        {"model_type": "glm_moe_dsa", **FREQ}, {"indexer_types": [*TYPES, "shared"]},  # one more, for the MTP layer
     ],
 )  # fmt: skip
 def test_schedules_that_fit(tmp_path, schedule):
@@ -130,7 +121,6 @@ def test_schedules_that_fit(tmp_path, schedule):
         ({"indexer_types": ["full", 3] * 4}, f"indexer_types {EACH}", "['full', 3"),
         ({"indexer_types": {"full": 1, "shared": 2}, "num_hidden_layers": 2}, "for each of 2 layers", "{'full': 1"),
         ({"index_topk_pattern": "FXFXFXFX"}, f"index_topk_pattern {EACH}", "'FXFXFXFX'"),
-        ({"index_topk_pattern": 3}, f"index_topk_pattern {EACH}", "3"),
         *(({"index_topk_freq": freq}, INTEGERS, f"{freq!r} and 2") for freq in (0, "4", True)),
         ({"index_topk_freq": 4, "index_skip_topk_offset": 2.5}, INTEGERS, "4 and 2.5"),
     ],
@@ -143,18 +133,13 @@ def test_schedules_that_contradict_weights(tmp_path, schedule, expected, found):
     assert found in problem.found
 
 
-@pytest.mark.parametrize(
-    ("other", "source", "layers"),
-    [({"index_topk_freq": 4}, DEFAULT, "2, 5-6"), ({"index_topk_pattern": "FFFSSFFS"}, "index_topk_pattern", "5")],
-)
-def test_schedules_that_disagree(tmp_path, caplog, other, source, layers):
+def test_schedules_that_disagree(tmp_path, caplog):
     """Layers load all the same, so this is a warning that names both sources."""
-    plan = plan_of(tmp_path, OWNERS, {"num_hidden_layers": 8, "indexer_types": TYPES, **other})
+    plan = plan_of(tmp_path, OWNERS, {"num_hidden_layers": 8, "indexer_types": TYPES, "index_topk_freq": 4})
     assert not plan.problems
     warning = only(plan.warnings)
-    assert (warning.expected, warning.found) == (
-        f"indexer_types and {source} to agree", f"a difference in layers {layers}"
-    )  # fmt: skip
+    assert warning.expected == f"indexer_types and {DEFAULT} to agree"
+    assert warning.found == "a difference in layers 2, 5-6"
     assert list(load(tmp_path)) == OWNERS
     assert only(caplog.records).getMessage() == str(warning)
 
@@ -174,11 +159,8 @@ def test_one_file_of_several_cannot_contradict_a_schedule(tmp_path):
     assert "layers 0, which run" in only(problems_of(path / "model.safetensors")).expected
 
 
-@pytest.mark.parametrize(
-    "kinds", [["linear_attention"] * 3 + ["indexed_attention"], ["linear", "linear", "linear", None, "linear"]]
-)
+@pytest.mark.parametrize("kinds", [["linear_attention"] * 3 + ["indexed_attention"], ["linear"] * 3 + [None, "MTP"]])
 def test_linear_attention_has_no_indexer(tmp_path, kinds):
-    """The fifth entry is an MTP layer's."""
     config = {"num_hidden_layers": 4, "indexer_types": ["full"] * 4, "linear_attn_config": {}}
     plan = plan_of(tmp_path, [3], config | {"layer_types": kinds})
     assert not plan.problems
@@ -190,10 +172,94 @@ def test_linear_attention_has_no_indexer(tmp_path, kinds):
 
 
 def test_config_may_hold_anything_else(tmp_path):
-    """Of repeated keys, the last one counts, as everywhere."""
-    config = {"torch_dtype": ["many"], "index_head_dim": None, "indexer_types": None, "text_config": 3}
-    plan = plan_of(tmp_path, [0], config | {"layer_types": 1})
+    plan = plan_of(tmp_path, [0], {"index_head_dim": None, "indexer_types": None, "text_config": 3, "layer_types": 1})
     assert not plan.problems
     assert not plan.warnings
-    (tmp_path / "config.json").write_text('{"a": 1, "a": 2, "hidden_size": 64, "hidden_size": 32}')
-    assert list(load(tmp_path)) == [0]
+
+
+def test_load_by_any_path(tmp_path):
+    """A file, its directory, or the index file, also in a directory named like a file."""
+    tensors = fp8_layer()
+    for name in ("model.safetensors", "anything.safetensors"):
+        save_file(tensors, tmp_path / name)
+    odd = write_checkpoint(tmp_path / "glm.safetensors", tensors)
+    for path in (tmp_path, tmp_path / "anything.safetensors", odd, odd / INDEX):
+        assert same(load(path)[0].gate, Matrix(Format.BF16, tensors[GATE]))
+
+
+def test_load_some_layers(tmp_path):
+    path = write_checkpoint(tmp_path, *map(fp8_layer, (0, 2, 11)))
+    assert list(load(path)) == [0, 2, 11]
+    assert load(path, []) == {}
+    assert list(load(path, np.array([11]))) == [11]
+    problem = only(problems_of(path, [1, 2]))
+    assert str(problem) == "layer 1: expected one of the layers with an indexer, 0, 2, 11, found no indexer in it"
+    with pytest.raises(TypeError, match="'str' object cannot be interpreted as an integer"):
+        load(path, ["0"])
+    with pytest.raises(ValueError, match="got meta"):
+        load(path, device="meta")
+
+
+def test_load_fused_matrix_with_index_head_dim(tmp_path):
+    both = named(INDEXER.format(0), "wk_weights_proj", EXPORTS["bf16"](160, 256))
+    path = write_checkpoint(tmp_path, both)
+    assert "to split wk_weights_proj" in only(problems_of(path)).expected
+    path = write_checkpoint(tmp_path, both, config={"index_head_dim": 128})
+    assert load(path, index_head_dim=np.int64(64))[0].shape == (64, 96, 256)
+    with pytest.raises(CheckpointError, match="expected 64 in dimension 0 of the matrix"):
+        load(write_checkpoint(tmp_path, bf16_layer()), index_head_dim=64)
+    for value in ("128", True):
+        with pytest.raises(TypeError, match=f"index_head_dim: expected an integer, got {value!r}"):
+            load(path, index_head_dim=value)
+
+
+def test_load_reads_and_allocates_only_its_bytes(tmp_path, poison):
+    """Also for layers that share. The kernel counts the pages of the mapped file that the process has touched."""
+    big = {f"model.layers.0.mlp.experts.{n}.w.weight": torch.zeros(64 << 20, dtype=torch.uint8) for n in range(3)}
+    tensors = fp8_layer(0, h=64, k=7168) | fp8_layer(1, h=64, k=7168)
+    needed = sum(tensor.nbytes for name, tensor in tensors.items() if parse(name).matrix)
+    config = {"num_hidden_layers": 2, "indexer_types": ["full", "shared"]}
+    path = write_checkpoint(tmp_path, big | tensors, config=config)
+    checkpoint = Checkpoint(path)  # keeps the file mapped
+    loaded = load(checkpoint)
+    maps = Path("/proc/self/smaps").read_text()
+    touched = sum(map(int, re.findall(rf"{re.escape(str(path))}.*\n(?:.*\n)*?Rss: +(\d+) kB", maps))) << 10
+    # A page fault maps up to 64 KiB around it; the header and six tensors cause a handful of partial ones.
+    assert needed < touched < needed + (1 << 20)
+    assert sum(weights.nbytes for weights in loaded.values()) == needed
+    assert all(matrix.dequantize().isfinite().all() for pair in loaded.values() for matrix in (pair.wk, pair.gate))
+
+
+def test_deepseek_inference_names(tmp_path):
+    """One file per rank without an index, each with all indexers; `attn`, `scale` and `mtp`."""
+    files, stems = {}, ("layers.0.attn", "layers.1.attn", "mtp.0.attn")
+    for stem in stems:
+        files |= renamed(renamed(fp8_layer(), "model.layers.0.self_attn", stem), "weight_scale_inv", "scale")
+    for rank in range(2):
+        save_file(files, tmp_path / f"model{rank}-mp2.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 2, "num_nextn_predict_layers": 1}))
+    plan, loaded = Plan.of(Checkpoint(tmp_path)), load(tmp_path)
+    assert [layer.is_mtp for layer in plan.layers.values()] == [False, False, True]
+    for layer, stem in enumerate(stems):
+        assert torch.equal(loaded[layer].wk.scale, files[f"{stem}.indexer.wk.scale"])
+    assert list(load(tmp_path / "model1-mp2.safetensors")) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("make", "config", "expected"),
+    [
+        (fp8_layer, {"num_hidden_layers": 2, "num_nextn_predict_layers": 0}, "layers below 2 (num_hidden"),
+        (fp8_layer, {"num_hidden_layers": 4, "indexer_types": ["full"] * 4}, "weights for the indexers of layers 3"),
+        (fp8_layer, {"num_hidden_layers": 3, "indexer_types": ["full"]}, "indexer_types to say full or shared"),
+        (partial(fp8_layer, k=384), {}, "expected (D, H, K) = (128, 16, 256), like most layers, found (128, 16, 384)"),
+        (fp8_layer, {"num_nextn_predict_layers": "many"}, "num_nextn_predict_layers to be an integer"),
+        (lambda n: {f"{INDEXER.format(n)}wk.weight": torch.ones(9, 9)}, {}, "layers.2.self_attn.indexer.weights"),
+        (lambda n: {f"mtp.{n}.attn.indexer.wk.weight": torch.ones(1)}, {}, "num_hidden_layers (config.json), after"),
+    ],
+)
+def test_problems_of_other_layers(tmp_path, caplog, make, config, expected):
+    """They do not concern layer 0, which loads with a warning."""
+    path = write_checkpoint(tmp_path, fp8_layer(0), fp8_layer(1), make(2), config=config)
+    assert expected in str(only(problems_of(path)))
+    assert list(load(path, [0])) == [0]
+    assert expected in only(caplog.records).getMessage()

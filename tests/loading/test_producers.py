@@ -1,11 +1,9 @@
-"""Checkpoints written by compressed-tensors, ModelOpt and torchao load as the values that these libraries decode.
-
-Expected values come from the library's own unpacking and dequantization, in fp64 where it allows that.
-"""
+"""Checkpoints written by compressed-tensors, ModelOpt and torchao load as the values that these libraries decode."""
 
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import modelopt.torch.quantization as mtq
@@ -20,8 +18,6 @@ from compressed_tensors.quantization.lifecycle import initialize_module_for_quan
 from compressed_tensors.quantization.lifecycle.forward import dequantize
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam, maybe_pad_tensor_for_block_quant
 from modelopt.torch.export import export_hf_checkpoint
-from modelopt.torch.export.quant_utils import postprocess_state_dict
-from modelopt.torch.export.unified_export_hf import _export_quantized_weight
 from modelopt.torch.quantization.qtensor import FP8QTensor, MXFP4QTensor, MXFP8QTensor, NVFP4QTensor
 from safetensors.torch import load_file
 from torch import Tensor
@@ -49,8 +45,8 @@ def uneven(n, k, width, dtype=torch.bfloat16):
 
 
 class Format(NamedTuple):
-    produce: Callable[[Tensor], dict[str, Tensor]]  # weight -> tensors by the last part of their names
-    decode: Callable[[dict[str, Tensor]], Tensor]  # the library's reading of them, in fp64
+    write: Callable[[Path, Tensor, Tensor], None]  # a checkpoint with such weights of wk and weights_proj
+    decode: Callable[[dict[str, Tensor]], Tensor]  # by the last part of their names: the library's reading, in fp64
     encoding: str
     width: int  # columns that share a scale
     k: int  # an unaligned K that the format allows
@@ -63,15 +59,11 @@ def linear(weight):
     return module
 
 
-def scheme_of(preset, changes):
-    scheme = preset_name_to_scheme(preset, ["Linear"])
-    scheme.weights = scheme.weights.model_copy(update=changes)
-    return scheme
-
-
-def calibrate(module):
+def compress(weight, preset):
     """Sets scales and zero points like llm-compressor's min-max observer."""
-    weight, args = module.weight.data, module.quantization_scheme.weights
+    module = linear(weight)
+    initialize_module_for_quantization(module, preset_name_to_scheme(preset, ["Linear"]))
+    args = module.quantization_scheme.weights
     if args.strategy == "block":
         height, width = args.block_structure
         padded = maybe_pad_tensor_for_block_quant(weight, (height, width))
@@ -80,26 +72,19 @@ def calibrate(module):
         groups, dims = weight.unflatten(1, (-1, args.group_size)), (2,)
     else:
         groups, dims = weight, (0, 1) if args.strategy == "tensor" else (1,)
-    shape = module.weight_scale.shape
-    low, high = groups.amin(dims).view(shape), groups.amax(dims).view(shape)
+    low, high = (each.view(module.weight_scale.shape) for each in (groups.amin(dims), groups.amax(dims)))
     divisor = None
     if args.strategy == "tensor_group":
         divisor = module.weight_global_scale.data.copy_(generate_gparam(*weight.float().aminmax()))
     scale, zero_point = calculate_qparams(low, high, args, global_scale=divisor)
     module.weight_scale.data.copy_(scale)
     module.weight_zero_point.data.copy_(zero_point)
-
-
-def compress(weight, preset, **changes):
-    module = linear(weight)
-    initialize_module_for_quantization(module, scheme_of(preset, changes))
-    calibrate(module)
     compress_module(module)
-    return dict(module.state_dict())
+    return module.state_dict()
 
 
-def decode(tensors, preset, **changes):
-    args = scheme_of(preset, changes).weights
+def decode(tensors, preset):
+    args = preset_name_to_scheme(preset, ["Linear"]).weights
     scale, zero_point = tensors["weight_scale"], tensors.get("weight_zero_point")
     if args.type == "int":
         codes = unpack_from_int32(tensors["weight_packed"], args.num_bits, tensors["weight_shape"])
@@ -116,13 +101,19 @@ def decode(tensors, preset, **changes):
     return dequantize(codes, scale.double(), zero_point, args, global_scale=divisor)
 
 
-def export(weight, config):
-    """The steps of `export_hf_checkpoint` for one Linear."""
-    model = torch.nn.Sequential(linear(weight))
-    mtq.quantize(model, config, lambda model: model(torch.randn(8, weight.shape[1], dtype=weight.dtype)))
-    _export_quantized_weight(model[0], torch.bfloat16)
-    tensors = postprocess_state_dict(model.state_dict(), 0, None)
-    return {name.removeprefix("0."): tensor.contiguous() for name, tensor in tensors.items()}
+def export(path, wk, gate, config):
+    """A GLM-5 of one layer, as transformers builds it and ModelOpt exports it."""
+    shapes = {"hidden_size": wk.shape[1], "index_head_dim": wk.shape[0], "index_n_heads": gate.shape[0]}
+    model_config = GlmMoeDsaConfig(
+        **shapes, architectures=["GlmMoeDsaForCausalLM"], vocab_size=128, intermediate_size=128,
+        num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4, q_lora_rank=128, kv_lora_rank=128,
+        qk_rope_head_dim=32, qk_nope_head_dim=32, v_head_dim=32, first_k_dense_replace=1, index_topk=16,
+    )  # fmt: skip
+    model = GlmMoeDsaForCausalLM(model_config).bfloat16().eval()
+    indexer = model.model.layers[0].self_attn.indexer
+    indexer.wk.weight.data, indexer.weights_proj.weight.data = wk, gate
+    mtq.quantize(model, config, lambda model: model(torch.arange(64)[None]))
+    export_hf_checkpoint(model, dtype=torch.bfloat16, export_dir=path)
 
 
 def modelopt(kind, index=(), k_per_element=1, **keywords):
@@ -134,10 +125,6 @@ def modelopt(kind, index=(), k_per_element=1, **keywords):
         return kind(shape, torch.bfloat16, codes).dequantize(dtype=torch.float64, scale=scale, **keywords)
 
     return read
-
-
-def torchao_file(weight):
-    return flattened(MXTensor.to_mx(weight, torch.float8_e4m3fn, 32))
 
 
 def flattened(weight):
@@ -153,13 +140,20 @@ def torchao_float8(weight):
     return flattened(module[0].weight)
 
 
-def torchao_float8_decode(tensors):
-    return tensors["_weight_qdata"].double() * tensors["_weight_scale"].double()
+def each(convert, **options):
+    """Writes a checkpoint of matrices that are converted one by one."""
+
+    def write(path, *weights):
+        tensors = {}
+        for stem, weight in zip((WK, GATE), weights, strict=True):
+            tensors |= {stem + leaf: tensor.contiguous() for leaf, tensor in convert(weight, **options).items()}
+        write_checkpoint(path, tensors)
+
+    return write
 
 
-def _compressed(encoding, width, k, preset, rtol=0, **changes):
-    produce, read = (partial(function, preset=preset, **changes) for function in (compress, decode))
-    return Format(produce, read, encoding, width, k, rtol)
+def _compressed(encoding, width, k, preset, rtol=0):
+    return Format(each(compress, preset=preset), partial(decode, preset=preset), encoding, width, k, rtol)
 
 
 def _exported(encoding, width, k, config, read):
@@ -169,8 +163,8 @@ def _exported(encoding, width, k, config, read):
 # The reciprocal of the divisor is rounded to fp32, which is within 2**-24; the library's quotient in fp64 adds 2**-53.
 DIVISOR = 2**-24 + 2**-50
 WHOLE = 512  # wider than any row
-NVFP4 = modelopt(NVFP4QTensor, (), 2, block_sizes={-1: 16})
-MXFP4 = modelopt(MXFP4QTensor, (), 2, block_sizes={-1: 32})
+AWQ = {**mtq.INT4_AWQ_CFG, "algorithm": {"method": "awq_lite", "alpha_step": 0.5}}  # a short search
+NVFP4, MXFP4 = (modelopt(kind, (), 2, block_sizes={-1: n}) for kind, n in ((NVFP4QTensor, 16), (MXFP4QTensor, 32)))
 
 FORMATS = {
     "compressed-tensors NVFP4A16": _compressed("NVFP4 (divisor)", 16, 400, "NVFP4A16", DIVISOR),
@@ -181,9 +175,6 @@ FORMATS = {
     "compressed-tensors MXFP8A16": _compressed("MXFP8", 32, 416, "MXFP8A16"),
     "compressed-tensors W4A16": _compressed("INT4", 128, 384, "W4A16"),
     "compressed-tensors W4A16_ASYM": _compressed("INT4", 128, 384, "W4A16_ASYM"),
-    "compressed-tensors W4A16_ASYM by row": _compressed(
-        "INT4", WHOLE, 424, "W4A16_ASYM", strategy="channel", group_size=None
-    ),
     "ModelOpt NVFP4": _exported("NVFP4", 16, 400, mtq.NVFP4_DEFAULT_CFG, NVFP4),
     "ModelOpt FP8": _exported("FP8 per tensor", WHOLE, 420, mtq.FP8_DEFAULT_CFG, modelopt(FP8QTensor)),
     "ModelOpt FP8_PC_PT": _exported(
@@ -195,80 +186,43 @@ FORMATS = {
     ),
     "ModelOpt MXFP8": _exported("MXFP8", 32, 416, mtq.MXFP8_DEFAULT_CFG, modelopt(MXFP8QTensor)),
     "ModelOpt MXFP4": _exported("MXFP4", 32, 416, mtq.MXFP4_DEFAULT_CFG, MXFP4),
-    "torchao Float8WeightOnly": Format(torchao_float8, torchao_float8_decode, "FP8 per row (torchao)", WHOLE, 420),
+    "torchao Float8WeightOnly": Format(
+        each(torchao_float8), lambda tensors: tensors["_weight_qdata"].double() * tensors["_weight_scale"].double(),
+        "FP8 per row (torchao)", WHOLE, 420,
+    ),
 }  # fmt: skip
-
-
-def write(path, wk, gate):
-    tensors = {f"{stem}{leaf}": tensor for stem, leaves in ((WK, wk), (GATE, gate)) for leaf, tensor in leaves.items()}
-    return write_checkpoint(path, {name: tensor.contiguous() for name, tensor in tensors.items()})
-
-
-def check(plan, matrix, expected, form):
-    assert (plan.encoding.name, plan.encoding.exact is None) == (form.encoding, form.encoding != "INT4")
-    assert expected.isfinite().all()
-    assert expected.count_nonzero() > expected.numel() / 2
-    values = expected if plan.encoding.exact is None else expected.bfloat16().double()
-    torch.testing.assert_close(matrix.dequantize(torch.float64), values, rtol=form.rtol, atol=0)
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_format(tmp_path, name):
     form = FORMATS[name]
-    wk, gate = (form.produce(uneven(n, form.k, form.width)) for n in (192, 20))
-    path = write(tmp_path, wk, gate)
-    plan, weights = Plan.of(Checkpoint(path)).layers[0], load(path)[0]
-    check(plan.wk, weights.wk, form.decode(wk), form)
-    check(plan.gate, weights.gate, form.decode(gate), form)
+    form.write(tmp_path, *(uneven(n, form.k, form.width) for n in (192, 20)))
+    (file,) = tmp_path.glob("*.safetensors")
+    stored, plan, weights = load_file(file), Plan.of(Checkpoint(tmp_path)).layers[0], load(tmp_path)[0]
+    for stem, planned, matrix in ((WK, plan.wk, weights.wk), (GATE, plan.gate, weights.gate)):
+        assert planned.encoding.name == form.encoding
+        expected = form.decode({name.removeprefix(stem): stored[name] for name in stored if name.startswith(stem)})
+        assert expected.isfinite().all()
+        assert expected.count_nonzero() > expected.numel() / 2
+        expected = expected.bfloat16().double() if form.encoding == "INT4" else expected
+        torch.testing.assert_close(matrix.dequantize(torch.float64), expected, rtol=form.rtol, atol=0)
 
 
 REFUSED = {
-    # Their words look like twice, or half, as many 4-bit integers in groups of 256, or 64; only the shape tells.
-    "compressed-tensors W8A16": (partial(compress, preset="W8A16"), "weight_shape"),
-    "compressed-tensors W2A16": (partial(compress, preset="W2A16"), "weight_shape"),
-    "compressed-tensors W8A8": (partial(compress, preset="W8A8"), "weight"),
-    "compressed-tensors MXFP6A16": (partial(compress, preset="MXFP6A16"), "weight_scale"),
+    # Its words look like twice as many 4-bit integers in groups of 256; only the shape tells.
+    "compressed-tensors W8A16": (each(compress, preset="W8A16"), "weight_shape"),
+    "compressed-tensors W8A8": (each(compress, preset="W8A8"), "weight"),
+    "compressed-tensors MXFP6A16": (each(compress, preset="MXFP6A16"), "weight_scale"),
     "ModelOpt W4A8_NVFP4_FP8": (partial(export, config=mtq.W4A8_NVFP4_FP8_CFG), "weight_scale"),
-    "ModelOpt INT4_AWQ": (partial(export, config=mtq.INT4_AWQ_CFG), "weight_scale"),
-    "torchao MXTensor": (torchao_file, "_weight_scale"),  # may be in a GEMM library's order
+    "ModelOpt INT4_AWQ": (partial(export, config=AWQ), "weight_scale"),
+    # Its scales may be in a GEMM library's order.
+    "torchao MXTensor": (each(lambda w: flattened(MXTensor.to_mx(w, torch.float8_e4m3fn, 32))), "_weight_scale"),
 }
 
 
-@pytest.mark.parametrize(("produce", "leaf"), REFUSED.values(), ids=REFUSED)
-def test_unsupported_formats(tmp_path, produce, leaf):
-    path = write(tmp_path, produce(uneven(128, 256, 128)), produce(uneven(32, 256, 128)))
+@pytest.mark.parametrize(("write", "leaf"), REFUSED.values(), ids=REFUSED)
+def test_unsupported_formats(tmp_path, write, leaf):
+    write(tmp_path, uneven(128, 256, 128), uneven(32, 256, 128))
     with pytest.raises(CheckpointError) as caught:
-        load(path)
+        load(tmp_path)
     assert {WK + leaf, GATE + leaf} <= {problem.subject for problem in caught.value.problems}
-
-
-def glm(width):
-    """A GLM-5 of two layers, as transformers builds it."""
-    config = GlmMoeDsaConfig(
-        architectures=["GlmMoeDsaForCausalLM"], vocab_size=128, hidden_size=256, intermediate_size=128,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, q_lora_rank=128, kv_lora_rank=128,
-        qk_rope_head_dim=32, qk_nope_head_dim=32, v_head_dim=32, first_k_dense_replace=2,
-        index_topk=16, index_head_dim=128, index_n_heads=32,
-    )  # fmt: skip
-    model = GlmMoeDsaForCausalLM(config).bfloat16().eval()
-    for layer in model.model.layers:
-        layer.self_attn.indexer.wk.weight.data = uneven(128, 256, width)
-        layer.self_attn.indexer.weights_proj.weight.data = uneven(32, 256, width)
-    return model
-
-
-@pytest.mark.parametrize(
-    ("name", "config"), [("NVFP4", mtq.NVFP4_DEFAULT_CFG), ("FP8_PB_WO", mtq.FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG)]
-)
-def test_model_exported_by_modelopt(tmp_path, name, config):
-    """All layers of the checkpoint, against the library's reading of its tensors."""
-    form = FORMATS[f"ModelOpt {name}"]
-    model = mtq.quantize(glm(form.width), config, lambda model: model(torch.arange(64)[None]))
-    export_hf_checkpoint(model, dtype=torch.bfloat16, export_dir=tmp_path)
-    stored, layers = load_file(tmp_path / "model.safetensors"), load(tmp_path)
-    assert list(layers) == [0, 1]
-    for number, plan in Plan.of(Checkpoint(tmp_path)).layers.items():
-        for stem, matrix, loaded in ((WK, plan.wk, layers[number].wk), (GATE, plan.gate, layers[number].gate)):
-            stem = stem.replace("layers.0", f"layers.{number}")
-            leaves = {name.removeprefix(stem): tensor for name, tensor in stored.items() if name.startswith(stem)}
-            check(matrix, loaded, form.decode(leaves), form)

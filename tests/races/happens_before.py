@@ -1,15 +1,12 @@
-"""What counts as a race between the programs of one launch, in place of ttsem's own rule.
+"""What counts as a race between the programs of one launch, in place of ttsem's own rule, which knows no order of them.
 
-ttsem knows no order between programs: where one loads what another stores it reports a race, even if a counter stands
-between the two. Here two accesses race unless one happens before the other:
+Two accesses race, whatever the order in which ttsem runs the programs, unless one happens before the other:
 
 - The one thread that issues a program's atomics knows what the program did before its last barrier, and nothing of what
   the other threads did since.
 - An atomic with release order hands over what this thread knows; one with acquire order takes it over, for all threads
   of its program, as Triton passes the result of an atomic to them through a barrier.
-- With scope "cta" an atomic does neither for another program, and is to it no better than a plain store.
-
-That ttsem runs one program after another orders nothing, so a race is found in whichever order they run.
+- With scope "cta" an atomic is no better than a plain store.
 """
 
 import re
@@ -17,8 +14,8 @@ import re
 import numpy as np
 from ttsem import ops, pidraces
 
-# Kinds of access in ttsem's log, which has no barriers of its own; the others are stores.
-LOAD, ATOMIC, BARRIER = "r", "a", "b"
+# Kinds of entries in ttsem's log, which has no barriers of its own. Silent stores do not change what they overwrite.
+LOAD, STORE, SILENT_STORE, ATOMIC, BARRIER = "r", "w", "s", "a", "b"
 # Numbers in Triton's IR: of the orders release and acq_rel, of acquire and acq_rel, and of the scope "cta".
 ACQUIRE, RELEASE, CTA = (2, 4), (3, 4), 2
 
@@ -39,68 +36,44 @@ def _log_barrier(interpreter, op, arguments):
 
 def find_race(log):
     """The first race in ttsem's log of a launch: entries of (program, kind, op, addresses, bytes at each, values)."""
-    log = _contended(log or [])
+    log = [(*entry[:3], entry[3][:, None] + np.arange(entry[4])) for entry in log or []]
+    stored = [places.ravel() for _, kind, _, places in log if kind not in (LOAD, BARRIER)]
+    written = np.unique(np.concatenate([np.zeros(0, np.int64), *stored]))
     numbers = {program: number for number, program in enumerate(dict.fromkeys(program for program, *_ in log))}
     # Vector clocks. Of each program, what all of its threads know and what the one that issues atomics does: the place
     # in the log up to which it has seen each program's loads and stores [0] and atomics [1].
     threads = np.zeros((len(numbers), 2, len(numbers)), np.int64)
     issuer = threads.copy()
     released = {}  # by address, such a clock
-    earlier = []
-    for now, (program, kind, op, places) in enumerate(log, 1):
-        own = numbers[program]
+    # By kind, program and written byte, the place in the log of the latest access.
+    latest = {kind: np.zeros((len(numbers), written.size), np.int64) for kind in (LOAD, STORE, ATOMIC)}
+    for now, (program, kind, op, touched) in enumerate(log, 1):
+        own, order = numbers[program], 0
         if kind == BARRIER:
             threads[own, 0, own] = now
             issuer[own] = threads[own]
             continue
-        order, is_atomic = 0, False
         if kind == ATOMIC:
+            address = touched.item(0)  # those of the kernels have just one
             order, scope = (int(re.search(rf"\b{name} = (\d)", op)[1]) for name in ("sem", "scope"))
-            is_atomic = scope != CTA
-        address = int(places[0])  # an atomic of the kernels has just one
-        if is_atomic and order in ACQUIRE and address in released:
+        if kind == SILENT_STORE or (kind == ATOMIC and scope == CTA):
+            kind, order = STORE, 0
+        if order in ACQUIRE and address in released:
             for clock in (threads, issuer):
                 clock[own] = np.maximum(clock[own], released[address])
-        for then, other, other_kind, other_op, other_places, other_is_atomic in earlier:
-            if other == program or kind == other_kind == LOAD or (is_atomic and other_is_atomic):
+        places = np.flatnonzero(np.isin(written, touched))
+        for other_kind, times in latest.items():
+            if kind == other_kind != STORE:  # two loads or two atomics
                 continue
-            is_ordered = then <= threads[own, int(other_kind == ATOMIC), numbers[other]]
-            if is_ordered or places[0] > other_places[-1] or other_places[0] > places[-1]:
-                continue
-            both = _common(places, other_places)
-            if both.size:
-                sides = (other, other_kind, other_op), (program, kind, op)
-                return pidraces.PidRace("neither happens before the other", int(both[0]), *sides, both.size)
-        earlier.append((now, program, kind, op, places, is_atomic))
-        if is_atomic and order in RELEASE:
+            races = times[:, places] > threads[own, int(other_kind == ATOMIC), :, None]
+            races[own] = False
+            if races.any():
+                other, place = np.argwhere(races)[0]
+                sides = log[times[other, places[place]] - 1][:3], log[now - 1][:3]
+                found = int(written[places[place]]), *sides, int(races.any(0).sum())
+                return pidraces.PidRace("neither happens before the other", *found)
+        latest[kind][own, places] = now
+        if order in RELEASE:
             issuer[own, 1, own] = now
             released[address] = np.maximum(issuer[own], released.get(address, 0))
     return None
-
-
-def _contended(log):
-    """What a race can lie in: (program, kind, op, those of its bytes that several programs touch), and the barriers."""
-    written = [(entry[3].min(), entry[3].max() + entry[4]) for entry in log if entry[1] not in (LOAD, BARRIER)]
-    if not written:
-        return []
-    starts, ends = np.array(written).T
-    accesses, touched = [], {}
-    for program, kind, op, addresses, size, _ in log:
-        # Most loads are from the inputs, which nobody writes.
-        if kind == LOAD and not ((addresses.min() < ends) & (addresses.max() + size > starts)).any():
-            continue
-        places = np.unique(addresses[:, None] + np.arange(size))
-        accesses.append((program, kind, op, places))
-        touched.setdefault(program, []).append(places)
-    once = [np.unique(np.concatenate(places)) for places in touched.values()]
-    places, programs = np.unique(np.concatenate(once), return_counts=True)
-    shared = places[programs > 1]
-    accesses = [(program, kind, op, _common(places, shared)) for program, kind, op, places in accesses]
-    return [access for access in accesses if access[1] == BARRIER or access[3].size]
-
-
-def _common(places, others):
-    """The places that are among others, which are sorted."""
-    if not others.size:
-        return others
-    return places[others[np.minimum(np.searchsorted(others, places), others.size - 1)] == places]

@@ -43,30 +43,21 @@ def test_names_dtypes_and_shapes(tmp_path, glm):
         f"{STEM}wq_b.weight_scale_inv": (F32, [64, 12]),
     }
     assert {tensor.dtype for tensor in bf16.values()} == {BF16} == {fp8[f"{STEM}k_norm.weight"].dtype}
-    shapes = {"wk.weight": [128, 6144], "weights_proj.weight": [32, 6144], "wq_b.weight": [4096, 2048]}
-    scales = {"wk.weight_scale_inv": [1, 48], "wq_b.weight_scale_inv": [32, 16]}
-    assert all(list(bf16[STEM + leaf].shape) == shape for leaf, shape in shapes.items())
-    assert all(list(fp8[STEM + leaf].shape) == shape for leaf, shape in (shapes | scales).items())
+    assert list(bf16[f"{STEM}wq_b.weight"].shape) == list(fp8[f"{STEM}wq_b.weight"].shape) == [4096, 2048]
     scale = fp8[f"{STEM}wk.weight_scale_inv"].repeat_interleave(128, 1)
     torch.testing.assert_close(fp8[WK].float() * scale, bf16[WK].float(), rtol=0.07, atol=1e-5)  # one matrix, twice
 
 
-def test_first_layers_are_a_consistent_model(tmp_path):
+def test_first_layers_are_a_consistent_model(tmp_path, glm):
     write_fixture("glm-5.2-fp8", tmp_path, layers=4)
-    config = json.loads((tmp_path / "config.json").read_text())
+    config, written = json.loads((tmp_path / "config.json").read_text()), contents(tmp_path)
     assert config["indexer_types"] == ["full", "full", "full", "shared", "shared", "shared", "full"]
     assert (config["num_hidden_layers"], config["num_nextn_predict_layers"]) == (7, 0)
     assert config["quantization_config"]["weight_block_size"] == [128, 128]
     assert len(Checkpoint(tmp_path).headers) == 12
     shard_of = json.loads((tmp_path / INDEX).read_text())["weight_map"]
-    assert set(shard_of) == set(contents(tmp_path))
+    assert set(shard_of) == set(written)
     assert any(shard_of[n] != shard_of[n + "_scale_inv"] for n in shard_of if n + "_scale_inv" in shard_of)
-
-
-def test_always_the_same_bytes(tmp_path, glm):
-    """However many layers are written."""
-    write_fixture("glm-5.2-fp8", tmp_path / "two", 2)
-    written = contents(tmp_path / "two")
     assert all(torch.equal(written[name].view(torch.uint8), t.view(torch.uint8)) for name, t in contents(glm).items())
 
 
