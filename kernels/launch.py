@@ -98,7 +98,7 @@ def launch(
     plan.run(m, x, matrices, outs)
 
 
-class Plan:
+class LaunchPlan:
     """How to launch one signature for M up to a power of two.
 
     Attributes:
@@ -146,7 +146,7 @@ class Plan:
 
 
 @functools.lru_cache(maxsize=4096)
-def plan_of(signature: Signature, bucket: int, config: KernelConfig | None = None) -> Plan:
+def plan_of(signature: Signature, bucket: int, config: KernelConfig | None = None) -> LaunchPlan:
     """The plan for up to bucket rows of x, a power of two."""
     case = bucket, signature.shape, signature.formats
     is_tuned = signature.x_dtype == torch.bfloat16 and not (signature.batch_invariant or any(signature.activations))
@@ -157,7 +157,7 @@ def plan_of(signature: Signature, bucket: int, config: KernelConfig | None = Non
         bucket, *case[1:], target_of(signature.device), signature.x_dtype,
         quantize_x=any(signature.activations), batch_invariant=signature.batch_invariant,
     )  # fmt: skip
-    return Plan(signature, bucket, config, prefers_torch)
+    return LaunchPlan(signature, bucket, config, prefers_torch)
 
 
 def _is_aligned(

@@ -96,7 +96,7 @@ def test_kept_kernel_never_gets_unaligned_or_far_memory(driver, monkeypatch):
         "address of weights": (x, surrounded(w, offset=1), None),
     }
     kept = mock.Mock(side_effect=AssertionError("the kept kernel ran"))
-    monkeypatch.setattr(module.Plan, "_run_compiled", kept)
+    monkeypatch.setattr(module.LaunchPlan, "_run_compiled", kept)
     for options in ({}, {"out": torch.empty(16, 192, dtype=BF16)}):
         project(x, w, **options)
         with pytest.raises(AssertionError, match="the kept kernel ran"):
