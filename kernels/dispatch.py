@@ -184,7 +184,7 @@ def prefill_tiles(ns: list[int], target: Target, is_fp16: bool, quantize_x: bool
     tiles = [(block_m, 64) for block_m in (128, 64, 32, 16)]
     if sum(cdiv(n, 128) * 128 for n in ns) <= 1.1 * sum(cdiv(n, 64) * 64 for n in ns):
         tiles.insert(0, (128, 128))
-    # Without wgmma or tcgen05, each warp decodes its own weights in registers, and all columns would not fit these.
+    # Without wgmma or tcgen05, each warp decodes its own weights in registers, and all columns would not fit.
     if not isinstance(target.arch, int) or 90 <= target.arch < 120:
         columns = KernelConfig("prefill", 1, 64, block_n=0).acc_size(*ns)
         heights = (64,) if is_fp16 else (128, 64)  # 128 rows would spill

@@ -228,7 +228,7 @@ def constants(config: KernelConfig, signature: Signature, target: Target) -> dic
         # In PTX, which Triton's interpreter does not run.
         "PACKED": target.backend == "cuda" and signature.x_dtype == torch.bfloat16 and not INTERPRETED,
         "AMD": target.backend == "hip",
-        "PDL": config.pdl and target.is_cuda(90),
+        "PDL": "launch_pdl" in options(config, target),
     }
     return {name: known[name] for name in KERNELS[config.regime].arg_names if name in known}
 

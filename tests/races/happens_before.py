@@ -1,6 +1,6 @@
 """What counts as a race between the programs of one launch, in place of ttsem's own rule, which knows no order of them.
 
-Two accesses race, whatever the order in which ttsem runs the programs, unless one happens before the other:
+Two accesses race unless one happens before the other, regardless of the order in which ttsem runs the programs:
 
 - The one thread that issues a program's atomics knows what the program did before its last barrier, and nothing of what
   the other threads did since.
