@@ -27,7 +27,6 @@ SMALL = ("--shape", "glm-5", "--pair", FP8, "--m", 3)
 
 @pytest.fixture
 def folder(monkeypatch, tmp_path, mm_to_fp32):
-    """Where `bench` of the made-up GPU writes."""
     fake_gpu.install(monkeypatch.setattr)
     monkeypatch.setattr(bench, "SERVER", (fake_gpu.__file__,))
     monkeypatch.chdir(tmp_path)

@@ -139,6 +139,7 @@ def test_out_of_memory(monkeypatch):
 def test_finish_drops_the_tensors_of_each_layer(monkeypatch):
     """Of INT4 weights, nothing else keeps the int32 words."""
     alive, pack = [], ProjectionWeights.pack
+    gc.collect()  # or garbage of earlier tests may go meanwhile
 
     def count_and_pack(*matrices):
         alive.append(sum(type(each) is torch.Tensor and each.dtype == torch.int32 for each in gc.get_objects()))
